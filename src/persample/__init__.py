@@ -1,0 +1,12 @@
+"""Per-sample gradients in PyTorch, and Bayesian deep learning by natural-gradient variational inference."""
+
+from persample import losses as losses
+from persample.errors import PersampleError as PersampleError
+from persample.moments import Moments as Moments
+from persample.moments import merge_moments as merge_moments
+from persample.sources import PerSampleGradSource as PerSampleGradSource
+from persample.sources import backends as backends
+from persample.sources import make_source as make_source
+from persample.sources import register_backend as register_backend
+
+__version__ = "0.1.0"

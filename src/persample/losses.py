@@ -1,0 +1,166 @@
+"""Losses of the single samples: minus log-likelihoods of shape (B,), and the losses of `torch.nn` made so.
+
+`loss_fn(outputs, targets)` must return one loss per sample. From a scalar nobody can tell by what it was divided
+(`nn.MSELoss` divides by B·C, `nn.CrossEntropyLoss` with weights by their sum), so a scalar is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from persample.errors import LossError, NonFiniteLossError
+
+PerSampleLoss = Callable[[Any, Any], Tensor]
+
+# Losses that compare outputs and targets element by element. PyTorch broadcasts them against each other, so that
+# outputs (B, 1) and targets (B,) silently become a (B, B) table in which every sample meets every target.
+_ELEMENTWISE = (
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.HingeEmbeddingLoss,
+)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Minus log-likelihood of a categorical distribution, in nats.
+
+    Args:
+        outputs: logits, shape `(B, C)`, or `(B, C, d1, …)` with one label for each position.
+        targets: class indices of shape `(B, d1, …)`, or class probabilities of the shape of `outputs`.
+
+    Returns:
+        −log p(target | output) of each sample, summed over its positions, shape `(B,)`.
+    """
+    return _sum_per_sample(F.cross_entropy(outputs, targets, reduction="none"))
+
+
+def gaussian(outputs: Tensor, targets: Tensor, *, noise_precision: float = 1.0) -> Tensor:
+    """Minus log-likelihood of a Gaussian with mean `outputs` and a fixed precision (1 / variance), in nats.
+
+    Args:
+        outputs: predicted means, shape `(B, …)`.
+        targets: observed values, of exactly the same shape.
+        noise_precision: β = 1/σ² of the observation noise.
+
+    Returns:
+        Σ ½ β (y − f)² + ½ log(2π/β) over the entries of each sample, shape `(B,)`.
+
+    Raises:
+        LossError: the shapes differ.
+    """
+    _refuse_broadcast("losses.gaussian", outputs, targets)
+    squared = (outputs - targets).square()
+    constant = 0.5 * math.log(2 * math.pi / noise_precision)
+    return _sum_per_sample(0.5 * noise_precision * squared + constant)
+
+
+def bernoulli(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Minus log-likelihood of independent Bernoulli variables, in nats.
+
+    Args:
+        outputs: logits, shape `(B, …)`.
+        targets: zeros and ones (or probabilities), of exactly the same shape.
+
+    Returns:
+        −log p(target | output) summed over the entries of each sample, shape `(B,)`.
+
+    Raises:
+        LossError: the shapes differ.
+    """
+    _refuse_broadcast("losses.bernoulli", outputs, targets)
+    entries = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+    return _sum_per_sample(entries)
+
+
+def as_per_sample(loss_fn: Callable[[Any, Any], Any]) -> PerSampleLoss:
+    """Return `loss_fn` as a function of `(outputs, targets)` that gives one loss per sample.
+
+    A loss module of `torch.nn` (`nn.CrossEntropyLoss()`, `nn.MSELoss()`, …) is accepted as a convenience: a copy of
+    it with `reduction="none"` is used, and what remains beside the sample is summed, so the loss of a sample is the
+    sum over its entries, whatever `reduction` said. Weighted or ignored targets count with their weight or zero and
+    divide nothing. Every other callable is used as it is.
+
+    Raises:
+        LossError: `loss_fn` is not callable.
+    """
+    if not callable(loss_fn):
+        raise LossError(
+            f"loss_fn is {loss_fn!r}, which cannot be called: pass a function of (outputs, targets) that returns "
+            "one loss per sample, for example persample.losses.cross_entropy."
+        )
+    if type(loss_fn).__module__ == nn.CrossEntropyLoss.__module__ and hasattr(loss_fn, "reduction"):
+        return _unreduced(loss_fn)
+    return loss_fn
+
+
+def _unreduced(loss_module: Any) -> PerSampleLoss:
+    entrywise = copy.copy(loss_module)
+    entrywise.reduction = "none"
+    name = type(loss_module).__name__
+
+    def per_sample_loss(outputs: Any, targets: Any) -> Tensor:
+        if isinstance(loss_module, _ELEMENTWISE):
+            _refuse_broadcast(name, outputs, targets)
+        return _sum_per_sample(entrywise(outputs, targets))
+
+    return per_sample_loss
+
+
+def _refuse_broadcast(name: str, outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape != targets.shape:
+        raise LossError(
+            f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}: "
+            "broadcasting them would pair the wrong entries. Give both the same shape, for example with "
+            "targets.unsqueeze(1) or outputs.squeeze(1)."
+        )
+
+
+def _sum_per_sample(entries: Tensor) -> Tensor:
+    return entries.flatten(1).sum(1) if entries.dim() > 1 else entries
+
+
+def check_losses(losses: Any, batch_size: int) -> Tensor:
+    """Return `losses` if it is a finite floating-point vector of length `batch_size`.
+
+    Raises:
+        LossError: it is something else, in particular a scalar.
+        NonFiniteLossError: an entry is infinite or not a number.
+    """
+    if not isinstance(losses, Tensor):
+        raise LossError(f"loss_fn returned {type(losses).__name__}: return a tensor of shape ({batch_size},).")
+    if losses.dim() == 0:
+        raise LossError(
+            "loss_fn returned a scalar, from which nobody can tell by what it was divided: return the loss of each "
+            f"sample, shape ({batch_size},). In PyTorch that is reduction='none', for example "
+            "lambda outputs, targets: F.cross_entropy(outputs, targets, reduction='none'), or a function of "
+            "persample.losses."
+        )
+    if losses.shape != (batch_size,):
+        raise LossError(
+            f"loss_fn returned shape {tuple(losses.shape)}, but the batch has {batch_size} samples: return one loss "
+            f"per sample, shape ({batch_size},), for example by losses.flatten(1).sum(1)."
+        )
+    if not losses.is_floating_point():
+        raise LossError(f"loss_fn returned {losses.dtype}: a loss must be a real floating-point number.")
+    finite = torch.isfinite(losses.detach())
+    if not bool(finite.all()):
+        rows = torch.nonzero(~finite).flatten().tolist()
+        raise NonFiniteLossError(
+            f"The loss of sample {rows[0]} is {losses[rows[0]].item()} ({len(rows)} of {batch_size} losses are not "
+            "finite): check the inputs, the targets and the learning rate."
+        )
+    return losses

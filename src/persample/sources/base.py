@@ -1,0 +1,143 @@
+"""`PerSampleGradSource`: the contract of every backend, and the parts of it that all backends share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import OptionError
+from persample.losses import as_per_sample, check_losses
+from persample.moments import Moments
+from persample.sources.batch import Batch, as_batch
+from persample.sources.refusals import refuse_impossible
+from persample.sources.selfcheck import verify
+from persample.sources.untouched import random_state, untouched
+
+Check = Literal["first", "always", "never"]
+
+
+class PerSampleGradSource(ABC):
+    """Per-sample gradients of a model's loss.
+
+    A backend is a subclass that implements `compute_per_sample`, and `compute_moments` where it can do better than
+    to average per-sample gradients. Everything else (the shape of a batch, what is refused, the self-check, leaving
+    no trace) is done here, the same for all. During both methods gradients are enabled, every `p.grad` is None, and
+    whatever they leave on the model is taken off again afterwards.
+
+    Args:
+        model: the network. Neither it nor its parameters are changed.
+        loss_fn: `loss_fn(outputs, targets)` returns the loss of each sample, shape `(B,)`; a loss module of
+            `torch.nn` is accepted too (see `persample.losses.as_per_sample`).
+        check: when the self-check compares this backend with ordinary gradients and, for a few samples, with the
+            loop over samples: on the `"first"` batch of its kind (default), `"always"`, or `"never"`.
+    """
+
+    #: Whether the second moment is the exact one. A source that returns an approximation says so here.
+    exact: bool = True
+
+    #: Whether the model's random numbers (dropout) are those of one ordinary forward pass over the batch.
+    ordinary_random_stream: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Any], *, check: Check = "first") -> None:
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model is of type {type(model).__name__}: pass a torch.nn.Module.")
+        if check not in get_args(Check):
+            raise OptionError(f"check={check!r} is not known: use one of {', '.join(map(repr, get_args(Check)))}.")
+        self.model = model
+        self.loss_fn = as_per_sample(loss_fn)
+        self.check = check
+        self._checked: set[tuple[Any, ...]] = set()
+
+    # What users call.
+
+    def moments(self, inputs: Any, targets: Any) -> Moments:
+        """Return the mean gradient and the mean squared gradient of the single samples.
+
+        Args:
+            inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model; dim 0 of
+                every tensor is the sample.
+            targets: what `loss_fn` takes as second argument; dim 0 is the sample.
+
+        Returns:
+            `Moments`, keyed by the names of the parameters that require a gradient, in the order of
+            `model.named_parameters()`. A parameter that the batch does not reach has zeros.
+
+        Raises:
+            BatchError: inputs and targets are not a mini-batch.
+            LossError: the loss is not a finite vector of length B.
+            UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend.
+            DisagreementError: the self-check found that the result is wrong.
+        """
+        moments: Moments = self._run(inputs, targets, self.compute_moments, "moments")
+        return moments
+
+    def per_sample(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return the gradient of the loss of each sample, `{name: (B, *parameter.shape)}`.
+
+        Arguments, keys and errors are those of `moments`.
+        """
+        gradients: dict[str, Tensor]
+        _, gradients = self._run(inputs, targets, self.compute_per_sample, "per_sample")
+        return gradients
+
+    # What a backend implements.
+
+    @abstractmethod
+    def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the detached losses, shape `(B,)`, and the per-sample gradients, keyed as `self.parameters()`."""
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        """Return the moments of `batch`; here as averages over `compute_per_sample`."""
+        losses, gradients = self.compute_per_sample(batch)
+        return Moments(
+            losses=losses,
+            mean={name: g.mean(0) for name, g in gradients.items()},
+            second_moment={name: g.square().mean(0) for name, g in gradients.items()},
+        )
+
+    def refuse_unsupported(self) -> None:  # noqa: B027 - most backends have nothing to add
+        """Raise `UnsupportedModelError` for what can be seen, without a batch, to be beyond this backend."""
+
+    # What a backend can use.
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that require a gradient, by name, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def losses(self, batch: Batch, model: Callable[..., Any] | None = None) -> Tensor:
+        """Run the model on `batch` and return the losses, shape `(B,)`, with their graph.
+
+        Raises:
+            LossError: the loss is not a finite vector of length B.
+        """
+        outputs = (model or self.model)(*batch.args, **batch.kwargs)
+        return check_losses(self.loss_fn(outputs, batch.targets), batch.size)
+
+    def _run(self, inputs: Any, targets: Any, compute: Callable[[Batch], Any], method: str) -> Any:
+        batch = as_batch(inputs, targets)
+        refuse_impossible(self.model)
+        self.refuse_unsupported()
+        kind = self._kind(batch, method)
+        checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
+        before = random_state(self.model) if checking else {}
+        with untouched(self.model), torch.enable_grad():
+            result = compute(batch)
+            if checking:
+                verify(self, batch, result, before)
+        if batch.size > 1:  # a batch of one cannot show that samples are mixed
+            self._checked.add(kind)
+        return result
+
+    def _kind(self, batch: Batch, method: str) -> tuple[Any, ...]:
+        """What must change for `check="first"` to check once more: the mode, the parameters, the kind of batch."""
+        leaves = (*batch.args, *batch.kwargs.values())
+        return (
+            method,
+            tuple(module.training for module in self.model.modules()),
+            tuple(self.parameters()),
+            tuple((leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves),
+        )

@@ -1,0 +1,99 @@
+"""A mini-batch as every source sees it: positional and keyword arguments of the model, targets, and the size B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from persample.errors import BatchError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples. Dim 0 of every tensor in `args`, `kwargs` and `targets` is the sample."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: Any
+    size: int
+
+    def rows(self, index: slice | list[int]) -> Batch:
+        """Return the batch of the samples at `index`, in that order."""
+        args, kwargs, targets = take_rows((self.args, dict(self.kwargs), self.targets), index)
+        size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
+        return Batch(args, kwargs, targets, size)
+
+
+def take_rows(tree: Any, index: slice | list[int]) -> Any:
+    """Return `tree` with every tensor replaced by its rows at `index`; what is not a tensor stays as it is."""
+    return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def as_batch(inputs: Any, targets: Any) -> Batch:
+    """Return `inputs` and `targets` as a `Batch`.
+
+    Args:
+        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model. Dim 0 of every
+            tensor is the sample; what is not a tensor (None, flags, numbers) is passed to the model as it is.
+        targets: a tensor, or tensors in tuples, lists and dicts, whose dim 0 is the sample; or None.
+
+    Raises:
+        BatchError: there is no tensor, no sample, or the lengths differ.
+    """
+    if torch.is_inference_mode_enabled():
+        raise BatchError(
+            "torch.inference_mode() is active, in which no gradient exists: leave it, or use torch.no_grad() instead."
+        )
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Tensor):
+        args = (inputs,)
+    elif isinstance(inputs, tuple):
+        args = inputs
+    elif isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        raise BatchError(
+            f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict "
+            "of keyword arguments of the model."
+        )
+    lengths = _lengths("inputs", (args, kwargs) if kwargs else args)
+    if not lengths:
+        raise BatchError("inputs holds no tensor: pass at least one tensor whose dim 0 is the sample.")
+    lengths |= _lengths("targets", targets)
+    (first, size), *others = lengths.items()
+    for name, length in others:
+        if length != size:
+            raise BatchError(
+                f"{first} has {size} samples, but {name} has {length}: dim 0 of every tensor is the sample, so all "
+                "must have the same length there."
+            )
+    if size == 0:
+        raise BatchError("The batch has no samples: skip empty batches, no gradient can be averaged over them.")
+    return Batch(args, kwargs, targets, size)
+
+
+def _lengths(name: str, tree: Any) -> dict[str, int]:
+    """Length of dim 0 of each tensor in `tree`, keyed by where it is."""
+    lengths = {}
+    leaves = pytree.tree_flatten_with_path(tree)[0]
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            continue
+        where = name if len(leaves) == 1 else name + pytree.keystr(path)
+        if leaf.dim() == 0:
+            raise BatchError(
+                f"{where} is a tensor without dimensions: dim 0 must be the sample. Pass plain numbers as Python "
+                "numbers, or expand the tensor to one entry per sample."
+            )
+        if leaf.is_inference():
+            raise BatchError(
+                f"{where} was made under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
+            )
+        lengths[where] = len(leaf)
+    return lengths

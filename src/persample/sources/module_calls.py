@@ -1,0 +1,113 @@
+"""Recording the calls of modules during one forward pass, and proof that they are all that use the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from persample.errors import UnsupportedModelError
+from persample.sources.refusals import describe
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module: `output = module(*inputs)`, before anything else can change the output in place.
+
+    Attributes:
+        path: where the module is in the model.
+        module: the module.
+        inputs: its tensor arguments, positional ones first.
+        output: what its `forward` returned; later in-place operations may have changed its values since.
+        edge: where the output stands in the autograd graph, whatever happens to the tensor later.
+    """
+
+    path: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    edge: GradientEdge
+
+    @property
+    def name(self) -> str:
+        """How errors name the module."""
+        return describe(self.path, self.module)
+
+
+@contextmanager
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[ModuleCall]]:
+    """Record the calls of `modules` (by path) whose output is part of the autograd graph, in the order of the calls.
+
+    The hooks are the first to see the output, so hooks of the user that replace it come after them. After the context
+    no further call is recorded, in particular none of those that activation checkpointing repeats.
+    """
+    calls: list[ModuleCall] = []
+
+    def hook_for(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                calls.append(ModuleCall(path, module, inputs, output, get_gradient_edge(output)))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_for(path), prepend=True, with_kwargs=True) for path, module in modules.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise unless every path of the autograd graph from `losses` to a parameter leads through a recorded call.
+
+    The walk follows the graph backwards from the losses. Where it meets the output of a recorded call it goes on at
+    the call's inputs, so what it still meets of the parameters is used by something that was not recorded: a
+    functional call (`F.linear(x, embedding.weight)`), a bare parameter, `module.forward(x)` instead of `module(x)`.
+
+    Raises:
+        UnsupportedModelError: it names the parameter.
+    """
+    inputs_of: dict[Node, list[Tensor]] = {call.edge.node: list(call.inputs) for call in calls}
+    names = {parameter: name for name, parameter in parameters.items()}
+    pending = [losses.grad_fn] if losses.grad_fn is not None else []
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in inputs_of:
+            pending += [get_gradient_edge(x).node for x in inputs_of[node] if x.requires_grad]
+            continue
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and variable in names:
+            raise UnsupportedModelError(
+                f"Parameter {names[variable]!r} is used outside the call of a module that this backend has a rule "
+                "for (by a functional call, as a bare parameter, or by a module's method): its gradient would lack "
+                "that use. Use backend 'vmap' or 'loop'."
+            )
+        if "CheckpointFunction" in node.name():
+            raise UnsupportedModelError(
+                "The model uses reentrant activation checkpointing, which hides its parameters from autograd's "
+                "graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
+        pending += [following for following, _ in node.next_functions if following is not None]
+
+
+def require_batch_first(call: ModuleCall, batch_size: int) -> None:
+    """Raise unless dim 0 of all tensors of the call is the sample."""
+    for tensor in (*call.inputs, call.output):
+        if tensor.dim() == 0 or len(tensor) != batch_size:
+            raise UnsupportedModelError(
+                f"{call.name} was called with a tensor of shape {tuple(tensor.shape)} in a batch of {batch_size} "
+                "samples: this backend needs dim 0 of its inputs and outputs to be the sample (no folded batches, no "
+                "time-first layouts). Use backend 'vmap' or 'loop'."
+            )

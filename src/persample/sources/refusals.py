@@ -1,0 +1,63 @@
+"""What has no per-sample gradient at all, whatever the backend: refused by name before anything is computed."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
+
+from persample.errors import UnsupportedModelError
+
+
+def refuse_impossible(model: nn.Module) -> None:
+    """Raise if a module of `model`, in its present mode, mixes the samples or rewrites its own parameters.
+
+    Raises:
+        UnsupportedModelError: it names the module, the reason, and what to do.
+    """
+    for path, module in model.named_modules():
+        reason = _reason(module)
+        if reason:
+            raise UnsupportedModelError(f"{describe(path, module)} {reason}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UnsupportedModelError(
+                f"Parameter {name!r} is not initialised yet (a lazy module): run one forward pass of the model first."
+            )
+        if parameter.requires_grad and parameter.is_complex():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} is complex, and a squared gradient is not defined for it: hold its real and "
+                "imaginary parts as two real parameters."
+            )
+
+
+def describe(path: str, module: nn.Module) -> str:
+    """Return how errors name a module: its class and its path in the model."""
+    return f"{type(module).__name__} {path!r}" if path else f"The model ({type(module).__name__})"
+
+
+def _reason(module: nn.Module) -> str | None:
+    if isinstance(module, _BatchNorm):
+        if module.training:
+            return (
+                "is in training mode: it normalises with statistics of the whole batch, so the gradient of a single "
+                "sample does not exist. Call .eval() on it to use its running statistics, or replace it by "
+                "nn.GroupNorm."
+            )
+        if module.running_mean is None:
+            return (
+                "has track_running_stats=False: it normalises with statistics of the whole batch even in eval mode, "
+                "so the gradient of a single sample does not exist. Replace it by nn.GroupNorm."
+            )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if module.max_norm is not None:
+            return (
+                f"has max_norm={module.max_norm}: it rewrites its weight during the forward pass, so the gradients "
+                "would belong to other weights than the model's. Set max_norm=None."
+            )
+        if module.scale_grad_by_freq:
+            return (
+                "has scale_grad_by_freq=True: it divides by how often an index occurs in the whole batch, which "
+                "mixes the samples. Set scale_grad_by_freq=False."
+            )
+    return None

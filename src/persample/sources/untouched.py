@@ -1,0 +1,119 @@
+"""Leaving no trace: contexts that put a model, its buffers and the random numbers back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RandomState = dict[torch.device, Tensor]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put everything but the buffers' values back afterwards; after an exception the buffers too.
+
+    Gradients, hooks, attributes of parameters and modules and the training flags are as before, whatever happens
+    inside. Inside, every `p.grad` is None. Buffers keep what one ordinary forward pass changed, unless an exception
+    passes through.
+    """
+    modules = [(module, dict(vars(module)), _registries(module)) for module in model.modules()]
+    parameters = [(p, p.grad, dict(vars(p))) for p in model.parameters()]
+    buffers = _buffer_values(model)
+    for parameter, _, _ in parameters:
+        parameter.grad = None
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for module, attributes, registries in modules:
+            _restore(vars(module), attributes)
+            for name, entries in registries.items():
+                # Buffers that the forward pass bound anew (`self.mean = …`) are among what it may change.
+                if name != "_buffers" or failed:
+                    _restore(attributes[name], entries)
+        for parameter, gradient, attributes in parameters:
+            parameter.grad = gradient
+            _restore(vars(parameter), attributes)
+        if failed:
+            _set_buffer_values(buffers)
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of `model` back afterwards."""
+    registries = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = _buffer_values(model)
+    try:
+        yield
+    finally:
+        for registry, entries in registries:
+            _restore(registry, entries)
+        _set_buffer_values(values)
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """Return the state of the default random number generators that a forward pass of `model` may draw from."""
+    devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
+    return {d: _generator_module(d).get_rng_state(*_index(d)) for d in devices if d.type in ("cpu", "cuda")}
+
+
+def set_random_state(state: RandomState) -> None:
+    """Set the default random number generators to what `random_state` returned."""
+    for device, value in state.items():
+        _generator_module(device).set_rng_state(value, *_index(device))
+
+
+def same_random_state(first: RandomState, second: RandomState) -> bool:
+    """Whether nothing was drawn between the two states."""
+    return all(torch.equal(value, second[device]) for device, value in first.items())
+
+
+@contextmanager
+def random_state_restored(model: nn.Module, inside: RandomState) -> Iterator[None]:
+    """Draw from the state `inside` within the context, and go on afterwards as if nothing had been drawn."""
+    outside = random_state(model)
+    set_random_state(inside)
+    try:
+        yield
+    finally:
+        set_random_state(outside)
+
+
+def _generator_module(device: torch.device) -> Any:
+    return torch.cuda if device.type == "cuda" else torch
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return (device,) if device.type == "cuda" else ()
+
+
+def _registries(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """Copies of the module's own tables: parameters, buffers, children and all kinds of hooks."""
+    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
+
+
+def _restore(live: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    """Make `live` hold exactly the entries of `saved`, in that order, without replacing the dict itself."""
+    if len(live) != len(saved) or any(
+        key != saved_key or value is not saved[saved_key]
+        for (key, value), saved_key in zip(live.items(), saved, strict=True)
+    ):
+        live.clear()
+        live.update(saved)
+
+
+def _buffer_values(model: nn.Module) -> list[tuple[Tensor, int, Tensor]]:
+    # A copy is needed, because a forward pass changes buffers in place; the version counter tells whether it did.
+    return [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+
+
+def _set_buffer_values(values: list[tuple[Tensor, int, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)
