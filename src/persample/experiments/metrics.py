@@ -57,19 +57,19 @@ def evaluate_probabilities(probabilities: Tensor, targets: Tensor) -> Metrics:
         raise NonFiniteLossError("the model predicts probabilities that are not numbers; train with a smaller lr")
     classification = require("torchmetrics.functional.classification", "The metrics")
     classes = probabilities.shape[1]
-    # torchmetrics takes rows with an entry above 1, be it by one rounding, for logits; and it puts those of
-    # exactly 1 in a bin of their own. The largest number below 1 avoids both.
-    below_one = 1 - torch.finfo(probabilities.dtype).eps / 2
-    bounded = probabilities.clamp(0, below_one)
+    # torchmetrics takes everything for logits when one entry lies above 1, be it by one rounding.
+    bounded = probabilities.clamp(0, 1)
+    # It bins in float32, and those of exactly 1 in a bin of their own: keep them with the others of the last.
+    below_one = bounded.float().clamp(max=1 - torch.finfo(torch.float32).eps / 2)
     return Metrics(
         accuracy=classification.multiclass_accuracy(bounded, targets, classes, average="micro").item(),
-        log_loss=_log_loss(probabilities, targets),
+        log_loss=_log_loss(bounded, targets),
         calibration_error=classification.multiclass_calibration_error(
-            bounded, targets, classes, n_bins=CALIBRATION_BINS
+            below_one, targets, classes, n_bins=CALIBRATION_BINS
         ).item(),
     )
 
 
 def _log_loss(probabilities: Tensor, targets: Tensor) -> float:
-    right = probabilities.gather(1, targets[:, None]).clamp(torch.finfo(probabilities.dtype).tiny, 1)
+    right = probabilities.gather(1, targets[:, None]).clamp(min=torch.finfo(probabilities.dtype).tiny)
     return right.log().neg().mean().item()

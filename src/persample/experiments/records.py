@@ -1,0 +1,53 @@
+"""The rows that an experiment writes down: one per optimizer, epoch, split and way to predict."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from persample.experiments.files import replacing
+from persample.experiments.metrics import Metrics
+
+OptimizerName = Literal["adam", "vogn"]
+Split = Literal["train", "test"]
+Prediction = Literal["point", "mean", "averaged"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The metrics of one model on one part of the data after one epoch.
+
+    Attributes:
+        optimizer: What trained the model.
+        epoch: How many epochs were trained, from 1.
+        split: The part of the data.
+        prediction: "point" for Adam's weights; "mean" for VOGN's posterior mean, "averaged" for probabilities
+            averaged over draws from VOGN's posterior.
+        metrics: The metrics.
+    """
+
+    optimizer: OptimizerName
+    epoch: int
+    split: Split
+    prediction: Prediction
+    metrics: Metrics
+
+
+def write_csv(records: Sequence[Record], path: Path) -> None:
+    """Write the records as a table of comma-separated values with a header, whole or not at all.
+
+    Args:
+        records: The rows, in order.
+        path: The file to write; its folder exists.
+    """
+    columns = [field.name for field in fields(Record) if field.name != "metrics"]
+    metrics = [field.name for field in fields(Metrics)]
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns + metrics)
+        writer.writeheader()
+        for record in records:
+            row = {column: getattr(record, column) for column in columns}
+            writer.writerow(row | asdict(record.metrics))

