@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ class ModuleCall:
         output: what its `forward` returned; later in-place operations may have changed its values since.
         edge: where the output stands in the autograd graph, whatever happens to the tensor later.
         input_nodes: the same for the inputs that have a place there.
+        input_versions: the inputs' version counters, which count changes in place.
     """
 
     path: str
@@ -33,6 +34,7 @@ class ModuleCall:
     output: Tensor
     edge: GradientEdge
     input_nodes: tuple[Node, ...]
+    input_versions: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -41,11 +43,14 @@ class ModuleCall:
 
 
 @contextmanager
-def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[ModuleCall]]:
+def recorded_calls(
+    modules: Mapping[str, nn.Module], on_call: Callable[[ModuleCall], None] = lambda call: None
+) -> Iterator[list[ModuleCall]]:
     """Record the calls of `modules` (by path) whose output is part of the autograd graph, in the order of the calls.
 
-    The hooks are the first to see the output, so hooks of the user that replace it come after them. After the context
-    no further call is recorded, in particular none of those that activation checkpointing repeats.
+    Each call is also given to `on_call` at once, before anything can change the output in place. The hooks are the
+    first to see the output, so hooks of the user that replace it come after them. After the context no further call is
+    recorded, in particular none of those that activation checkpointing repeats.
     """
     calls: list[ModuleCall] = []
 
@@ -53,8 +58,17 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[ModuleCall
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                nodes = tuple(get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad)
-                calls.append(ModuleCall(path, module, inputs, output, get_gradient_edge(output), nodes))
+                call = ModuleCall(
+                    path,
+                    module,
+                    inputs,
+                    output,
+                    get_gradient_edge(output),
+                    tuple(get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad),
+                    tuple(tensor._version for tensor in inputs),
+                )
+                calls.append(call)
+                on_call(call)
 
         return hook
 
@@ -103,6 +117,15 @@ def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapp
                 "graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
             )
         pending += [following for following, _ in node.next_functions if following is not None]
+
+
+def refuse_changed_inputs(call: ModuleCall) -> None:
+    """Raise if an input of the call was changed in place after the call: its values there are lost."""
+    if tuple(tensor._version for tensor in call.inputs) != call.input_versions:
+        raise UnsupportedModelError(
+            f"The input of {call.name} was changed in place after the call, so what the module saw is lost: make that "
+            "operation not in place (inplace=False), or use backend 'vmap' or 'loop'."
+        )
 
 
 def require_batch_first(call: ModuleCall, batch_size: int) -> None:

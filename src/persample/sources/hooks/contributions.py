@@ -1,0 +1,126 @@
+"""What one call of a layer adds to the per-sample gradients of one parameter, and the sums of their squares.
+
+Index legend: B samples, G groups, L positions in a sample (of a sequence, or output pixels of a convolution),
+I inputs and O outputs of a group. The gradient of sample i is always a sum over its L positions, taken **before**
+squaring. The formula printed in the paper squares first and so drops the cross terms; each kind has it too, under
+`printed_second_moment_sum`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Per-sample gradients are made and used up in pieces of about this many numbers, which stay in the processor's cache.
+_PIECE = 2**20
+
+
+class Contribution(Protocol):
+    """The gradients g_i of one parameter, from one call."""
+
+    def per_sample(self) -> Tensor:
+        """Return g_i for each sample, shape `(B, *parameter.shape)`."""
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Return Σ_i g_i and Σ_i g_i², each of the parameter's shape."""
+
+    def printed_second_moment_sum(self) -> Tensor:
+        """Return Σ_i Σ_l (term l of g_i)², the paper's printed approximation."""
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """g_i = Σ_l δ_il a_ilᵀ in each group: the weight of a linear layer or convolution.
+
+    Attributes:
+        delta: δ, shape `(B, G, O, L)`.
+        a: the (unfolded) inputs [[a]], shape `(B, G, I, L)`.
+        shape: shape of the parameter; it has G·O·I entries in this order.
+    """
+
+    delta: Tensor
+    a: Tensor
+    shape: torch.Size
+
+    def per_sample(self) -> Tensor:
+        return (self.delta @ self.a.mT).reshape(-1, *self.shape)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        if self.a.shape[-1] == 1:
+            # One position: g_i² = (δ_i)² (a_iᵀ)², so that no per-sample gradient is needed (Goodfellow, 2015).
+            return self._product(self.delta, self.a), self._product(self.delta.square(), self.a.square())
+        total = self.delta.new_zeros(self.shape)
+        squares = torch.zeros_like(total)
+        rows = max(1, _PIECE // max(1, self.shape.numel()))
+        for delta, a in zip(self.delta.split(rows), self.a.split(rows), strict=True):
+            g = (delta @ a.mT).reshape(-1, *self.shape)
+            total += g.sum(0)
+            squares += g.square_().sum(0)
+        return total, squares
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return self._product(self.delta.square(), self.a.square())
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Σ_i Σ_l left_il right_ilᵀ."""
+        return torch.einsum("bgol,bgil->goi", left, right).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """g_i = Σ_l t_il: biases (t = δ) and the scales of normalisations (t = δ ∘ x̂).
+
+    Attributes:
+        terms: t, shape `(B, L, *parameter.shape)`.
+    """
+
+    terms: Tensor
+
+    def per_sample(self) -> Tensor:
+        return self.terms.sum(1)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        g = self.per_sample()
+        return g.sum(0), g.square_().sum(0)
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return self.terms.square().sum((0, 1))
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """g_i[v] = Σ_l δ_il over the positions l of sample i that hold index v: the table of an embedding.
+
+    Attributes:
+        indices: shape `(B, L)`.
+        delta: δ, shape `(B, L, D)`, zero where the padding index stands.
+        rows: number of rows V of the table, which has shape `(V, D)`.
+    """
+
+    indices: Tensor
+    delta: Tensor
+    rows: int
+
+    def per_sample(self) -> Tensor:
+        samples, _, width = self.delta.shape
+        index = self.indices.unsqueeze(-1).expand_as(self.delta)
+        return self.delta.new_zeros(samples, self.rows, width).scatter_add_(1, index, self.delta)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        # Only the rows that a sample looks up are formed: one for each pair (sample, index) that occurs.
+        sample = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
+        pairs, place = (sample * self.rows + self.indices).unique(return_inverse=True)
+        g = self._add_up(place, self.delta, len(pairs))
+        index = pairs % self.rows
+        return self._add_up(index, g, self.rows), self._add_up(index, g.square(), self.rows)
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return self._add_up(self.indices, self.delta.square(), self.rows)
+
+    @staticmethod
+    def _add_up(index: Tensor, values: Tensor, rows: int) -> Tensor:
+        width = values.shape[-1]
+        return values.new_zeros(rows, width).index_add_(0, index.reshape(-1), values.reshape(-1, width))

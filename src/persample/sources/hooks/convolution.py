@@ -1,0 +1,81 @@
+"""Convolutions of one, two and three dimensions, and their transposes.
+
+With [[a]] the unfolded input, `(B, G, C·K, L)`, a convolution is a matrix product at each of its L output positions,
+so g_i = δ_i [[a]]_iᵀ = Σ_l δ_il [[a]]_ilᵀ (Jain and Khan, section 3). A transposed convolution is the adjoint of the
+convolution with the same weight: there the gradient δ is unfolded, and the input takes the place of δ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from persample.sources.hooks.contributions import Contribution, OuterProducts, Terms
+
+
+def convolution(module: _ConvNd, a: Tensor, delta: Tensor) -> dict[str, Contribution]:
+    """Return the contributions of one call; `a` is `(B, C, *S)` and `delta` is `(B, O, *L)`."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    unfolded = unfold(F.pad(a, _padding(module), mode=mode), module, delta.shape[2:])
+    return {
+        "weight": OuterProducts(_grouped(delta, module.groups), unfolded, module.weight.shape),
+        "bias": Terms(delta.flatten(2).mT),
+    }
+
+
+def transposed_convolution(module: _ConvTransposeNd, a: Tensor, delta: Tensor) -> dict[str, Contribution]:
+    """Return the contributions of one call; `a` is `(B, C, *L)` and `delta` is `(B, O, *S)`."""
+    unfolded = unfold(F.pad(delta, _padding(module)), module, a.shape[2:])
+    return {
+        "weight": OuterProducts(_grouped(a, module.groups), unfolded, module.weight.shape),
+        "bias": Terms(delta.flatten(2).mT),
+    }
+
+
+def unfold(x: Tensor, module: _ConvNd, positions: Sequence[int]) -> Tensor:
+    """Return the windows of the padded `x`, `(B, C, *S)`, as `(B, G, C/G · K, L)`.
+
+    Args:
+        x: what the windows are cut from.
+        module: gives kernel size, stride, dilation and groups.
+        positions: how many windows along each dimension; L is their product. The last ones are left away where the
+            output padding of a transposed convolution leaves room for more.
+    """
+    dimensions = len(positions)
+    windows = x
+    for d in range(dimensions):
+        span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        windows = windows.unfold(2 + d, span, module.stride[d])[..., :: module.dilation[d]]
+        windows = windows.narrow(2 + d, 0, positions[d])
+    batch, channels = x.shape[:2]
+    kernel_first = [0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions)]
+    rows = channels // module.groups * math.prod(module.kernel_size)
+    return windows.permute(kernel_first).reshape(batch, module.groups, rows, math.prod(positions))
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """`(B, C, *L)` as `(B, G, C/G, L)`."""
+    return x.reshape(len(x), groups, x.shape[1] // groups, -1)
+
+
+def _padding(module: _ConvNd) -> list[int]:
+    """Padding before and after each dimension, the last dimension first, as `F.pad` wants it."""
+    pairs = []
+    for d, (kernel, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
+        if module.padding == "same":
+            # An odd total puts the additional entry at the end.
+            total = dilation * (kernel - 1)
+            pairs.append((total // 2, total - total // 2))
+        elif module.padding == "valid":
+            pairs.append((0, 0))
+        else:
+            pairs.append((int(module.padding[d]), int(module.padding[d])))
+    return [side for pair in reversed(pairs) for side in pair]
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -1,0 +1,146 @@
+"""The paper's method: forward hooks for the inputs, tensor hooks for the gradients at the outputs, a rule for each layer.
+
+Jain and Khan, "Natural-Gradient Variational Inference for Bayesian Convolutional Neural Networks", section 3: from the
+input a of a layer and the gradient δ at its output (before the activation) follow the gradients of the single
+samples. The backward pass here stops at the outputs of the layers; autograd never computes a weight's gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import OptionError
+from persample.moments import Moments
+from persample.sources.base import Check, PerSampleGradSource
+from persample.sources.batch import Batch
+from persample.sources.hooks.contributions import Contribution
+from persample.sources.hooks.rules import RULES, modules_with_rules
+from persample.sources.module_calls import (
+    ModuleCall,
+    recorded_calls,
+    refuse_changed_inputs,
+    refuse_unseen_uses,
+    require_batch_first,
+)
+
+Curvature = Literal["exact", "printed"]
+
+
+class HooksSource(PerSampleGradSource):
+    """Per-sample gradients by hooks and hand-written rules.
+
+    Args:
+        model: the network.
+        loss_fn: the loss of each sample.
+        curvature: `"exact"` is Σ_i g_i². `"printed"` is the formula printed in the paper, ([[A]])² × G², which
+            squares before the sum over the positions of a convolution (or a sequence) and so drops the cross terms:
+            an approximation that underestimates the second moment several times. It changes `second_moment` only.
+        check: when the self-check runs, see `PerSampleGradSource`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any],
+        *,
+        curvature: Curvature = "exact",
+        check: Check = "first",
+    ) -> None:
+        super().__init__(model, loss_fn, check=check)
+        if curvature not in get_args(Curvature):
+            raise OptionError(
+                f"curvature={curvature!r} is not known: use one of {', '.join(map(repr, get_args(Curvature)))}."
+            )
+        self.exact = curvature == "exact"
+
+    def refuse_unsupported(self) -> None:
+        modules_with_rules(self.model)
+
+    def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        gradients = {name: _zeros(p, batch.size) for name, p in self.parameters().items()}
+
+        def receive(name: str, contribution: Contribution, uses: int) -> None:
+            gradients[name] += contribution.per_sample()
+
+        return self._backward(batch, receive), self._in_own_dtype(gradients)
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        total = {name: _zeros(p) for name, p in self.parameters().items()}
+        squares = {name: _zeros(p) for name, p in self.parameters().items()}
+        shared: dict[str, Tensor] = {}
+
+        def receive(name: str, contribution: Contribution, uses: int) -> None:
+            if not self.exact:
+                total[name] += contribution.sums()[0]
+                squares[name] += contribution.printed_second_moment_sum()
+            elif uses == 1:
+                total[name], squares[name] = contribution.sums()
+            else:
+                # All uses of a parameter are added up for each sample before they are squared.
+                shared[name] = shared.get(name, 0) + contribution.per_sample()
+
+        losses = self._backward(batch, receive)
+        for name, g in shared.items():
+            total[name], squares[name] = g.sum(0), g.square().sum(0)
+        return Moments(
+            losses=losses,
+            mean=self._in_own_dtype({name: value / batch.size for name, value in total.items()}),
+            second_moment=self._in_own_dtype({name: value / batch.size for name, value in squares.items()}),
+        )
+
+    def _backward(self, batch: Batch, receive: Callable[[str, Contribution, int], None]) -> Tensor:
+        """Run forward and backward once; give `receive` each contribution with its parameter's name and number of uses.
+
+        Returns:
+            The detached losses.
+        """
+        parameters = self.parameters()
+        names = {id(p): name for name, p in parameters.items()}
+        uses: Counter[str] = Counter()
+
+        def used_parameters(module: nn.Module) -> dict[str, str]:
+            """Names in the model by names in the module."""
+            own = module._parameters.items()
+            return {local: names[id(p)] for local, p in own if p is not None and id(p) in names}
+
+        def on_call(call: ModuleCall) -> None:
+            require_batch_first(call, batch.size)
+            uses.update(used_parameters(call.module).values())
+            # Registered before anything can change the output in place, so δ belongs to the output as it is now.
+            call.output.register_hook(lambda delta: on_gradient(call, delta))
+
+        def on_gradient(call: ModuleCall, delta: Tensor) -> None:
+            refuse_changed_inputs(call)
+            a = _precise(call.inputs[0].detach())
+            with torch.autocast(delta.device.type, enabled=False):
+                contributions = RULES[type(call.module)](call.module, a, _precise(delta))
+                for local, name in used_parameters(call.module).items():
+                    receive(name, contributions[local], uses[name])
+
+        with recorded_calls(modules_with_rules(self.model), on_call) as calls:
+            losses = self.losses(batch)
+        if calls and losses.requires_grad:
+            refuse_unseen_uses(losses, calls, parameters)
+            edges = [call.edge for call in calls]
+            torch.autograd.grad(losses.sum(), edges, allow_unused=True)
+        return losses.detach()
+
+    def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
+
+
+def _precise(values: Tensor) -> Tensor:
+    """At least float32, in which all sums are taken."""
+    if not values.is_floating_point():
+        return values
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _zeros(parameter: Tensor, *leading: int) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros((*leading, *parameter.shape), dtype=dtype, device=parameter.device)
