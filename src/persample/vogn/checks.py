@@ -1,4 +1,4 @@
-"""What VOGN refuses and warns about: settings out of range, infinite numbers, a first step that is too long."""
+"""What VOGN refuses, and what it warns of: wrong settings and parameters, infinite numbers, a first step too long."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from persample.errors import OptionError, PersampleError
-from persample.vogn.core import Tensors
 
 # Measured on small convolutional networks: above this length of lr / (hess_init + λ/N), ReLUs die or training diverges.
 LONGEST_FIRST_STEP = 0.5
@@ -63,7 +63,35 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
-def warn_of_first_step(settings: Mapping[str, Any], data_size: int, stacklevel: int) -> None:
+def name_params(model: nn.Module, params: Iterable[Any], taken: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return `params` keyed by their names in `model`.
+
+    Args:
+        model: the network.
+        params: parameters, or pairs of a name (which is ignored) and a parameter, as PyTorch's optimizers take them.
+        taken: parameters that belong to another group already.
+
+    Raises:
+        OptionError: an entry is not a parameter of the model, is frozen, or is there twice.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken_ids = {id(p) for p in taken}
+    named: dict[str, Tensor] = {}
+    for entry in params:
+        param = entry[1] if isinstance(entry, tuple) else entry
+        name = names.get(id(param))
+        if name is None:
+            what = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else repr(param)
+            raise OptionError(f"params holds {what}, which is not a parameter of the model that VOGN was given.")
+        if not param.requires_grad:
+            raise OptionError(f"params holds {name!r}, which is frozen: leave it out, or unfreeze it first.")
+        if name in named or id(param) in taken_ids:
+            raise OptionError(f"params holds {name!r} twice: name each parameter once, in one group.")
+        named[name] = param
+    return named
+
+
+def warn_of_first_step(settings: Mapping[str, Any], data_size: int) -> None:
     """Warn with `DangerousFirstStepWarning` if α / (s_0 + λ/N) is above `LONGEST_FIRST_STEP`.
 
     On its first step VOGN moves the mean by that many gradients. With s_0 = 0, as printed, that is α N / λ.
@@ -79,24 +107,38 @@ def warn_of_first_step(settings: Mapping[str, Any], data_size: int, stacklevel: 
             f"{lr / LONGEST_FIRST_STEP - prior:.2g}, or lr to at most "
             f"{LONGEST_FIRST_STEP * (hess_init + prior):.2g}.",
             DangerousFirstStepWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=6,  # the line that called optimizer.step(), which PyTorch wraps twice
         )
 
 
-def check_finite(what: str, names: Iterable[str], tensors: Tensors) -> None:
-    """Check that all `tensors` are finite.
+def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that all `tensors`, keyed by the names of their parameters, are finite.
 
     Raises:
-        NonFiniteError: one is not; `what` and its name are in the message.
+        NonFiniteError: one is not; `what` and the parameter are in the message.
     """
-    # A sum is finite only if all its terms are, and by far the cheapest thing to look at; if the sum is not, single
-    # numbers decide, since a sum of finite numbers may overflow.
-    device = tensors[0].device
-    if bool(torch.stack([t.sum().to(device) for t in tensors]).sum().isfinite()):
+    # A sum is finite only if all its terms are, and far cheaper to get than to look at each. Only if the sum is not,
+    # the single numbers decide, because a sum of finite numbers may overflow.
+    sums = [tensor.sum() for tensor in tensors.values()]
+    if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).sum().isfinite()):
         return
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NonFiniteError(
-                f"{what} of {name} would be infinite or not a number; nothing was changed. Lower lr, raise hess_init "
-                "or prior_precision, or look at the batch; zero_grad() forgets what was observed."
+                f"{what} of {name!r} is infinite or not a number, so nothing was changed: look at the batch, lower lr, "
+                "or raise hess_init or prior_precision. zero_grad() forgets what was observed."
+            )
+
+
+def check_positive(curvature: Mapping[str, Tensor]) -> None:
+    """Check that the posterior is proper where the prior is flat: all entries of s are above 0.
+
+    Raises:
+        OptionError: one is not; its parameter is in the message.
+    """
+    for name, s in curvature.items():
+        if not bool((s > 0).all()):
+            raise OptionError(
+                f"With prior_precision=0 and curvature 0 the posterior of {name!r} has precision N s + λ = 0, and no "
+                "weight can be drawn from it: give it a positive prior_precision."
             )

@@ -12,7 +12,7 @@ from persample.vogn.core import Tensors
 
 
 def draw(mean: Tensors, scale: Tensors, generator: torch.Generator | None) -> Tensors:
-    """w = μ + σ ∘ ε with ε ~ N(0, I).
+    """Return w = μ + σ ∘ ε with ε ~ N(0, I).
 
     The noise comes tensor by tensor, in order, from `generator` on its own device, or from PyTorch's global generator
     of the tensor's device: whatever computes gradients afterwards, the same seed gives the same weights.
