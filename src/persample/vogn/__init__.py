@@ -1,6 +1,5 @@
 """VOGN: natural-gradient variational inference for neural networks, as a PyTorch optimizer."""
 
-from persample.vogn.checks import DangerousFirstStepWarning, NonFiniteError
-from persample.vogn.optimizer import VOGN
-
-__all__ = ["VOGN", "DangerousFirstStepWarning", "NonFiniteError"]
+from persample.vogn.checks import DangerousFirstStepWarning as DangerousFirstStepWarning
+from persample.vogn.checks import NonFiniteError as NonFiniteError
+from persample.vogn.optimizer import VOGN as VOGN

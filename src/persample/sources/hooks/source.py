@@ -1,4 +1,4 @@
-"""The paper's method: forward hooks for the inputs, tensor hooks for the gradients at the outputs, rules for the layers.
+"""The paper's method: forward hooks for the inputs, tensor hooks for the gradients at the outputs, rules for layers.
 
 Jain and Khan, "Natural-Gradient Variational Inference for Bayesian Convolutional Neural Networks", section 3: from the
 input a of a layer and the gradient δ at its output (before the activation) follow the gradients of the single
