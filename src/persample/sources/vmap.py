@@ -1,0 +1,184 @@
+"""Backend `"vmap"`: the gradient of one sample as a function, mapped over the batch by `torch.func`."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils import _pytree as pytree
+
+from persample.errors import LossError, OptionError, UnsupportedModelError
+from persample.losses import check_losses
+from persample.moments import Moments
+from persample.sources.base import Check, PerSampleGradSource
+from persample.sources.batch import Batch
+from persample.sources.reference import gradient
+from persample.sources.refusals import describe
+from persample.sources.untouched import random_state, set_random_state
+
+Randomness = Literal["error", "different", "same"]
+
+
+class VmapSource(PerSampleGradSource):
+    """`vmap(grad(ℓ))`, with ℓ the loss of one sample as a function of the parameters.
+
+    Exact wherever `torch.func` can run the model, whatever its layers. It cannot run `.item()`, control flow that
+    depends on values, buffers that are updated in place, and some kernels (`nn.RNN`, `nn.GRU`): these are refused.
+    The buffers of the model keep the values that they had before.
+
+    Args:
+        model: the network.
+        loss_fn: the loss of each sample.
+        check: when the self-check runs.
+        chunk_size: as many samples at once. Memory is that of `chunk_size` × P gradients (P parameters), where
+            `per_sample` needs B × P for its result in any case. None takes the whole batch at once.
+        randomness: what dropout and other random operations do: `"error"` refuses them, `"different"` draws for
+            every sample, `"same"` draws once for all samples. As the random numbers are not those of an ordinary
+            forward pass, results are repeatable from a seed, but differ from those of the other backends.
+
+    Raises:
+        OptionError: `chunk_size` is not a positive integer or None, or `randomness` is not known.
+    """
+
+    ordinary_random_stream: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any],
+        *,
+        check: Check = "first",
+        chunk_size: int | None = None,
+        randomness: Randomness = "error",
+    ) -> None:
+        super().__init__(model, loss_fn, check=check)
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+            raise OptionError(f"chunk_size={chunk_size!r} must be a positive integer, or None for the whole batch.")
+        if randomness not in get_args(Randomness):
+            known = ", ".join(map(repr, get_args(Randomness)))
+            raise OptionError(f"randomness={randomness!r} is not known: use one of {known}.")
+        self.chunk_size = chunk_size
+        self.randomness = randomness
+
+    def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        chunks = list(self._chunks(batch))
+        losses = torch.cat([chunk_losses for chunk_losses, _ in chunks])
+        gradients = {name: torch.cat([rows[name] for _, rows in chunks]) for name in self.parameters()}
+        return check_losses(losses, batch.size), gradients
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        # Sums over many samples need more than the 8 or 11 bits of bfloat16 and float16.
+        mean = {name: _zeros(p) for name, p in self.parameters().items()}
+        second_moment = {name: _zeros(p) for name, p in self.parameters().items()}
+        losses = []
+        for chunk_losses, gradients in self._chunks(batch):
+            losses.append(chunk_losses)
+            for name, rows in gradients.items():
+                rows = rows.to(mean[name].dtype)
+                mean[name] += rows.sum(0) / batch.size
+                second_moment[name] += rows.square().sum(0) / batch.size
+        parameters = self.parameters()
+        return Moments(
+            losses=check_losses(torch.cat(losses), batch.size),
+            mean={name: value.to(parameters[name].dtype) for name, value in mean.items()},
+            second_moment={name: value.to(parameters[name].dtype) for name, value in second_moment.items()},
+        )
+
+    def _chunks(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield losses and gradients, `(b,)` and `(b, *p.shape)`, of one chunk of b samples after the other."""
+        size = self.chunk_size or batch.size
+        before = random_state(self.model)
+        for start in range(0, batch.size, size):
+            if self.randomness == "same":
+                set_random_state(before)
+            yield self._gradients(batch.rows(slice(start, start + size)))
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            gradients, losses = self._mapped(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (LossError, RuntimeError, ValueError) as error:
+            # An error that the plain model raises too is the user's own, and is the one to show.
+            gradient(self.losses(batch).sum(), self)
+            if isinstance(error, LossError):
+                raise
+            raise self._unsupported(error) from error
+        self._refuse_unseen_uses(losses)
+        return losses.detach(), {name: gradients[f"model.{name}"].detach() for name in self.parameters()}
+
+    def _mapped(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        model_loss = _ModelLoss(self.model, self.loss_fn)
+        parameters = {f"model.{name}": p.detach() for name, p in self.parameters().items()}
+        # Copies, because an update in place would otherwise reach the model.
+        buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+
+        def sample_loss(parameters: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
+            rows = iter(sample)
+            row = [next(rows).unsqueeze(0) if known else leaf for leaf, known in zip(leaves, is_tensor, strict=True)]
+            loss: Tensor = functional_call(model_loss, (parameters, buffers), pytree.tree_unflatten(row, structure))
+            return loss
+
+        mapped = vmap(grad_and_value(sample_loss), in_dims=(None, 0), randomness=self.randomness)
+        gradients, losses = mapped(parameters, tensors)
+        return gradients, losses
+
+    def _refuse_unseen_uses(self, losses: Tensor) -> None:
+        """Raise if the losses depend on a parameter past the copies that were differentiated."""
+        if not losses.requires_grad:
+            return
+        parameters = self.parameters()
+        unseen = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        for name, part in zip(parameters, unseen, strict=True):
+            if part is not None:
+                raise UnsupportedModelError(
+                    f"Parameter {name!r} is used through a reference that is not a registered parameter of a module "
+                    "(a list, a closure), where torch.func cannot put another value for it: its gradient would lack "
+                    "that use. Read it from its module, or use backend 'loop'."
+                )
+
+    def _unsupported(self, error: BaseException) -> UnsupportedModelError:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        advice = "Use another backend: 'hooks' has rules for the common layers, 'loop' runs every model."
+        if "random" in reason:
+            advice = (
+                "Choose randomness='different' (every sample draws its own random numbers) or 'same', or call "
+                "model.eval() to switch dropout off."
+            )
+        return UnsupportedModelError(f"{self._where(error)} cannot be run by torch.func: {reason}. {advice}")
+
+    def _where(self, error: BaseException) -> str:
+        """The innermost module of the model whose code raised `error`."""
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for module in reversed(modules):
+            if isinstance(module, nn.Module) and id(module) in paths:
+                return describe(paths[id(module)], module)
+        return describe("", self.model)
+
+
+class _ModelLoss(nn.Module):
+    """Model and loss as one module, so that a loss that reads the model's parameters gets the replaced ones too."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Tensor:
+        losses = self.loss_fn(self.model(*args, **kwargs), targets)
+        if not isinstance(losses, Tensor) or losses.shape != (1,) or not losses.is_floating_point():
+            check_losses(losses, 1)  # raises; that the value is finite can be seen only after the map
+        loss: Tensor = losses[0]
+        return loss
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, requires_grad=False, dtype=torch.promote_types(parameter.dtype, torch.float32))
