@@ -1,6 +1,8 @@
 """Per-sample gradients in PyTorch, and Bayesian deep learning by natural-gradient variational inference."""
 
 from persample import losses as losses
+from persample.checks import benchmark as benchmark
+from persample.checks import crosscheck as crosscheck
 from persample.errors import PersampleError as PersampleError
 from persample.moments import Moments as Moments
 from persample.moments import merge_moments as merge_moments

@@ -1,0 +1,163 @@
+"""`benchmark`: what each backend costs, as a ratio to an ordinary forward and backward pass of the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from persample.checks.crosscheck import Agreement, crosscheck
+from persample.checks.memory import peak_memory
+from persample.losses import as_per_sample
+from persample.sources.batch import as_batch
+from persample.sources.registry import backends as all_backends
+from persample.sources.registry import make_source
+
+#: The name under which the ordinary forward and backward pass stands in the results.
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and memory of `moments` with one backend.
+
+    Attributes:
+        backend: its name, or `"plain"` for the ordinary forward and backward pass.
+        seconds: median time of one call.
+        time_ratio: median over the rounds of the time over that of the plain pass of the same round.
+        time_ratio_low: first quartile of that ratio.
+        time_ratio_high: third quartile.
+        peak_bytes: the most that tensors occupied during one call, parameters and batch included.
+        memory_ratio: `peak_bytes` over that of the plain pass.
+        problem: why it was not timed (it refused, or it disagrees with the oracle), or None.
+    """
+
+    backend: str
+    seconds: float | None = None
+    time_ratio: float | None = None
+    time_ratio_low: float | None = None
+    time_ratio_high: float | None = None
+    peak_bytes: int | None = None
+    memory_ratio: float | None = None
+    problem: str | None = None
+
+
+def benchmark(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    *,
+    backends: Iterable[str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    rounds: int = 15,
+) -> list[Cost]:
+    """Time `moments` with each backend against an ordinary forward and backward pass.
+
+    In every round the plain pass and all backends take their turn, so that what else the machine does meets them
+    alike; the ratios are medians over the rounds. A backend that refuses or disagrees with the oracle (see
+    `crosscheck`) is not timed. Self-checks are off while the clock runs.
+
+    Args:
+        model: the network; it is not changed.
+        loss_fn: the loss of each sample, or a loss module of `torch.nn`.
+        inputs: a mini-batch, as for `PerSampleGradSource.moments`.
+        targets: its targets.
+        backends: names to time; all that exist but the slow `loop` if None.
+        options: options for single backends, by name.
+        rounds: how often each is timed.
+
+    Returns:
+        The plain pass first, then the backends in the order given.
+    """
+    options = options or {}
+    agreements = crosscheck(model, loss_fn, inputs, targets, backends=_names(backends), options=options)
+    calls: dict[str, Callable[[], Any]] = {PLAIN: _plain_pass(model, loss_fn, inputs, targets)}
+    for agreement in agreements:
+        if agreement.agrees:
+            source = make_source(agreement.backend, model, loss_fn, check="never", **options.get(agreement.backend, {}))
+            calls[agreement.backend] = lambda source=source: source.moments(inputs, targets)  # type: ignore[misc]
+    seconds = _alternate(calls, rounds, _device(model))
+    resident = _bytes((list(model.parameters()), list(model.buffers()), inputs, targets))
+    peaks = {name: resident + peak_memory(call, _device(model)) for name, call in calls.items()}
+
+    costs = [_cost(PLAIN, seconds, peaks)]
+    for agreement in agreements:
+        if agreement.agrees:
+            costs.append(_cost(agreement.backend, seconds, peaks))
+        else:
+            costs.append(Cost(agreement.backend, problem=agreement.problem or _disagreement(agreement)))
+    return costs
+
+
+def _names(backends: Iterable[str] | None) -> list[str]:
+    return [name for name in all_backends() if name != "loop"] if backends is None else list(backends)
+
+
+def _plain_pass(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
+) -> Callable[[], tuple[Tensor, ...]]:
+    batch = as_batch(inputs, targets)
+    per_sample_loss = as_per_sample(loss_fn)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def plain_pass() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            loss = per_sample_loss(model(*batch.args, **batch.kwargs), batch.targets).mean()
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return plain_pass
+
+
+def _alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the first round warms up and is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(rounds + 1):
+        for name, call in calls.items():
+            _wait_for(device)
+            start = time.perf_counter()
+            call()
+            _wait_for(device)
+            if round_number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _cost(name: str, seconds: Mapping[str, list[float]], peaks: Mapping[str, int]) -> Cost:
+    ratios = [own / plain for own, plain in zip(seconds[name], seconds[PLAIN], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return Cost(
+        backend=name,
+        seconds=statistics.median(seconds[name]),
+        time_ratio=middle,
+        time_ratio_low=low,
+        time_ratio_high=high,
+        peak_bytes=peaks[name],
+        memory_ratio=peaks[name] / peaks[PLAIN],
+    )
+
+
+def _disagreement(agreement: Agreement) -> str:
+    return (
+        f"not timed: it disagrees with the oracle (relative errors: mean {agreement.mean:.1e}, second moment "
+        f"{agreement.second_moment:.1e}, per-sample {agreement.per_sample:.1e}; allowed {agreement.allowed:.0e})"
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
