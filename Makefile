@@ -1,0 +1,47 @@
+# Each target makes the virtual environment first if it is not there yet. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test conformance lint docs venv clean
+
+help:
+	@echo "make demo          train a Bayesian ConvNet by VOGN beside Adam on real digits (about two minutes)"
+	@echo "make test          run the tests"
+	@echo "make conformance   run the conformance suite with thousands of drawn cases (slow)"
+	@echo "make lint          ruff and mypy"
+	@echo "make docs          build the documentation into docs/_build/html"
+	@echo "make venv          install everything into .venv"
+
+demo: venv
+	$(BIN)/persample reproduce --dataset mnist-5k --out runs/demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+conformance: venv
+	$(BIN)/python -m pytest tests/conformance --hypothesis-profile=nightly
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: venv
+	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+
+venv: $(VENV)/.installed
+
+# BackPACK's metadata asks for torchvision, which it does not import; beside a CPU build of torch a torchvision cannot
+# load and breaks others. So BackPACK comes without its dependencies, and its two real ones are named here.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	$(PIP) --editable ".[opacus,experiments,docs,dev]" einops unfoldNd
+	$(PIP) --no-deps backpack-for-pytorch
+	touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build build
