@@ -23,7 +23,9 @@ class ModuleCall:
         module: the module.
         inputs: its tensor arguments, positional ones first.
         output: what its `forward` returned; later in-place operations may have changed its values since.
-        edge: where the output stands in the autograd graph, whatever happens to the tensor later.
+        origin: the output, or the tensor that it is a view of (`F.linear` on a sequence returns a view). Its values
+            may change in place later, but not its place in the graph.
+        edge: that place.
         input_nodes: the same for the inputs that have a place there.
         input_versions: the inputs' version counters, which count changes in place.
     """
@@ -32,6 +34,7 @@ class ModuleCall:
     module: nn.Module
     inputs: tuple[Tensor, ...]
     output: Tensor
+    origin: Tensor
     edge: GradientEdge
     input_nodes: tuple[Node, ...]
     input_versions: tuple[int, ...]
@@ -58,12 +61,15 @@ def recorded_calls(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                # An operation in place on a view gives the view another node, while the node of its base remains.
+                origin = output._base if output._base is not None else output
                 call = ModuleCall(
                     path,
                     module,
                     inputs,
                     output,
-                    get_gradient_edge(output),
+                    origin,
+                    get_gradient_edge(origin),
                     tuple(get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad),
                     tuple(tensor._version for tensor in inputs),
                 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from persample.errors import UnsupportedModelError
+from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import buffers_restored, random_state, same_random_state
 
@@ -44,7 +44,7 @@ def _gradients_alone(
     allowed = tolerance(losses)
     for i in rows:
         with buffers_restored(source.model):
-            alone = source.losses(batch.rows([i]))[0]
+            alone = losses_of_part(source, batch.rows([i]))[0]
             row = gradient(alone, source)
         if abs(alone.item() - losses[i].item()) > allowed * (1 + abs(losses[i].item())):
             raise UnsupportedModelError(
@@ -54,6 +54,24 @@ def _gradients_alone(
                 "does not exist. Make every sample's loss depend on that sample alone."
             )
         yield row
+
+
+def losses_of_part(source: PerSampleGradSource, part: Batch) -> Tensor:
+    """Return the losses of some samples of a batch on which the model ran.
+
+    Raises:
+        UnsupportedModelError: the model does not run on these samples without the others.
+    """
+    try:
+        return source.losses(part)
+    except PersampleError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"The model runs on the batch, but not on {part.size} of its samples by themselves ({error}): it mixes the "
+            "samples (statistics over the batch) or is written for one batch size. Make every sample's loss depend "
+            "on that sample alone."
+        ) from error
 
 
 def _gradients_in_batch(

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from persample.errors import DisagreementError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.batch import Batch, take_rows
-from persample.sources.reference import gradient, sample_gradients
+from persample.sources.reference import gradient, losses_of_part, sample_gradients
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import (
     RandomState,
@@ -57,9 +57,9 @@ def verify(
         losses = source.losses(batch)
         total = gradient(losses.sum(), source)
         random = not same_random_state(before, random_state(source.model))
+    _verify_no_mixing(source, batch, losses.detach(), before, random)
     if random and not source.ordinary_random_stream:
         return  # its random numbers are other ones than these, so there is nothing to compare
-    _verify_no_mixing(source, batch, losses.detach(), before, random)
     with buffers_restored(source.model), random_state_restored(source.model, before):
         if isinstance(result, Moments):
             _verify_moments(source, batch, result, losses.detach(), total, before)
@@ -80,7 +80,7 @@ def _verify_no_mixing(
     few = slice(0, min(_SAMPLES, last))
     with torch.no_grad(), buffers_restored(source.model), random_state_restored(source.model, before):
         if not random:
-            _require_unmixed(source.losses(batch.rows(few)), losses[few], "in a smaller batch")
+            _require_unmixed(losses_of_part(source, batch.rows(few)), losses[few], "in a smaller batch")
         else:
             # A smaller batch would draw other random numbers, but the loss alone can be given fewer rows.
             outputs = source.model(*batch.args, **batch.kwargs)
@@ -109,7 +109,7 @@ def _verify_moments(
 ) -> None:
     _require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses})
     mean = {name: g / batch.size for name, g in total.items()}
-    _require_close(source, "mean gradient", claimed.mean, mean)
+    _require_close(source, "mean gradient", claimed.mean, mean, _largest(losses))
     if not source.exact:
         return
     few = batch.rows(slice(0, _SAMPLES))
@@ -121,7 +121,7 @@ def _verify_moments(
     # Compared as root mean squares, in the unit of the gradients, where the tolerance has a meaning.
     root = {name: torch.stack([g[name] for g in gradients]).square().mean(0).sqrt() for name in total}
     claimed_root = {name: s.sqrt() for name, s in claimed_few.second_moment.items()}
-    _require_close(source, "second moment", claimed_root, root)
+    _require_close(source, "second moment", claimed_root, root, _largest(losses))
 
 
 def _verify_rows(
@@ -140,11 +140,13 @@ def _verify_rows(
                 f"Backend {_name(source)} returned shape {shape} for parameter {name!r}, but "
                 f"{batch.size} samples of shape {tuple(p.shape)} were due. {_ADVICE}"
             )
-    _require_close(source, "sum of the per-sample gradients", {n: g.sum(0) for n, g in gradients.items()}, total)
+    sums = {name: g.sum(0) for name, g in gradients.items()}
+    _require_close(source, "sum of the per-sample gradients", sums, total, len(losses) * _largest(losses))
     few = sorted({0, batch.size // 2, batch.size - 1})
     _, rows = sample_gradients(source, batch, few)
     for i, row in zip(few, rows, strict=True):
-        _require_close(source, f"gradient of sample {i}", {n: g[i] for n, g in gradients.items()}, row)
+        claimed_row = {name: g[i] for name, g in gradients.items()}
+        _require_close(source, f"gradient of sample {i}", claimed_row, row, _largest(losses))
 
 
 _ADVICE = (
@@ -158,7 +160,11 @@ def _name(source: PerSampleGradSource) -> str:
 
 
 def _require_close(
-    source: PerSampleGradSource, what: str, claimed: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    source: PerSampleGradSource,
+    what: str,
+    claimed: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    largest_loss: float = 0.0,
 ) -> None:
     if claimed.keys() != expected.keys():
         missing = sorted(expected.keys() ^ claimed.keys())
@@ -170,7 +176,7 @@ def _require_close(
     for name, value in expected.items():
         allowed = tolerance(value) * _largest(value)
         # Gradients that vanish in exact arithmetic (a bias before a normalisation) consist of rounding alone.
-        allowed += 1e-2 * tolerance(value) * largest
+        allowed += 1e-2 * tolerance(value) * largest + 1e-4 * tolerance(value) * largest_loss
         difference = _largest(claimed[name] - value)
         if not difference <= allowed and not torch.equal(claimed[name].isnan(), value.isnan()):
             difference = float("inf")

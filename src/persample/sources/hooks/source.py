@@ -112,7 +112,8 @@ class HooksSource(PerSampleGradSource):
             require_batch_first(call, batch.size)
             uses.update(used_parameters(call.module).values())
             # Registered before anything can change the output in place, so δ belongs to the output as it is now.
-            call.output.register_hook(lambda delta: on_gradient(call, delta))
+            shape = call.output.shape
+            call.origin.register_hook(lambda delta: on_gradient(call, delta.reshape(shape)))
 
         def on_gradient(call: ModuleCall, delta: Tensor) -> None:
             refuse_changed_inputs(call)
@@ -124,10 +125,9 @@ class HooksSource(PerSampleGradSource):
 
         with recorded_calls(modules_with_rules(self.model), on_call) as calls:
             losses = self.losses(batch)
+        refuse_unseen_uses(losses, calls, parameters)
         if calls and losses.requires_grad:
-            refuse_unseen_uses(losses, calls, parameters)
-            edges = [call.edge for call in calls]
-            torch.autograd.grad(losses.sum(), edges, allow_unused=True)
+            torch.autograd.grad(losses.sum(), [call.edge for call in calls], allow_unused=True)
         return losses.detach()
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
