@@ -109,25 +109,28 @@ class VmapSource(PerSampleGradSource):
                 raise
             raise self._unsupported(error) from error
         self._refuse_unseen_uses(losses)
-        return losses.detach(), {name: gradients[f"model.{name}"].detach() for name in self.parameters()}
+        return losses.detach(), {name: rows.detach() for name, rows in gradients.items()}
 
     def _mapped(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         model_loss = _ModelLoss(self.model, self.loss_fn)
-        parameters = {f"model.{name}": p.detach() for name, p in self.parameters().items()}
+        names: dict[Tensor, str] = {p: name for name, p in self.parameters().items()}
+        places = {place: names[p] for place, p in _places(model_loss, "_parameters") if p in names}
         # Copies, because an update in place would otherwise reach the model.
-        buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        copies = {buffer: buffer.detach().clone() for buffer in model_loss.buffers()}
+        buffers = {place: copies[buffer] for place, buffer in _places(model_loss, "_buffers")}
 
         def sample_loss(parameters: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
             rows = iter(sample)
             row = [next(rows).unsqueeze(0) if known else leaf for leaf, known in zip(leaves, is_tensor, strict=True)]
-            loss: Tensor = functional_call(model_loss, (parameters, buffers), pytree.tree_unflatten(row, structure))
+            state = buffers | {place: parameters[name] for place, name in places.items()}
+            loss: Tensor = functional_call(model_loss, state, pytree.tree_unflatten(row, structure), tie_weights=False)
             return loss
 
         mapped = vmap(grad_and_value(sample_loss), in_dims=(None, 0), randomness=self.randomness)
-        gradients, losses = mapped(parameters, tensors)
+        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, tensors)
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:
@@ -178,6 +181,17 @@ class _ModelLoss(nn.Module):
             check_losses(losses, 1)  # raises; that the value is finite can be seen only after the map
         loss: Tensor = losses[0]
         return loss
+
+
+def _places(root: nn.Module, registry: Literal["_parameters", "_buffers"]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each place of a module that holds a tensor, once: `functional_call` goes wrong if it is given one twice.
+
+    A module under two names holds its tensors in one place, and tensors that modules share are in several.
+    """
+    for path, module in root.named_modules():
+        for name, tensor in getattr(module, registry).items():
+            if tensor is not None:
+                yield (f"{path}.{name}" if path else name), tensor
 
 
 def _zeros(parameter: Tensor) -> Tensor:
