@@ -42,6 +42,7 @@ class Backend:
 _BUILT_IN = (
     Backend("loop", "persample.sources.loop:LoopSource"),
     Backend("hooks", "persample.sources.hooks:HooksSource"),
+    Backend("fused", "persample.sources.fused:FusedSource"),
     Backend("backpack", "persample.sources.backpack:BackpackSource", install='pip install "persample[backpack]"'),
     Backend("opacus", "persample.sources.opacus:OpacusSource", install='pip install "persample[opacus]"'),
     Backend("vmap", "persample.sources.vmap:VmapSource"),

@@ -7,20 +7,20 @@ convolution with the same weight: there the gradient δ is unfolded, and the inp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from persample.sources.hooks.contributions import Contribution, OuterProducts, Terms
+from persample.sources.contributions import Contribution, OuterProducts, Terms
+from persample.sources.unfolding import unfold
 
 
 def convolution(module: _ConvNd, a: Tensor, delta: Tensor) -> dict[str, Contribution]:
     """Return the contributions of one call; `a` is `(B, C, *S)` and `delta` is `(B, O, *L)`."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    unfolded = unfold(F.pad(a, _padding(module), mode=mode), module, delta.shape[2:])
+    unfolded = _unfold(F.pad(a, _padding(module), mode=mode), module, delta.shape[2:])
     return {
         "weight": OuterProducts(_grouped(delta, module.groups), unfolded, module.weight.shape),
         "bias": Terms(delta.flatten(2).mT),
@@ -29,32 +29,15 @@ def convolution(module: _ConvNd, a: Tensor, delta: Tensor) -> dict[str, Contribu
 
 def transposed_convolution(module: _ConvTransposeNd, a: Tensor, delta: Tensor) -> dict[str, Contribution]:
     """Return the contributions of one call; `a` is `(B, C, *L)` and `delta` is `(B, O, *S)`."""
-    unfolded = unfold(F.pad(delta, _padding(module)), module, a.shape[2:])
+    unfolded = _unfold(F.pad(delta, _padding(module)), module, a.shape[2:])
     return {
         "weight": OuterProducts(_grouped(a, module.groups), unfolded, module.weight.shape),
         "bias": Terms(delta.flatten(2).mT),
     }
 
 
-def unfold(x: Tensor, module: _ConvNd, positions: Sequence[int]) -> Tensor:
-    """Return the windows of the padded `x`, `(B, C, *S)`, as `(B, G, C/G · K, L)`.
-
-    Args:
-        x: what the windows are cut from.
-        module: gives kernel size, stride, dilation and groups.
-        positions: how many windows along each dimension; L is their product. The last ones are left away where the
-            output padding of a transposed convolution leaves room for more.
-    """
-    dimensions = len(positions)
-    windows = x
-    for d in range(dimensions):
-        span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
-        windows = windows.unfold(2 + d, span, module.stride[d])[..., :: module.dilation[d]]
-        windows = windows.narrow(2 + d, 0, positions[d])
-    batch, channels = x.shape[:2]
-    kernel_first = [0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions)]
-    rows = channels // module.groups * math.prod(module.kernel_size)
-    return windows.permute(kernel_first).reshape(batch, module.groups, rows, math.prod(positions))
+def _unfold(x: Tensor, module: _ConvNd, positions: Sequence[int]) -> Tensor:
+    return unfold(x, module.kernel_size, module.stride, module.dilation, module.groups, positions)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from persample.sources.hooks.contributions import Contribution, Lookups
+from persample.sources.contributions import Contribution, Lookups
 
 
 def embedding(module: nn.Embedding, indices: Tensor, delta: Tensor) -> dict[str, Contribution]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from persample.sources.hooks.contributions import Contribution, OuterProducts, Terms
+from persample.sources.contributions import Contribution, OuterProducts, Terms
 
 
 def linear(module: nn.Linear, a: Tensor, delta: Tensor) -> dict[str, Contribution]:

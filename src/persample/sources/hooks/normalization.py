@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from persample.sources.hooks.contributions import Contribution, Terms
+from persample.sources.contributions import Contribution, Terms
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, delta: Tensor) -> dict[str, Contribution]:

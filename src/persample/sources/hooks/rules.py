@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from persample.errors import UnsupportedModelError
-from persample.sources.hooks.contributions import Contribution
+from persample.sources.contributions import Contribution
 from persample.sources.hooks.convolution import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,

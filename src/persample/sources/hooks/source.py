@@ -18,7 +18,7 @@ from persample.errors import OptionError
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
-from persample.sources.hooks.contributions import Contribution
+from persample.sources.contributions import Contribution
 from persample.sources.hooks.rules import RULES, modules_with_rules
 from persample.sources.module_calls import (
     ModuleCall,

@@ -1,4 +1,4 @@
-"""What one call of a layer adds to the per-sample gradients of one parameter, and the sums of their squares.
+"""What one use of a parameter adds to its per-sample gradients, and the sums of their squares.
 
 Index legend: B samples, G groups, L positions in a sample (of a sequence, or output pixels of a convolution),
 I inputs and O outputs of a group. The gradient of sample i is always a sum over its L positions, taken **before**
@@ -19,7 +19,10 @@ _PIECE = 2**20
 
 
 class Contribution(Protocol):
-    """The gradients g_i of one parameter, from one call."""
+    """The gradients g_i of one parameter, from one use of it."""
+
+    def rows(self, rows: slice) -> Contribution:
+        """Return the contribution of some of the samples."""
 
     def per_sample(self) -> Tensor:
         """Return g_i for each sample, shape `(B, *parameter.shape)`."""
@@ -44,6 +47,9 @@ class OuterProducts:
     delta: Tensor
     a: Tensor
     shape: torch.Size
+
+    def rows(self, rows: slice) -> OuterProducts:
+        return OuterProducts(self.delta[rows], self.a[rows], self.shape)
 
     def per_sample(self) -> Tensor:
         return (self.delta @ self.a.mT).reshape(-1, *self.shape)
@@ -79,6 +85,9 @@ class Terms:
 
     terms: Tensor
 
+    def rows(self, rows: slice) -> Terms:
+        return Terms(self.terms[rows])
+
     def per_sample(self) -> Tensor:
         return self.terms.sum(1)
 
@@ -97,28 +106,31 @@ class Lookups:
     Attributes:
         indices: shape `(B, L)`.
         delta: δ, shape `(B, L, D)`, zero where the padding index stands.
-        rows: number of rows V of the table, which has shape `(V, D)`.
+        count: number of rows V of the table, which has shape `(V, D)`.
     """
 
     indices: Tensor
     delta: Tensor
-    rows: int
+    count: int
+
+    def rows(self, rows: slice) -> Lookups:
+        return Lookups(self.indices[rows], self.delta[rows], self.count)
 
     def per_sample(self) -> Tensor:
         samples, _, width = self.delta.shape
         index = self.indices.unsqueeze(-1).expand_as(self.delta)
-        return self.delta.new_zeros(samples, self.rows, width).scatter_add_(1, index, self.delta)
+        return self.delta.new_zeros(samples, self.count, width).scatter_add_(1, index, self.delta)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         # Only the rows that a sample looks up are formed: one for each pair (sample, index) that occurs.
         sample = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
-        pairs, place = (sample * self.rows + self.indices).unique(return_inverse=True)
+        pairs, place = (sample * self.count + self.indices).unique(return_inverse=True)
         g = self._add_up(place, self.delta, len(pairs))
-        index = pairs % self.rows
-        return self._add_up(index, g, self.rows), self._add_up(index, g.square(), self.rows)
+        index = pairs % self.count
+        return self._add_up(index, g, self.count), self._add_up(index, g.square(), self.count)
 
     def printed_second_moment_sum(self) -> Tensor:
-        return self._add_up(self.indices, self.delta.square(), self.rows)
+        return self._add_up(self.indices, self.delta.square(), self.count)
 
     @staticmethod
     def _add_up(index: Tensor, values: Tensor, rows: int) -> Tensor:

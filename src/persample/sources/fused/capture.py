@@ -1,0 +1,306 @@
+"""Seeing every use of a parameter: a `TorchFunctionMode` that sends each operation on one to a rule.
+
+The mode is active during the forward pass of one call and sees the functions of `torch` by name, so modules need not be
+touched: tied weights, functional calls and modules called twice are simply further uses. An operation on a parameter
+is run with its detached value, so autograd computes the gradient of its other operands as usual, but never that of the
+parameter; a tap at its result delivers δ to the contributions of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from persample.errors import UnsupportedModelError
+from persample.sources.contributions import Contribution
+from persample.sources.fused import operations
+from persample.sources.fused.expressions import Expression
+from persample.sources.fused.layout import Layout, batch_first, carried, permuted
+
+Build = Callable[..., Contribution]
+
+
+class Capture(TorchFunctionMode):
+    """Records the uses of parameters during one forward pass.
+
+    Args:
+        parameters: the parameters to follow, by name.
+        batch_size: B.
+        sink: is told of every use (`expect`), and given its contribution (`receive`) in the backward pass.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int, sink: Any) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.sink = sink
+        self.forward_pass = True
+        self.layouts = WeakTensorKeyDictionary()
+        # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
+        self.expressions: dict[int, tuple[Tensor, Expression]] = {}
+        device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        for name, p in parameters.items():
+            self.expressions[id(p)] = (p, Expression(p.detach(), p, {name: p}, reorders=True))
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Follow tensors of the batch, whose dim 0 is the sample."""
+        for tensor in tensors:
+            self.layouts[tensor] = batch_first(tensor, self.batch_size)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((args, kwargs)))
+        used = [t for t in tensors if id(t) in self.expressions]
+        followed = [t for t in tensors if t in self.layouts]
+        if not used:
+            result = func(*args, **kwargs)
+            if followed:
+                self._carry(func, args, kwargs, followed, result)
+            return result
+        if followed or not self.forward_pass:
+            rule = operations.RULES.get(func)
+            if rule is not None:
+                return rule(self, *args, **kwargs)
+            opened = _opened(func)
+            if opened is not None:
+                with self:
+                    return opened(*args, **kwargs)
+            return operations.fallback(self, func, args, kwargs)
+        return self._express(func, args, kwargs, used)
+
+    # What rules use.
+
+    def expression(self, tensor: Any) -> Expression | None:
+        """Return the expression that `tensor` is, or None if it is not made of parameters."""
+        entry = self.expressions.get(id(tensor))
+        return entry[1] if entry is not None else None
+
+    def value(self, tensor: Any) -> Any:
+        """Return `tensor` without its way back to the parameters."""
+        expression = self.expression(tensor)
+        return tensor if expression is None else expression.value
+
+    def layout(self, tensor: Tensor, operation: str) -> Layout:
+        """Return where the samples are in `tensor`.
+
+        Raises:
+            UnsupportedModelError: nobody can tell.
+        """
+        found = self.layouts.get(tensor)
+        if found is None and not self.forward_pass and len(tensor) == self.batch_size:
+            found = batch_first(tensor, self.batch_size)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} in which the backend 'fused' lost "
+                "track of the samples: keep them in one dimension between the operations that reshape it, or use "
+                "backend 'vmap' or 'loop'."
+            )
+        layout: Layout = found
+        return layout
+
+    def rows_of_sample(self, tensor: Tensor, operation: str) -> int:
+        """Return R, where dim 0 of `tensor` has B·R entries, those of a sample side by side.
+
+        Raises:
+            UnsupportedModelError: the samples are elsewhere.
+        """
+        found = self.layout(tensor, operation).dim(tensor.shape)
+        if found is None or found[:2] != (0, 1):
+            raise UnsupportedModelError(
+                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} whose dim 0 is not the sample: "
+                "backend 'fused' needs the samples there for this operation. Use backend 'vmap' or 'loop'."
+            )
+        return found[2]
+
+    def batch_first(self, tensor: Tensor) -> Layout:
+        """Return the layout of a tensor whose dim 0 is the sample."""
+        return batch_first(tensor, self.batch_size)
+
+    def follow_as(self, tensor: Tensor, layout: Layout) -> Tensor:
+        """Follow `tensor` with the given layout, and return it."""
+        self.layouts[tensor] = layout
+        return tensor
+
+    def fall_back(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run `func` as if it had no rule."""
+        return operations.fallback(self, func, args, kwargs)
+
+    def tap(
+        self,
+        result: Tensor,
+        layout: Layout,
+        operands: Iterable[tuple[Any, Build]],
+        saved: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """Return `result` so that its gradient δ reaches the contributions of `operands` in the backward pass.
+
+        Args:
+            result: what the operation returned; it depends on no parameter as far as autograd knows.
+            layout: where the samples are in it.
+            operands: pairs of an operand and of a function that makes its contribution from δ and `saved`. Operands
+                that are not expressions of parameters are passed over.
+            saved: what the contributions need of the forward pass.
+        """
+        uses = []
+        for operand, build in operands:
+            expression = operand if isinstance(operand, Expression) else self.expression(operand)
+            if expression is not None:
+                uses.append((expression, build))
+        if not uses:
+            return result
+        if self.forward_pass:
+            for expression, _ in uses:
+                self.sink.expect(expression)
+        tapped: Tensor = _Tap.apply(result, self.anchor, self.sink, uses, *saved)
+        self.layouts[tapped] = layout
+        return tapped
+
+    # Inner workings.
+
+    def _carry(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any) -> None:
+        """Follow the samples from the operands into the result of an operation that uses no parameter."""
+        for output in _tensors((result,)):
+            if output in self.layouts:
+                continue
+            self.layouts[output] = self._layout_after(func, args, kwargs, followed, output)
+
+    def _layout_after(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], output: Tensor
+    ) -> Layout | None:
+        source = max(followed, key=lambda t: t.dim())
+        layout: Layout | None = self.layouts[source]
+        if layout is None:
+            return None
+        if func in operations.RESHAPES or output.shape == source.shape and func not in operations.PERMUTES:
+            return layout if output.numel() == source.numel() else carried(layout, source.shape, output.shape)
+        if func in operations.PERMUTES:
+            order = operations.PERMUTES[func](source, *args[1:], **kwargs)
+            return permuted(layout, source.shape, order)
+        return carried(layout, source.shape, output.shape)
+
+    def _express(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], used: list[Tensor]) -> Any:
+        """Run an operation on parameters and constants, and remember what its result is made of."""
+        sources = [self.expressions[id(t)][1] for t in used]
+        replaced = _replace((args, kwargs), {id(t): self.expressions[id(t)][1].graph for t in used})
+        with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+            result = func(*replaced[0], **replaced[1])
+        if not any(isinstance(r, Tensor) and r.requires_grad for r in _tensors((result,))):
+            return result
+        if any(r is source.graph for r in _tensors((result,)) for source in sources):
+            raise UnsupportedModelError(
+                f"{_name(func)} changes a parameter, or a tensor computed from parameters, in place, which backend "
+                "'fused' cannot follow: use the operation that returns a new tensor."
+            )
+        parameters = {name: p for source in sources for name, p in source.parameters.items()}
+        reorders = len(sources) == 1 and sources[0].reorders and operations.reorders(func, args, kwargs)
+
+        def express(output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return output
+            expanded = sources[0] if operations.expands(func, used[0], output) else None
+            value = output.detach()
+            self.expressions[id(value)] = (value, Expression(value, output, parameters, reorders, expanded))
+            return value
+
+        if isinstance(result, tuple | list):
+            return type(result)(*map(express, result)) if hasattr(result, "_fields") else type(result)(map(express, result))
+        return express(result)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which gives the gradient of its argument to the contributions of the uses."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, anchor: Tensor, sink: Any, uses: Any, *saved: Tensor) -> Tensor:
+        # Marked as changed in place, so that the result is no view and may be changed in place afterwards.
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(*saved)
+        ctx.sink, ctx.uses = sink, uses
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
+        with torch._C.DisableTorchFunction(), torch.autocast(delta.device.type, enabled=False):
+            precise = _precise(delta)
+            saved = tuple(map(_precise, saved))
+            for expression, build in ctx.uses:
+                ctx.sink.receive(expression, build(precise, *saved))
+        grads: list[Any] = [None] * (4 + len(saved))
+        grads[0] = delta
+        return tuple(grads)
+
+
+def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "The input of an operation with parameters was changed in place after the operation, so what it saw is lost: "
+            f"make that change not in place (inplace=False). {error}"
+        ) from error
+    return saved
+
+
+def _precise(values: Tensor) -> Tensor:
+    """At least float32, in which all sums are taken."""
+    values = values.detach()
+    if not values.is_floating_point():
+        return values
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+
+
+def _replace(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return replacements.get(id(tree), tree)
+    if isinstance(tree, dict):
+        return {key: _replace(value, replacements) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_replace(item, replacements) for item in tree)
+    return tree
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def _opened(func: Any) -> Callable[..., Any] | None:
+    """Return a function of `torch.nn.functional` so that its body, not its call, meets the mode; None for others.
+
+    Such a function begins by asking whether anybody overrides it and hands itself over if so. The copy returned here
+    looks that question up in its own globals, where the answer is no, so the operations inside are seen.
+    """
+    if not isinstance(func, FunctionType) or not func.__module__.startswith("torch."):
+        return None
+    asked = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
+    if not asked:
+        return None
+    answers = {name: _nobody_overrides for name in asked}
+    copy = FunctionType(func.__code__, func.__globals__ | answers, func.__name__, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _nobody_overrides(*_: Any) -> bool:
+    return False

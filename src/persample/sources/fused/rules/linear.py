@@ -1,0 +1,47 @@
+"""y = x Wᵀ + b at each position: g_i = Σ_l δ_il x_ilᵀ for the weight, Σ_l δ_il for the bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.sources.contributions import OuterProducts, Terms
+from persample.sources.fused.layout import Layout
+
+
+def linear(capture: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    """`F.linear`."""
+    layout = capture.layout(input, "F.linear")
+    outputs, inputs = weight.shape
+    after = Layout(layout.outer, layout.batch, layout.inner // inputs * outputs)
+    # Of two dimensions the result is no view, so the tap can take it.
+    result = F.linear(input.reshape(-1, inputs), capture.value(weight), capture.value(bias))
+
+    def for_weight(delta: Tensor, x: Tensor) -> OuterProducts:
+        d, a = after.sample_first(delta, outputs), layout.sample_first(x, inputs)
+        return OuterProducts(d.mT.unsqueeze(1), a.mT.unsqueeze(1), weight.shape)
+
+    def for_bias(delta: Tensor, x: Tensor) -> Terms:
+        return Terms(after.sample_first(delta, outputs))
+
+    tapped = capture.tap(result, after, [(weight, for_weight), (bias, for_bias)], (input,))
+    return capture.follow_as(tapped.view(*input.shape[:-1], outputs), after)
+
+
+def matmul(capture: Any, x: Tensor, other: Tensor) -> Tensor:
+    """`x @ P` with samples in x and a matrix P made of parameters: a linear layer with the weight Pᵀ."""
+    if capture.expression(other) is None or other.dim() != 2 or x.dim() < 2:
+        return capture.fall_back(Tensor.matmul, (x, other), {})
+    layout = capture.layout(x, "matmul")
+    inputs, outputs = other.shape
+    after = Layout(layout.outer, layout.batch, layout.inner // inputs * outputs)
+    result = x.reshape(-1, inputs) @ capture.value(other)
+
+    def contribution(delta: Tensor, x: Tensor) -> OuterProducts:
+        d, a = after.sample_first(delta, outputs), layout.sample_first(x, inputs)
+        return OuterProducts(a.mT.unsqueeze(1), d.mT.unsqueeze(1), other.shape)
+
+    tapped = capture.tap(result, after, [(other, contribution)], (x,))
+    return capture.follow_as(tapped.view(*x.shape[:-1], outputs), after)

@@ -1,0 +1,96 @@
+"""The uses of the parameters in one forward pass, and how their contributions become moments or rows.
+
+A parameter that is used once is done as soon as the gradient δ of that use arrives in the backward pass. All others wait
+until every use has its δ: then their contributions are added up for each sample, a few samples at a time, and
+squared after that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from persample.sources.contributions import Contribution
+from persample.sources.fused.expressions import Expression
+
+# As many numbers of per-sample gradients are held at a time, where several uses are added up.
+_PIECE = 2**20
+
+Build = Callable[[Tensor], Contribution]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operand of one operation: an expression of parameters, and how its contribution follows from δ."""
+
+    expression: Expression
+    build: Callable[[Tensor, tuple[Tensor, ...]], Contribution]
+
+
+class Moment:
+    """Receives contributions and adds up Σ_i g_i and Σ_i g_i²."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.total = {name: _zeros(p) for name, p in parameters.items()}
+        self.squares = {name: _zeros(p) for name, p in parameters.items()}
+        self.uses: Counter[str] = Counter()
+        self.waiting: list[tuple[Expression, Contribution]] = []
+
+    def expect(self, expression: Expression) -> None:
+        self.uses.update(expression.names)
+
+    def receive(self, expression: Expression, contribution: Contribution) -> None:
+        name = expression.names[0]
+        if expression.reorders and self.uses[name] == 1:
+            total, squares = contribution.sums()
+            self.total[name] = expression.pull(total)[name]
+            self.squares[name] = expression.pull(squares)[name]
+        else:
+            self.waiting.append((expression, contribution))
+
+    def finish(self) -> None:
+        if not self.waiting:
+            return
+        width = sum(expression.width for expression, _ in self.waiting)
+        rows = max(1, _PIECE // max(1, width))
+        for start in range(0, self.batch_size, rows):
+            g = added_up(self.waiting, slice(start, start + rows))
+            for name, piece in g.items():
+                self.total[name] += piece.sum(0)
+                self.squares[name] += piece.square_().sum(0)
+
+
+class Rows:
+    """Receives contributions and adds up the gradient g_i of each sample."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int) -> None:
+        self.gradients = {name: _zeros(p, batch_size) for name, p in parameters.items()}
+
+    def expect(self, expression: Expression) -> None:
+        pass
+
+    def receive(self, expression: Expression, contribution: Contribution) -> None:
+        for name, g in added_up([(expression, contribution)], slice(None)).items():
+            self.gradients[name] += g
+
+    def finish(self) -> None:
+        pass
+
+
+def added_up(waiting: list[tuple[Expression, Contribution]], rows: slice) -> dict[str, Tensor]:
+    """Return g_i of the samples in `rows`, added up over all contributions, for each parameter that has any."""
+    g: dict[str, Tensor] = {}
+    for expression, contribution in waiting:
+        for name, piece in expression.pull_rows(contribution.rows(rows).per_sample()).items():
+            g[name] = g[name] + piece if name in g else piece
+    return g
+
+
+def _zeros(parameter: Tensor, *leading: int) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros((*leading, *parameter.shape), dtype=dtype, device=parameter.device)
