@@ -131,6 +131,20 @@ def test_settings_and_counts_come_from_the_saved_run(model: nn.Module, vogn: VOG
         assert other.param_groups[0][name] == vogn.param_groups[0][name]
 
 
+def test_parameters_correspond_by_position_whatever_their_names(
+    model: nn.Module, vogn: VOGN, make_vogn: Make, train: Train
+) -> None:
+    """As in every PyTorch optimizer: a compiled or wrapped model has the same parameters under other names."""
+    train(vogn)
+    wrapped = nn.ModuleDict({"module": copy.deepcopy(model)})
+    wrapped.forward = wrapped["module"].forward
+    other = make_vogn(wrapped)
+    other.load_state_dict(vogn.state_dict())
+    assert torch.equal(other.state[wrapped["module"][0].weight]["curvature"], vogn.state[model[0].weight]["curvature"])
+    train(other)
+    assert other.state[wrapped["module"][0].weight]["step"] == 6
+
+
 class TestGenerators:
     def test_one_is_made_if_the_optimizer_has_none(self, vogn: VOGN, make_vogn: Make, model: nn.Module) -> None:
         other = make_vogn(model, generator=None)
