@@ -10,5 +10,6 @@ from persample.sources import PerSampleGradSource as PerSampleGradSource
 from persample.sources import backends as backends
 from persample.sources import make_source as make_source
 from persample.sources import register_backend as register_backend
+from persample.vogn import VOGN as VOGN
 
 __version__ = "0.1.0"
