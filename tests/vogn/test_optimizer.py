@@ -272,8 +272,9 @@ class TestParameters:
         self, make_vogn: Make, batch: Batch, dtype: torch.dtype
     ) -> None:
         model = nn.Linear(3, 2).to(dtype)
-        vogn = make_vogn(model, momentum=0.9)
+        vogn = make_vogn(model, momentum=0.9, hess_init=0.5001)
         vogn.observe(batch[0].to(dtype), batch[1])
+        assert torch.equal(vogn.state[model.weight]["curvature"], torch.full((2, 3), 0.5001))
         vogn.step()
         assert model.weight.dtype == dtype
         assert vogn.state[model.weight]["curvature"].dtype == torch.float32

@@ -200,11 +200,12 @@ class TestPredict:
         assert torch.equal(predictions[0], predictions[2])
         assert model.training
 
-    def test_works_in_inference_mode(self, vogn: VOGN, batch: Batch, train: Train) -> None:
+    def test_works_in_inference_mode(self, vogn: VOGN, model: nn.Module, batch: Batch, train: Train) -> None:
         with torch.inference_mode():
             assert vogn.predict(batch[0] + 0, samples=2).shape == (6, 2)
             with vogn.sampled_params():
-                vogn.model(batch[0])
+                model(batch[0])
+        assert not vogn.state[model[0].weight]["curvature"].is_inference()
         train(vogn)
 
     def test_gives_float32_for_half_precision(self, make_vogn: Callable[..., VOGN], batch: Batch) -> None:

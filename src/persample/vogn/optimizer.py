@@ -244,11 +244,7 @@ class VOGN(torch.optim.Optimizer):
             BatchError: `inputs` is neither a tensor, nor a tuple, nor a dict.
         """
         check_count("samples", samples)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            self._draws("predict()", generator or self.generator) as draw_weights,
-        ):
+        with torch.no_grad(), self._draws("predict()", generator or self.generator) as draw_weights:
             total = torch.zeros((), device="cpu")  # without dimensions it adds to tensors of every device
             for _ in range(samples):
                 draw_weights()
@@ -341,7 +337,8 @@ class VOGN(torch.optim.Optimizer):
         """The state of `param`, made at its first use: until then the model may be moved and cast."""
         if not self.state[param]:
             dtype = torch.promote_types(param.dtype, torch.float32)
-            curvature = torch.full_like(param, group["hess_init"], dtype=dtype)
+            with torch.inference_mode(False):  # training goes on from this tensor, even if a prediction made it
+                curvature = torch.full_like(param, group["hess_init"], dtype=dtype)
             self.state[param] = {"step": 0, "curvature": curvature}
         state: dict[str, Any] = self.state[param]
         return state
