@@ -15,7 +15,7 @@ from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import verify
-from persample.sources.untouched import random_state, untouched
+from persample.sources.untouched import buffer_snapshot, buffers_restored, random_state, untouched
 
 Check = Literal["first", "always", "never"]
 
@@ -124,10 +124,13 @@ class PerSampleGradSource(ABC):
         kind = self._kind(batch, method)
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
         before = random_state(self.model) if checking else {}
+        buffers_before = buffer_snapshot(self.model) if checking else None
         with untouched(self.model), torch.enable_grad():
             result = compute(batch)
-            if checking:
-                verify(self, batch, result, before)
+            if buffers_before is not None:
+                with buffers_restored(self.model):
+                    buffers_before()  # the check repeats the forward pass from where it began
+                    verify(self, batch, result, before)
         if batch.size > 1:  # a batch of one cannot show that samples are mixed
             self._checked.add(kind)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,17 +43,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
             _set_buffer_values(buffers)
 
 
-@contextmanager
-def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of `model` back afterwards."""
+def buffer_snapshot(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts the buffers of `model` back to what they are now."""
     registries = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     values = _buffer_values(model)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for registry, entries in registries:
             _restore(registry, entries)
         _set_buffer_values(values)
+
+    return put_back
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of `model` back afterwards."""
+    put_back = buffer_snapshot(model)
+    try:
+        yield
+    finally:
+        put_back()
 
 
 def random_state(model: nn.Module) -> RandomState:

@@ -99,7 +99,7 @@ class Capture(TorchFunctionMode):
             found = batch_first(tensor, self.batch_size)
         if found is None:
             raise UnsupportedModelError(
-                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} in which the backend 'fused' lost "
+                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} in which backend 'fused' lost "
                 "track of the samples: keep them in one dimension between the operations that reshape it, or use "
                 "backend 'vmap' or 'loop'."
             )
@@ -159,13 +159,17 @@ class Capture(TorchFunctionMode):
         if self.forward_pass:
             for expression, _ in uses:
                 self.sink.expect(expression)
-        tapped: Tensor = _Tap.apply(result, self.anchor, self.sink, uses, *saved)
+        tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+            result, self.anchor, self.sink, uses, *saved
+        )
         self.layouts[tapped] = layout
         return tapped
 
     # Inner workings.
 
-    def _carry(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any) -> None:
+    def _carry(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any
+    ) -> None:
         """Follow the samples from the operands into the result of an operation that uses no parameter."""
         for output in _tensors((result,)):
             if output in self.layouts:
@@ -179,7 +183,7 @@ class Capture(TorchFunctionMode):
         layout: Layout | None = self.layouts[source]
         if layout is None:
             return None
-        if func in operations.RESHAPES or output.shape == source.shape and func not in operations.PERMUTES:
+        if func in operations.RESHAPES or (output.shape == source.shape and func not in operations.PERMUTES):
             return layout if output.numel() == source.numel() else carried(layout, source.shape, output.shape)
         if func in operations.PERMUTES:
             order = operations.PERMUTES[func](source, *args[1:], **kwargs)
@@ -211,7 +215,11 @@ class Capture(TorchFunctionMode):
             return value
 
         if isinstance(result, tuple | list):
-            return type(result)(*map(express, result)) if hasattr(result, "_fields") else type(result)(map(express, result))
+            return (
+                type(result)(*map(express, result))
+                if hasattr(result, "_fields")
+                else type(result)(map(express, result))
+            )
         return express(result)
 
 
@@ -227,7 +235,7 @@ class _Tap(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
         with torch._C.DisableTorchFunction(), torch.autocast(delta.device.type, enabled=False):
             precise = _precise(delta)
@@ -246,8 +254,8 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise UnsupportedModelError(
-            "The input of an operation with parameters was changed in place after the operation, so what it saw is lost: "
-            f"make that change not in place (inplace=False). {error}"
+            "The input of an operation with parameters was changed in place after the operation, so what it saw is "
+            f"lost: make that change not in place (inplace=False). {error}"
         ) from error
     return saved
 
@@ -296,7 +304,7 @@ def _opened(func: Any) -> Callable[..., Any] | None:
     asked = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
     if not asked:
         return None
-    answers = {name: _nobody_overrides for name in asked}
+    answers = dict.fromkeys(asked, _nobody_overrides)
     copy = FunctionType(func.__code__, func.__globals__ | answers, func.__name__, func.__defaults__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy

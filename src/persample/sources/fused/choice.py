@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -34,8 +33,8 @@ def deterministic_choice(deterministic: bool) -> Iterator[None]:
 def choose(key: Hashable, forms: Mapping[str, Callable[[], Result]]) -> Result:
     """Return the result of the fastest of `forms`, which all compute the same but for rounding.
 
-    On the first call with a key every form is timed; the winner serves all later calls. A form that raises, or disagrees
-    with the first, is out.
+    On the first call with a key every form is timed; the winner serves all later calls. A form that raises, or
+    disagrees with the first, is out.
     """
     if getattr(_state, "deterministic", False) or len(forms) == 1:
         return next(iter(forms.values()))()
@@ -59,7 +58,7 @@ def choose(key: Hashable, forms: Mapping[str, Callable[[], Result]]) -> Result:
                 continue
             seconds[name] = min(_seconds(form) for _ in range(_TRIALS))
         _chosen[key] = min(seconds, key=seconds.__getitem__)
-    assert expected is not None  # noqa: S101 - the first form gave it
+    assert expected is not None
     return expected
 
 

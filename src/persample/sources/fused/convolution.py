@@ -1,7 +1,7 @@
 """Per-sample weight gradients of a convolution, in whichever exact form is the fastest for its shape.
 
-All forms compute g_i = Σ_l δ_il [[x]]_ilᵀ for a few samples and add up g_i and g_i². They differ in what the processor is
-good at:
+All forms compute g_i = Σ_l δ_il [[x]]_ilᵀ for a few samples and add up g_i and g_i². They differ in what the processor
+is good at:
 
 - `patches`: the input's windows are copied out, then one batched matrix product (few channels, many pixels);
 - `products`: the same windows, one matrix product of oneDNN for each sample (many channels);
@@ -98,9 +98,7 @@ def candidates(convolution: Convolution) -> list[tuple[str, Form, int]]:
     return found
 
 
-def added_up(
-    form: Form, delta: Tensor, x: Tensor, geometry: Geometry, images: int, rows: int
-) -> tuple[Tensor, Tensor]:
+def added_up(form: Form, delta: Tensor, x: Tensor, geometry: Geometry, images: int, rows: int) -> tuple[Tensor, Tensor]:
     """Return Σ_i g_i and Σ_i g_i², `rows` samples at a time."""
     total = delta.new_zeros(geometry.weight)
     squares = torch.zeros_like(total)
@@ -143,7 +141,7 @@ def _products(delta: Tensor, x: Tensor, geometry: Geometry, images: int) -> Tens
     windows = _windows(x, delta, geometry).squeeze(1)
     delta = delta.flatten(2)
     product = _onednn_linear(x)
-    assert product is not None  # noqa: S101 - a candidate only where it exists
+    assert product is not None
     # (C·K, L) (L, O): the larger factor first is the faster order.
     g = torch.stack([product(a, d) for a, d in zip(windows, delta, strict=True)])
     return g.mT.reshape(-1, *geometry.weight)
@@ -153,7 +151,11 @@ def _grouped(delta: Tensor, x: Tensor, geometry: Geometry, images: int) -> Tenso
     batch = len(x)
     weight = x.new_zeros(1).expand(batch * geometry.weight[0], *geometry.weight[1:])
     return _weight_gradient(
-        delta.reshape(1, -1, *delta.shape[2:]), x.reshape(1, -1, *x.shape[2:]), weight, geometry, batch * geometry.groups
+        delta.reshape(1, -1, *delta.shape[2:]),
+        x.reshape(1, -1, *x.shape[2:]),
+        weight,
+        geometry,
+        batch * geometry.groups,
     ).reshape(batch, *geometry.weight)
 
 
@@ -180,7 +182,7 @@ def _weight_gradient(delta: Tensor, x: Tensor, weight: Tensor, geometry: Geometr
 
 
 def _onednn_linear(x: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """oneDNN's x wᵀ for float32 on a CPU, about twice as fast as the BLAS on some processors; None where it is not there."""
+    """The x wᵀ of oneDNN for float32 on a CPU, faster than the BLAS on some processors; None where it is not there."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return None
     operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

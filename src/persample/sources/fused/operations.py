@@ -115,8 +115,8 @@ PERMUTES: Mapping[Any, Callable[..., list[int]]] = {
     torch.moveaxis: _movedim,
     Tensor.t: _reversed,
     torch.t: _reversed,
-    Tensor.T.__get__: _reversed,
-    Tensor.mT.__get__: _last_two,
+    Tensor.T.__get__: _reversed,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _last_two,  # type: ignore[attr-defined]
 }
 
 _PARTS = {

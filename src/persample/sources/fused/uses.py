@@ -1,7 +1,7 @@
 """The uses of the parameters in one forward pass, and how their contributions become moments or rows.
 
-A parameter that is used once is done as soon as the gradient δ of that use arrives in the backward pass. All others wait
-until every use has its δ: then their contributions are added up for each sample, a few samples at a time, and
+A parameter that is used once is done as soon as the gradient δ of that use arrives in the backward pass. All others
+wait until every use has its δ: then their contributions are added up for each sample, a few samples at a time, and
 squared after that.
 """
 

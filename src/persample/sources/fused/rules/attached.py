@@ -1,9 +1,10 @@
-"""A bare parameter that is added to samples, multiplied with them, or put beside them (class token, position, scale)."""
+"""A bare parameter added to samples, multiplied with them, or put beside them (class token, position, scale)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,61 +12,81 @@ from torch import Tensor
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import Terms
 from persample.sources.fused.expressions import Expression
+from persample.sources.fused.layout import Layout
+
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
 
 
-def add(capture: Any, x: Tensor, other: Any, *, alpha: float = 1, **others: Any) -> Tensor:
-    """y = x + α p: g_i = α δ_i, summed over what was broadcast."""
-    if others or alpha != 1 or not _samples_fill_result(capture, x, other):
+def add(capture: Capture, x: Any, other: Any, *, alpha: float = 1, **others: Any) -> Any:
+    """For y = x + p: g_i = δ_i, summed over what was broadcast."""
+    attached = None if others or alpha != 1 else _attached(capture, x, other)
+    if attached is None:
         return capture.fall_back(torch.add, (x, other), {"alpha": alpha, **others})
-    return _broadcast(capture, torch.add, x, other, lambda delta, samples: delta)
+
+    def contribution(delta: Tensor) -> Terms:
+        return attached.terms(delta)
+
+    result = torch.add(capture.value(x), capture.value(other))
+    return capture.tap(result, attached.layout, [(attached.expression, contribution)])
 
 
-def multiply(capture: Any, x: Tensor, other: Any, **others: Any) -> Tensor:
-    """y = x ∘ p: g_i = δ_i ∘ x_i, summed over what was broadcast."""
-    if others or not _samples_fill_result(capture, x, other):
+def multiply(capture: Capture, x: Any, other: Any, **others: Any) -> Any:
+    """For y = x ∘ p: g_i = δ_i ∘ x_i, summed over what was broadcast."""
+    attached = None if others else _attached(capture, x, other)
+    if attached is None:
         return capture.fall_back(torch.mul, (x, other), others)
-    return _broadcast(capture, torch.mul, x, other, lambda delta, samples: delta * samples)
-
-
-def _samples_fill_result(capture: Any, x: Any, other: Any) -> bool:
-    """Whether one operand holds samples in the result's shape and the other is a parameter broadcast to it."""
-    p, samples = (x, other) if capture.expression(x) is not None else (other, x)
-    if capture.expression(p) is None or capture.expression(samples) is not None:
-        return False
-    if not isinstance(samples, Tensor) or torch.broadcast_shapes(p.shape, samples.shape) != samples.shape:
-        return False
-    layout = capture.layouts.get(samples)
-    found = layout.dim(samples.shape) if layout is not None else None
-    if found is None or found[1:] != (1, 1):
-        return False
-    p_dim = found[0] - samples.dim() + p.dim()
-    return p_dim < 0 or p.shape[p_dim] == 1 or capture.expression(p).expanded is not None and p_dim == 0
-
-
-def _broadcast(
-    capture: Any,
-    operation: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    other: Tensor,
-    terms: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    p, samples = (x, other) if capture.expression(x) is not None else (other, x)
-    expression: Expression = capture.expression(p)
-    layout = capture.layout(samples, operation.__name__)
-    place = layout.dim(samples.shape)[0]
-    result = operation(capture.value(x), capture.value(other))
-    if expression.expanded is not None and p.dim() == samples.dim() and place == 0:
-        expression = expression.expanded
-    shape = expression.value.shape
 
     def contribution(delta: Tensor, samples: Tensor) -> Terms:
-        t = terms(delta, samples).movedim(place, 0)
-        # The parameter's shape beside the sample, one entry for each dimension of the samples.
-        aligned = [1] * (delta.dim() - len(shape)) + list(shape)
-        rest = aligned[:place] + aligned[place + 1 :] if len(aligned) == delta.dim() else aligned[1:]
-        return Terms(summed_to(t, rest).reshape(len(t), 1, *shape))
+        return attached.terms(delta * samples)
 
-    return capture.tap(result, layout, [(expression, contribution)], (samples,))
+    result = torch.mul(capture.value(x), capture.value(other))
+    return capture.tap(result, attached.layout, [(attached.expression, contribution)], (attached.samples,))
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """A parameter that is broadcast to samples.
+
+    Attributes:
+        expression: the parameter, or the expression of parameters.
+        samples: the samples; they have the shape of the result.
+        layout: where the samples are.
+        dim: which dimension that is.
+    """
+
+    expression: Expression
+    samples: Tensor
+    layout: Layout
+    dim: int
+
+    def terms(self, terms: Tensor) -> Terms:
+        """Sum what has the result's shape to the parameter's, for each sample."""
+        shape = self.expression.value.shape
+        by_sample = terms.movedim(self.dim, 0)
+        # One entry for each dimension of the result but the sample's; the parameter's own first ones may be missing.
+        aligned = [1] * (terms.dim() - len(shape)) + list(shape)
+        del aligned[self.dim]
+        return Terms(summed_to(by_sample, aligned).reshape(len(by_sample), 1, *shape))
+
+
+def _attached(capture: Capture, x: Any, other: Any) -> _Attached | None:
+    """Return how one operand is a parameter broadcast to the samples in the other, or None if that is not so."""
+    p, samples = (x, other) if capture.expression(x) is not None else (other, x)
+    expression = capture.expression(p)
+    if expression is None or capture.expression(samples) is not None or not isinstance(samples, Tensor):
+        return None
+    layout = capture.layouts.get(samples)
+    found = layout.dim(samples.shape) if layout is not None else None
+    if found is None or found[1:] != (1, 1) or torch.broadcast_shapes(p.shape, samples.shape) != samples.shape:
+        return None
+    dim = found[0]
+    own_dim = dim - samples.dim() + p.dim()
+    if own_dim == 0 and expression.expanded is not None and expression.expanded.value.dim() == p.dim():
+        expression = expression.expanded
+    elif own_dim >= 0 and p.shape[own_dim] != 1:
+        return None
+    return _Attached(expression, samples, layout, dim)
 
 
 def summed_to(t: Tensor, shape: Sequence[int]) -> Tensor:
@@ -74,8 +95,8 @@ def summed_to(t: Tensor, shape: Sequence[int]) -> Tensor:
     return t.sum(dims, keepdim=True) if dims else t
 
 
-def concatenate(capture: Any, tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> Tensor:
-    """y = [x, p] along a dimension that is not the sample's: g_i is the part of δ_i where p stands."""
+def concatenate(capture: Capture, tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> Tensor:
+    """For y = [x, p] along a dimension that is not the sample's: g_i is the part of δ_i where p stands."""
     samples = next((t for t in tensors if t in capture.layouts), None)
     dim = kwargs_dim(others, dim)
     layout = capture.layout(samples, "torch.cat") if samples is not None else None
@@ -84,8 +105,8 @@ def concatenate(capture: Any, tensors: Sequence[Tensor], dim: int = 0, **others:
     dim %= result.dim()
     if samples is None or layout is None or found != (0, 1, 1) or dim == 0:
         raise UnsupportedModelError(
-            "torch.cat puts a parameter beside samples that are not in dim 0, or along dim 0: backend 'fused' has no rule "
-            "for that. Keep dim 0 for the samples, or use backend 'vmap' or 'loop'."
+            "torch.cat puts a parameter beside samples that are not in dim 0, or along dim 0: backend 'fused' has no "
+            "rule for that. Keep dim 0 for the samples, or use backend 'vmap' or 'loop'."
         )
     operands = []
     start = 0

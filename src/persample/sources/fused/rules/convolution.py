@@ -8,7 +8,7 @@ there δ is unfolded, and x takes its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +19,14 @@ from persample.sources.fused.convolution import Convolution, Geometry
 from persample.sources.fused.layout import Layout
 from persample.sources.unfolding import unfold
 
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
+
 
 def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def rule(
-        capture: Any,
-        input: Tensor,  # noqa: A002
+        capture: Capture,
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -53,8 +56,8 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
 
 def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def rule(
-        capture: Any,
-        input: Tensor,  # noqa: A002
+        capture: Capture,
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -81,17 +84,17 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
     return rule
 
 
-def _place(capture: Any, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
+def _place(capture: Capture, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
-            f"{name} was called with a tensor of {x.dim()} dimensions, without a batch: backend 'fused' needs the samples "
-            "in dim 0."
+            f"{name} was called with a tensor of {x.dim()} dimensions, without a batch: backend 'fused' needs the "
+            "samples in dim 0."
         )
     return capture.rows_of_sample(x, name), capture.layout(x, name)
 
 
 def _tap(
-    capture: Any,
+    capture: Capture,
     result: Tensor,
     before: Layout,
     rows: int,

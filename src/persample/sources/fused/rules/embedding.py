@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,10 +11,13 @@ from persample.errors import UnsupportedModelError
 from persample.sources.contributions import Lookups
 from persample.sources.fused.layout import Layout
 
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
+
 
 def embedding(
-    capture: Any,
-    input: Tensor,  # noqa: A002
+    capture: Capture,
+    input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -25,8 +28,8 @@ def embedding(
     """`F.embedding`."""
     if max_norm is not None or scale_grad_by_freq:
         raise UnsupportedModelError(
-            "F.embedding was called with max_norm or scale_grad_by_freq: the first rewrites the weight, the second mixes "
-            "the samples. Leave them away."
+            "F.embedding was called with max_norm or scale_grad_by_freq: the first rewrites the weight, the second "
+            "mixes the samples. Leave them away."
         )
     layout = capture.layout(input, "F.embedding")
     count, width = weight.shape

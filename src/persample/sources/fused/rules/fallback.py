@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.fused.expressions import Expression
+
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,14 @@ class Mapped:
     def per_sample(self) -> Tensor:
         def one(delta: Tensor, *samples: Tensor) -> Tensor:
             parts = [x.unsqueeze(0) for x in samples]
-            result, pull = torch.func.vjp(lambda theta: self.operation(theta, *parts), self.theta)
-            (gradient,) = pull(delta.unsqueeze(0).to(result.dtype))
+            result, pull, *_ = torch.func.vjp(lambda theta: self.operation(theta, *parts), self.theta)
+            gradient: Tensor = pull(delta.unsqueeze(0).to(result.dtype))[0]
             return gradient
 
         try:
             with torch.enable_grad():
-                return torch.func.vmap(one)(self.delta, *self.samples)
+                gradients: Tensor = torch.func.vmap(one)(self.delta, *self.samples)
+                return gradients
         except RuntimeError as error:
             raise no_rule(self.name, str(error)) from error
 
@@ -64,7 +68,7 @@ def no_rule(name: str, reason: str) -> UnsupportedModelError:
     )
 
 
-def fallback(capture: Any, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, which has no rule, and tap its result."""
     name = getattr(func, "__name__", str(func))
     if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__"):
@@ -103,11 +107,15 @@ def fallback(capture: Any, func: Any, args: tuple[Any, ...], kwargs: Mapping[str
             replaced = substitute((args, kwargs), given)
             return func(*replaced[0], **replaced[1])
 
-        def contribution(delta: Tensor, *saved: Tensor, operation: Any = operation, theta: Tensor = source.value) -> Mapped:
+        def contribution(
+            delta: Tensor, *saved: Tensor, operation: Any = operation, theta: Tensor = source.value
+        ) -> Mapped:
             return Mapped(operation, theta, saved, delta, name)
 
         taps.append((source, contribution))
-    return capture.tap(result.clone() if result._is_view() else result, capture.batch_first(result), taps, tuple(samples))
+    return capture.tap(
+        result.clone() if result._is_view() else result, capture.batch_first(result), taps, tuple(samples)
+    )
 
 
 def visit_all(visit: Any, tree: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +10,11 @@ from torch import Tensor
 from persample.sources.contributions import OuterProducts, Terms
 from persample.sources.fused.layout import Layout
 
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
 
-def linear(capture: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+
+def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
     layout = capture.layout(input, "F.linear")
     outputs, inputs = weight.shape
@@ -30,7 +33,7 @@ def linear(capture: Any, input: Tensor, weight: Tensor, bias: Tensor | None = No
     return capture.follow_as(tapped.view(*input.shape[:-1], outputs), after)
 
 
-def matmul(capture: Any, x: Tensor, other: Tensor) -> Tensor:
+def matmul(capture: Capture, x: Tensor, other: Tensor) -> Any:
     """`x @ P` with samples in x and a matrix P made of parameters: a linear layer with the weight Pᵀ."""
     if capture.expression(other) is None or other.dim() != 2 or x.dim() < 2:
         return capture.fall_back(Tensor.matmul, (x, other), {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +12,13 @@ from torch import Tensor
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import Terms
 
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
+
 
 def layer_norm(
-    capture: Any,
-    input: Tensor,  # noqa: A002
+    capture: Capture,
+    input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -24,12 +27,14 @@ def layer_norm(
     """`F.layer_norm`."""
     shape = tuple(normalized_shape)
     result = F.layer_norm(input, shape, capture.value(weight), capture.value(bias), eps)
-    return _trailing(capture, "F.layer_norm", input, result, shape, weight, bias, lambda x: F.layer_norm(x, shape, eps=eps))
+    return _trailing(
+        capture, "F.layer_norm", input, result, shape, weight, bias, lambda x: F.layer_norm(x, shape, eps=eps)
+    )
 
 
 def rms_norm(
-    capture: Any,
-    input: Tensor,  # noqa: A002
+    capture: Capture,
+    input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -41,8 +46,8 @@ def rms_norm(
 
 
 def group_norm(
-    capture: Any,
-    input: Tensor,  # noqa: A002
+    capture: Capture,
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -50,12 +55,14 @@ def group_norm(
 ) -> Tensor:
     """`F.group_norm`."""
     result = F.group_norm(input, num_groups, capture.value(weight), capture.value(bias), eps)
-    return _channels(capture, "F.group_norm", input, result, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
+    return _channels(
+        capture, "F.group_norm", input, result, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps)
+    )
 
 
 def batch_norm(
-    capture: Any,
-    input: Tensor,  # noqa: A002
+    capture: Capture,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -81,8 +88,8 @@ def batch_norm(
 
 
 def instance_norm(
-    capture: Any,
-    input: Tensor,  # noqa: A002
+    capture: Capture,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -105,7 +112,7 @@ def instance_norm(
 
 
 def _trailing(
-    capture: Any,
+    capture: Capture,
     operation: str,
     x: Tensor,
     result: Tensor,
@@ -128,7 +135,7 @@ def _trailing(
 
 
 def _channels(
-    capture: Any,
+    capture: Capture,
     operation: str,
     x: Tensor,
     result: Tensor,
@@ -136,7 +143,7 @@ def _channels(
     bias: Tensor | None,
     normalized: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Scale and shift have one entry for each channel, which is dim 1; the samples are in dim 0, perhaps with others."""
+    """Scale and shift have one entry for each channel, dim 1; the samples are in dim 0, perhaps with others."""
     layout = capture.layout(x, operation)
     rows = capture.rows_of_sample(x, operation)
     channels = x.shape[1]
