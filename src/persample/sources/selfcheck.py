@@ -114,7 +114,8 @@ def _verify_moments(
         return
     few = batch.rows(slice(0, _SAMPLES))
     state = random_state(source.model)
-    claimed_few = source.compute_moments(few)
+    with buffers_restored(source.model):
+        claimed_few = source.compute_moments(few)
     with buffers_restored(source.model), random_state_restored(source.model, state):
         _, rows = sample_gradients(source, few, range(few.size))
         gradients = list(rows)

@@ -1,0 +1,115 @@
+"""The models that the performance page is measured on: each gives a network, a batch of inputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from persample.experiments.models import lenet5, mnist_convnet
+
+Problem = tuple[nn.Module, Tensor, Tensor]
+
+
+def _images(model: nn.Module, batch: int, *shape: int) -> Problem:
+    return model, torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+
+
+def mlp() -> nn.Module:
+    """784-400-400-10."""
+    layers = [nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def vgg_like() -> nn.Module:
+    """Convolutions 3-32-64-pool-128-pool-128-pool, 3×3, padding 1, and a linear layer 2048-10."""
+
+    def convolution(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+
+    return nn.Sequential(
+        *convolution(3, 32),
+        *convolution(32, 64),
+        nn.MaxPool2d(2),
+        *convolution(64, 128),
+        nn.MaxPool2d(2),
+        *convolution(128, 128),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2048, 10),
+    )
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions with GroupNorm and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(groups, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(groups, outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(groups, outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(F(x) + shortcut(x))."""
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+def resnet(depths: tuple[int, ...], widths: tuple[int, ...], groups: int = 8) -> nn.Module:
+    """A ResNet for images of 32×32 with GroupNorm."""
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.GroupNorm(groups, widths[0]), nn.ReLU()]
+    inputs = widths[0]
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        for block in range(depth):
+            layers.append(Block(inputs, width, 2 if stage > 0 and block == 0 else 1, groups))
+            inputs = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+class Transformer(nn.Module):
+    """An encoder of 4 layers, width 128, 4 heads, feed-forward 512, with class token and learned positions.
+
+    The head is a linear layer on the class token, or, if `tied`, predicts the tokens with the embedding's weight.
+    """
+
+    def __init__(self, tied: bool, vocabulary: int = 256, length: int = 64, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, 4, 512, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = None if tied else nn.Linear(width, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits of the class, `(B, 10)`, or of the tokens, `(B, V, T)`."""
+        x = self.embedding(tokens) + self.position
+        x = self.encoder(torch.cat([self.class_token.expand(len(x), -1, -1), x], 1))
+        if self.head is not None:
+            return self.head(x[:, 0])  # type: ignore[no-any-return]
+        return F.linear(x[:, 1:], self.embedding.weight).transpose(1, 2)
+
+
+def _transformer(tied: bool, batch: int) -> Problem:
+    tokens = torch.randint(0, 256, (batch, 64))
+    return Transformer(tied), tokens, tokens if tied else torch.randint(0, 10, (batch,))
+
+
+#: Each entry makes a problem of the given batch size.
+PROBLEMS: dict[str, Callable[[int], Problem]] = {
+    "MNIST ConvNet": lambda batch: _images(mnist_convnet(), batch, 1, 28, 28),
+    "LeNet-5": lambda batch: _images(lenet5(), batch, 3, 32, 32),
+    "MLP": lambda batch: _images(mlp(), batch, 784),
+    "VGG-like": lambda batch: _images(vgg_like(), batch, 3, 32, 32),
+    "ResNet-20": lambda batch: _images(resnet((3, 3, 3), (16, 32, 64)), batch, 3, 32, 32),
+    "Transformer": lambda batch: _transformer(False, batch),
+    "Transformer, tied head": lambda batch: _transformer(True, batch),
+}
