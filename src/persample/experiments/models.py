@@ -54,7 +54,8 @@ def lenet5() -> nn.Sequential:
 MODELS = {"mnist-convnet": mnist_convnet, "lenet5": lenet5}
 INPUT_SHAPES = {"mnist-convnet": (1, 28, 28), "lenet5": (3, 32, 32)}
 
-_MODEL_OF_DATASET = {
+#: The model that the paper trains on each data set; Fashion-MNIST has MNIST's format and takes its model.
+MODEL_OF_DATASET = {
     "mnist-5k": "mnist-convnet",
     "mnist": "mnist-convnet",
     "fashion-mnist": "mnist-convnet",
@@ -79,7 +80,7 @@ def model_for(dataset_name: str) -> nn.Sequential:
     Raises:
         OptionError: The data set is not one of the experiment's.
     """
-    if dataset_name not in _MODEL_OF_DATASET:
-        names = ", ".join(_MODEL_OF_DATASET)
+    if dataset_name not in MODEL_OF_DATASET:
+        names = ", ".join(MODEL_OF_DATASET)
         raise OptionError(f"the paper has no model for the data set {dataset_name!r}; choose one of {names}")
-    return build_model(_MODEL_OF_DATASET[dataset_name])
+    return build_model(MODEL_OF_DATASET[dataset_name])

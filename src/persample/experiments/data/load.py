@@ -14,6 +14,7 @@ from persample.experiments.data.published import PUBLISHED, PublishedDataset
 
 MNIST_5K = "mnist-5k"
 DATASET_NAMES = (MNIST_5K, *PUBLISHED)
+DATASET_TITLES = {MNIST_5K: "MNIST (5,000 images)"} | {name: data.title for name, data in PUBLISHED.items()}
 ENVIRONMENT_VARIABLE = "PERSAMPLE_DATA"
 
 

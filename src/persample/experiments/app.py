@@ -1,0 +1,195 @@
+"""The subcommands of `persample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import persample
+from persample.errors import DisagreementError, OptionError, UnknownBackendError
+from persample.experiments.config import TrainConfig
+from persample.experiments.data import DATASET_NAMES
+from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
+from persample.experiments.progress import LiveProgress
+from persample.experiments.recipes import configure
+from persample.experiments.reproduce import reproduce as run_experiment
+from persample.experiments.tables import agreement_table, backends_table, cost_table, results_table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Per-sample gradients in PyTorch, and Bayesian deep learning by VOGN.",
+)
+
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+DatasetOption = Annotated[str, typer.Option(help=f"The data set: {', '.join(DATASET_NAMES)}.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Folder with the data sets' files; else $PERSAMPLE_DATA, then a download.")
+]
+BackendOption = Annotated[
+    str | None, typer.Option(help="Source of the per-sample gradients; see 'persample backends'.")
+]
+EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training data.")]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Samples per step.")]
+SeedOption = Annotated[int, typer.Option(help="Makes the run repeatable.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder for the results.", show_default="runs/ and the data set's name")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
+ScheduleOption = Annotated[str | None, typer.Option(help="Of the learning rate: constant, or cosine (falls to 0).")]
+ModelOption = Annotated[str, typer.Option(help=f"The model: {', '.join(MODELS)}.")]
+ProbeSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in the batch.")]
+ProbeBackendsOption = Annotated[
+    list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. All if left out.")
+]
+DtypeOption = Annotated[str, typer.Option(help="The numbers to compute with: float32 or float64.")]
+
+
+@app.command()
+def reproduce(
+    dataset: DatasetOption = "mnist-5k",
+    data_dir: DataDirOption = None,
+    backend: BackendOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    schedule: ScheduleOption = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train with Adam and with VOGN, and draw the paper's Figure 2.
+
+    Settings that are not given are those of the data set's recipe.
+    """
+    shared: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule, "seed": seed}
+    configs = [configure(dataset, "adam", **shared), configure(dataset, "vogn", backend=backend, **shared)]
+    _run(configs, out or Path("runs") / dataset, data_dir, resume)
+
+
+@app.command()
+def train(
+    dataset: DatasetOption = "mnist-5k",
+    optimizer: Annotated[str, typer.Option(help="The optimizer: vogn or adam.")] = "vogn",
+    data_dir: DataDirOption = None,
+    backend: BackendOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    schedule: ScheduleOption = None,
+    seed: SeedOption = 0,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    prior_precision: Annotated[float | None, typer.Option(help="VOGN: λ of the prior.")] = None,
+    decay: Annotated[float | None, typer.Option(help="VOGN: γ of the curvature.")] = None,
+    hess_init: Annotated[float | None, typer.Option(help="VOGN: the first curvature s_0.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="VOGN: momentum of the gradient.")] = None,
+    mc_samples: Annotated[int | None, typer.Option(help="VOGN: draws of the weights per batch.")] = None,
+    order: Annotated[str | None, typer.Option(help="VOGN: divide by s_t (printed) or s_{t+1} (updated).")] = None,
+    train_draws: Annotated[int | None, typer.Option(help="VOGN: draws to predict training data.")] = None,
+    test_draws: Annotated[int | None, typer.Option(help="VOGN: draws to predict test data.")] = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train with one optimizer.
+
+    Settings that are not given are those of the data set's recipe.
+    """
+    config = configure(
+        dataset,
+        optimizer,
+        seed=seed,
+        backend=backend,
+        epochs=epochs,
+        batch_size=batch_size,
+        schedule=schedule,
+        lr=lr,
+        prior_precision=prior_precision,
+        decay=decay,
+        hess_init=hess_init,
+        momentum=momentum,
+        mc_samples=mc_samples,
+        order=order,
+        train_draws=train_draws,
+        test_draws=test_draws,
+    )
+    _run([config], out or Path("runs") / dataset, data_dir, resume)
+
+
+@app.command()
+def crosscheck(
+    model: ModelOption = "lenet5",
+    batch_size: ProbeSizeOption = 16,
+    backend: ProbeBackendsOption = None,
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+) -> None:
+    """Show how far each backend is from a loop over the samples.
+
+    The batch is random. Ends with an error when a backend disagrees; refusing is no disagreement.
+    """
+    _check_backends(backend)
+    network, inputs, targets = _probe(model, batch_size, dtype, seed)
+    agreements = persample.crosscheck(network, persample.losses.cross_entropy, inputs, targets, backends=backend)
+    Console().print(agreement_table(agreements, _probe_title(model, batch_size, dtype)))
+    if wrong := [a.backend for a in agreements if a.problem is None and not a.agrees]:
+        raise DisagreementError(f"do not use {', '.join(wrong)} for {model}: the errors are not those of rounding")
+
+
+@app.command()
+def bench(
+    model: ModelOption = "lenet5",
+    batch_size: ProbeSizeOption = 128,
+    backend: ProbeBackendsOption = None,
+    dtype: DtypeOption = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each backend is timed.")] = 15,
+    seed: SeedOption = 0,
+) -> None:
+    """Show time and peak memory of each backend against a plain forward and backward pass.
+
+    The batch is random. A backend that disagrees with the loop over the samples is not timed.
+    """
+    _check_backends(backend)
+    network, inputs, targets = _probe(model, batch_size, dtype, seed)
+    costs = persample.benchmark(
+        network, persample.losses.cross_entropy, inputs, targets, backends=backend, rounds=rounds
+    )
+    Console().print(cost_table(costs, _probe_title(model, batch_size, dtype)))
+
+
+@app.command()
+def backends() -> None:
+    """List the backends and whether they can be used here."""
+    Console().print(backends_table(persample.backends().values()))
+
+
+def _run(configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool) -> None:
+    console = Console()
+    with LiveProgress(console) as progress:
+        outcome = run_experiment(configs, out, data_dir=data_dir, resume=resume, watcher=progress)
+    console.print(results_table(outcome.records))
+    typer.echo(f"Figure: {outcome.figure}")
+
+
+def _check_backends(names: list[str] | None) -> None:
+    known = persample.backends()
+    if unknown := [name for name in names or () if name not in known]:
+        raise UnknownBackendError(f"no backend is called {unknown[0]!r}; choose among {', '.join(known)}")
+
+
+def _probe(model: str, batch_size: int, dtype: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    if dtype not in _DTYPES:
+        raise OptionError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}")
+    torch.manual_seed(seed)
+    network = build_model(model).to(_DTYPES[dtype])
+    inputs = torch.randn(batch_size, *INPUT_SHAPES[model], dtype=_DTYPES[dtype])
+    return network, inputs, torch.randint(10, (batch_size,))
+
+
+def _probe_title(model: str, batch_size: int, dtype: str) -> str:
+    return f"{model}, batch of {batch_size}, {dtype}"

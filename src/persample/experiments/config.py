@@ -1,0 +1,100 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from persample.errors import OptionError
+from persample.experiments.records import OptimizerName
+
+Schedule = Literal["constant", "cosine"]
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """Settings of `torch.optim.Adam`.
+
+    Attributes:
+        lr: The learning rate.
+    """
+
+    lr: float
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise OptionError(f"lr={self.lr} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VognSettings:
+    """Settings of `persample.VOGN`, and of the predictions that are averaged over its posterior.
+
+    Attributes:
+        lr: See `persample.VOGN`, as for those that follow.
+        prior_precision: See `persample.VOGN`.
+        decay: See `persample.VOGN`.
+        hess_init: See `persample.VOGN`.
+        momentum: See `persample.VOGN`.
+        mc_samples: See `persample.VOGN`.
+        order: See `persample.VOGN`.
+        backend: The source of the per-sample gradients, one of `persample.backends()`.
+        train_draws: Draws from the posterior that predictions on the training data are averaged over.
+        test_draws: The same on the test data.
+    """
+
+    lr: float
+    prior_precision: float
+    decay: float
+    hess_init: float
+    momentum: float = 0.0
+    mc_samples: int = 1
+    order: Literal["printed", "updated"] = "printed"
+    backend: str = "hooks"
+    train_draws: int = 8
+    test_draws: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("train_draws", "test_draws"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What determines a training run: two runs with equal settings end with equal weights.
+
+    Attributes:
+        dataset: Name of the data set; it determines the model.
+        epochs: Passes over the training data.
+        batch_size: Samples per step; the last batch of an epoch may be smaller.
+        schedule: "constant", or "cosine" for a learning rate that falls to 0 over the run along half a cosine.
+        seed: What the first weights, the order of the data and all noise are derived from.
+        settings: The optimizer's settings, whose type says which optimizer it is.
+    """
+
+    dataset: str
+    epochs: int
+    batch_size: int
+    schedule: Schedule
+    seed: int
+    settings: AdamSettings | VognSettings
+
+    def __post_init__(self) -> None:
+        for name, least in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise OptionError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.schedule not in SCHEDULES:
+            raise OptionError(f"schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+
+    @property
+    def optimizer(self) -> OptimizerName:
+        """The name of the optimizer."""
+        return "adam" if isinstance(self.settings, AdamSettings) else "vogn"
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        """Return all settings by name, in one level."""
+        run = asdict(self)
+        settings: dict[str, str | int | float] = run.pop("settings")
+        return {"optimizer": self.optimizer} | run | settings

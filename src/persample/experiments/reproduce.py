@@ -1,0 +1,129 @@
+"""The whole experiment: train one or both optimizers, and write down everything about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persample.errors import DataError
+from persample.experiments.config import TrainConfig
+from persample.experiments.data import DATASET_TITLES, load_dataset
+from persample.experiments.extras import require
+from persample.experiments.figures import figure2
+from persample.experiments.files import replacing
+from persample.experiments.models import MODEL_OF_DATASET
+from persample.experiments.records import Record, write_csv
+from persample.experiments.train import Watcher, train
+
+_PACKAGES = ("persample", "torch", "numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment gave.
+
+    Attributes:
+        records: All metrics, optimizer by optimizer.
+        figure: The picture.
+    """
+
+    records: list[Record]
+    figure: Path
+
+
+def reproduce(
+    configs: Sequence[TrainConfig],
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Train one run after the other on the same data, and write the results into a folder.
+
+    The folder gets `config.json` (settings, versions, machine), for each optimizer a checkpoint `adam.pt` or
+    `vogn.pt` after every epoch, `metrics.csv` and `figure2.png`. What an earlier experiment left under these
+    names is replaced.
+
+    Args:
+        configs: The runs, with different optimizers on one data set.
+        out: The folder to write to; it is made.
+        data_dir: See `load_dataset`.
+        resume: Go on where the experiment in `out` was interrupted.
+        watcher: Is told of every batch and epoch.
+
+    Returns:
+        The metrics and the picture.
+
+    Raises:
+        MissingPackageError: A package of the extra `experiments` is not installed.
+        PersampleError: Data, settings or training fail; see `load_dataset` and `train`.
+    """
+    for package in ("torchmetrics", "matplotlib"):  # now rather than after hours of training
+        require(package, "The experiment")
+    checkpoints = {config: out / f"{config.optimizer}.pt" for config in configs}
+    if resume and not any(path.exists() for path in checkpoints.values()):
+        raise DataError(f"there is no run to resume in {out}; start one without --resume")
+    _make_folder(out)
+    dataset = load_dataset(configs[0].dataset, data_dir)
+    if not resume:
+        for path in checkpoints.values():
+            path.unlink(missing_ok=True)
+    _write_json(describe(configs), out / "config.json")
+    records: list[Record] = []
+    for config, path in checkpoints.items():
+        run = train(config, dataset, path, resume=resume and path.exists(), watcher=watcher)
+        records += run.records
+        write_csv(records, out / "metrics.csv")
+    figure2(records, out / "figure2.png", _title(configs))
+    return Outcome(records, out / "figure2.png")
+
+
+def describe(configs: Sequence[TrainConfig]) -> dict[str, Any]:
+    """Return the settings of the runs, the versions of the packages and the machine, for a JSON file."""
+    return {
+        "runs": [config.as_dict() for config in configs],
+        "versions": {"python": platform.python_version()} | _versions(),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {out} cannot be made: {error.strerror}; choose another --out") from error
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _title(configs: Sequence[TrainConfig]) -> str:
+    dataset = configs[0].dataset
+    optimizers = " and ".join({"adam": "Adam", "vogn": "VOGN"}[config.optimizer] for config in configs)
+    return f"{optimizers} on {DATASET_TITLES[dataset]}, model {MODEL_OF_DATASET[dataset]}"

@@ -1,0 +1,66 @@
+"""A training run in memory: the model, its optimizer, and what was measured so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from persample import VOGN, losses
+from persample.experiments.config import AdamSettings, TrainConfig
+from persample.experiments.models import model_for
+from persample.experiments.records import Record
+from persample.experiments.seeds import derive_seed, make_generator
+
+
+@dataclass
+class Run:
+    """A training run between two epochs.
+
+    Attributes:
+        config: Its settings.
+        model: The network. With VOGN its parameters are the posterior's mean.
+        optimizer: Adam, or VOGN.
+        epoch: How many epochs are done.
+        records: The metrics after each of them.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    optimizer: torch.optim.Adam | VOGN
+    epoch: int = 0
+    records: list[Record] = field(default_factory=list)
+
+
+def start(config: TrainConfig, data_size: int) -> Run:
+    """Begin a run: both optimizers begin at the same weights when the seeds are the same.
+
+    Args:
+        config: Its settings.
+        data_size: The number of training samples.
+
+    Raises:
+        PersampleError: A setting is not allowed, or the backend cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        model = model_for(config.dataset)
+    settings = config.settings
+    if isinstance(settings, AdamSettings):
+        return Run(config, model, torch.optim.Adam(model.parameters(), lr=settings.lr))
+    optimizer = VOGN(
+        model,
+        losses.cross_entropy,
+        data_size=data_size,
+        lr=settings.lr,
+        prior_precision=settings.prior_precision,
+        decay=settings.decay,
+        hess_init=settings.hess_init,
+        momentum=settings.momentum,
+        mc_samples=settings.mc_samples,
+        order=settings.order,
+        backend=settings.backend,
+        generator=make_generator(config.seed, "noise"),
+    )
+    return Run(config, model, optimizer)

@@ -1,0 +1,88 @@
+"""The tables that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from persample.checks import Agreement, Cost
+from persample.experiments.records import Prediction, Record
+from persample.sources import Backend
+
+_PREDICTIONS: dict[Prediction, str] = {
+    "point": "Adam",
+    "mean": "VOGN, posterior mean",
+    "averaged": "VOGN, averaged",
+}
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """Return the metrics after the last epoch, for each way to predict."""
+    table = Table(title=f"After epoch {max(record.epoch for record in records)}")
+    for heading in ("predictions", "data"):
+        table.add_column(heading)
+    for heading in ("accuracy", "log loss", "calibration error"):
+        table.add_column(heading, justify="right")
+    for prediction, name in _PREDICTIONS.items():
+        for record in _last_epoch([record for record in records if record.prediction == prediction]):
+            metrics = record.metrics
+            table.add_row(
+                name,
+                record.split,
+                f"{metrics.accuracy:.2%}",
+                f"{metrics.log_loss:.4f}",
+                f"{metrics.calibration_error:.4f}",
+                end_section=record.split == "test",
+            )
+    return table
+
+
+def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
+    """Return how far each backend is from the oracle."""
+    table = Table(title=title, caption="Largest relative errors against a loop over the samples in float64")
+    for heading in ("backend", "mean", "second moment", "per-sample", "allowed", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("backend", "verdict") else "right")
+    for agreement in agreements:
+        errors = (agreement.mean, agreement.second_moment, agreement.per_sample, agreement.allowed)
+        verdict = agreement.problem or ("agrees" if agreement.agrees else "DISAGREES")
+        table.add_row(agreement.backend, *(_number(error, ".1e") for error in errors), escape(verdict))
+    return table
+
+
+def cost_table(costs: Iterable[Cost], title: str) -> Table:
+    """Return what each backend costs."""
+    table = Table(title=title, caption="Ratios to a plain forward and backward pass of the same run")
+    for heading in ("backend", "ms", "time ×", "quartiles", "peak MiB", "memory ×", "problem"):
+        table.add_column(heading, justify="left" if heading in ("backend", "problem") else "right")
+    for cost in costs:
+        table.add_row(
+            cost.backend,
+            _number(cost.seconds, ".2f", 1e3),
+            _number(cost.time_ratio, ".2f"),
+            f"{_number(cost.time_ratio_low, '.2f')} to {_number(cost.time_ratio_high, '.2f')}",
+            _number(cost.peak_bytes, ".1f", 2**-20),
+            _number(cost.memory_ratio, ".2f"),
+            escape(cost.problem or ""),
+        )
+    return table
+
+
+def backends_table(backends: Iterable[Backend]) -> Table:
+    """Return which backends exist, and which can be used here."""
+    table = Table(title="Backends")
+    for heading in ("name", "usable here", "what is missing"):
+        table.add_column(heading)
+    for backend in backends:
+        missing = "" if backend.available else f"{backend.problem}; {backend.install}"
+        table.add_row(backend.name, "yes" if backend.available else "no", escape(missing))
+    return table
+
+
+def _last_epoch(records: list[Record]) -> list[Record]:
+    return [record for record in records if record.epoch == records[-1].epoch]
+
+
+def _number(value: float | None, form: str, factor: float = 1) -> str:
+    return "–" if value is None else format(value * factor, form)
