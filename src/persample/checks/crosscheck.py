@@ -72,7 +72,7 @@ def crosscheck(
         options: options for single backends, by name, such as `{"vmap": {"chunk_size": 16}}`.
 
     Returns:
-        One `Agreement` for each backend, in the order given. The self-check is off: what is compared is what the
+        One `Agreement` for each backend, in the order given. The self-check is off, so what is compared is what the
         backend itself returns.
 
     Raises:

@@ -52,6 +52,7 @@ def lenet5() -> nn.Sequential:
 
 
 MODELS = {"mnist-convnet": mnist_convnet, "lenet5": lenet5}
+MODEL_TITLES = {"mnist-convnet": "ConvNet", "lenet5": "LeNet-5"}
 INPUT_SHAPES = {"mnist-convnet": (1, 28, 28), "lenet5": (3, 32, 32)}
 
 #: The model that the paper trains on each data set; Fashion-MNIST has MNIST's format and takes its model.

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from persample.errors import DataError
+from persample.experiments.checkpoint import restore
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_TITLES, load_dataset
 from persample.experiments.extras import require
 from persample.experiments.figures import figure2
 from persample.experiments.files import replacing
-from persample.experiments.models import MODEL_OF_DATASET
+from persample.experiments.models import MODEL_OF_DATASET, MODEL_TITLES
 from persample.experiments.records import Record, write_csv
+from persample.experiments.run import start
 from persample.experiments.train import Watcher, train
 
 _PACKAGES = ("persample", "torch", "numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
@@ -74,13 +76,16 @@ def reproduce(
         raise DataError(f"there is no run to resume in {out}; start one without --resume")
     _make_folder(out)
     dataset = load_dataset(configs[0].dataset, data_dir)
-    if not resume:
-        for path in checkpoints.values():
+    runs = {start(config, len(dataset.train_targets)): path for config, path in checkpoints.items()}
+    for run, path in runs.items():
+        if not resume:
             path.unlink(missing_ok=True)
+        elif path.exists():
+            restore(run, path)
     _write_json(describe(configs), out / "config.json")
     records: list[Record] = []
-    for config, path in checkpoints.items():
-        run = train(config, dataset, path, resume=resume and path.exists(), watcher=watcher)
+    for run, path in runs.items():
+        train(run, dataset, path, watcher)
         records += run.records
         write_csv(records, out / "metrics.csv")
     figure2(records, out / "figure2.png", _title(configs))
@@ -126,4 +131,4 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
 def _title(configs: Sequence[TrainConfig]) -> str:
     dataset = configs[0].dataset
     optimizers = " and ".join({"adam": "Adam", "vogn": "VOGN"}[config.optimizer] for config in configs)
-    return f"{optimizers} on {DATASET_TITLES[dataset]}, model {MODEL_OF_DATASET[dataset]}"
+    return f"{optimizers}: {MODEL_TITLES[MODEL_OF_DATASET[dataset]]} on {DATASET_TITLES[dataset]}"

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from persample import VOGN, losses
 from persample.errors import NonFiniteLossError
-from persample.experiments.checkpoint import restore, save
+from persample.experiments.checkpoint import save
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import ImageDataset
 from persample.experiments.evaluate import evaluate
 from persample.experiments.records import Record
-from persample.experiments.run import Run, start
+from persample.experiments.run import Run
 from persample.experiments.seeds import make_generator
 
 
@@ -40,51 +40,35 @@ class SilentWatcher:
         """Do nothing."""
 
 
-def train(
-    config: TrainConfig,
-    dataset: ImageDataset,
-    checkpoint: Path,
-    *,
-    resume: bool = False,
-    watcher: Watcher | None = None,
-) -> Run:
-    """Train a model, and measure it on training and test data after every epoch.
+def train(run: Run, dataset: ImageDataset, checkpoint: Path, watcher: Watcher | None = None) -> None:
+    """Train until all epochs are done, measuring on training and test data after every one.
 
-    A run that was interrupted and resumed ends, bit for bit, as one that was not.
+    A run that was interrupted, and restored from its checkpoint, ends bit for bit as one that was not. Nothing
+    but the run is changed, torch's global random generator included.
 
     Args:
-        config: The settings.
+        run: A run that was just started, or restored.
         dataset: The data.
         checkpoint: A file that is replaced after every epoch by the state of the run; its folder exists.
-        resume: Go on from the state in `checkpoint`.
-        watcher: Is told of every batch and epoch.
-
-    Returns:
-        The run with all its epochs done.
+        watcher: Is told of every batch and epoch; first of the epochs that were done before.
 
     Raises:
         NonFiniteLossError: The training diverged.
-        DataError: There is nothing to resume, or it cannot be read.
-        OptionError: A setting is not allowed, or not the one of the run to resume.
     """
     watcher = watcher or SilentWatcher()
-    run = start(config, len(dataset.train_targets))
-    if resume:
-        restore(run, checkpoint)
-        watcher.on_epoch(config, run.epoch, run.records)
-    while run.epoch < config.epochs:
+    if run.epoch > 0:
+        watcher.on_epoch(run.config, run.epoch, run.records)
+    while run.epoch < run.config.epochs:
         _train_epoch(run, dataset, watcher)
         run.epoch += 1
         run.records += evaluate(run, dataset)
         save(run, checkpoint)
-        watcher.on_epoch(config, run.epoch, run.records)
-    return run
+        watcher.on_epoch(run.config, run.epoch, run.records)
 
 
 def _train_epoch(run: Run, dataset: ImageDataset, watcher: Watcher) -> None:
     config, epoch = run.config, run.epoch + 1
-    generator = make_generator(config.seed, "order", epoch)
-    batches = torch.randperm(len(dataset.train_targets), generator=generator).split(config.batch_size)
+    batches = shuffled_batches(config, epoch, len(dataset.train_targets))
     for index, rows in enumerate(batches):
         lr = learning_rate(config, run.epoch * len(batches) + index, config.epochs * len(batches))
         for group in run.optimizer.param_groups:
@@ -96,6 +80,21 @@ def _train_epoch(run: Run, dataset: ImageDataset, watcher: Watcher) -> None:
                 f"use a learning rate below {config.settings.lr}"
             )
         watcher.on_batch(config, epoch, index + 1, len(batches), loss)
+
+
+def shuffled_batches(config: TrainConfig, epoch: int, data_size: int) -> tuple[Tensor, ...]:
+    """Return the rows of each batch of an epoch, in an order that depends on seed and epoch alone.
+
+    Args:
+        config: Settings with the seed and the batch size.
+        epoch: The epoch, from 1.
+        data_size: The number of training samples.
+
+    Returns:
+        Tensors of row numbers, each of the batch size but the last, which has what remains.
+    """
+    generator = make_generator(config.seed, "order", epoch)
+    return torch.randperm(data_size, generator=generator).split(config.batch_size)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -116,6 +115,6 @@ def _train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
         return loss
     optimizer.zero_grad()
     loss = losses.cross_entropy(run.model(inputs), targets).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.detach()

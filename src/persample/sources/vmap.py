@@ -27,8 +27,8 @@ class VmapSource(PerSampleGradSource):
     """`vmap(grad(ℓ))`, with ℓ the loss of one sample as a function of the parameters.
 
     Exact wherever `torch.func` can run the model, whatever its layers. It cannot run `.item()`, control flow that
-    depends on values, buffers that are updated in place, and some kernels (`nn.RNN`, `nn.GRU`): these are refused.
-    The buffers of the model keep the values that they had before.
+    depends on values, buffers that collect values of the samples, and some kernels (`nn.RNN`, `nn.GRU`): these are
+    refused. The buffers of the model keep the values that they had before.
 
     Args:
         model: the network.
@@ -122,15 +122,15 @@ class VmapSource(PerSampleGradSource):
         copies = {buffer: buffer.detach().clone() for buffer in model_loss.buffers()}
         buffers = {place: copies[buffer] for place, buffer in _places(model_loss, "_buffers")}
 
-        def sample_loss(parameters: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
+        def sample_loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
             rows = iter(sample)
             row = [next(rows).unsqueeze(0) if known else leaf for leaf, known in zip(leaves, is_tensor, strict=True)]
             state = buffers | {place: parameters[name] for place, name in places.items()}
             loss: Tensor = functional_call(model_loss, state, pytree.tree_unflatten(row, structure), tie_weights=False)
             return loss
 
-        mapped = vmap(grad_and_value(sample_loss), in_dims=(None, 0), randomness=self.randomness)
-        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, tensors)
+        mapped = vmap(grad_and_value(sample_loss), in_dims=(None, None, 0), randomness=self.randomness)
+        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, buffers, tensors)
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:
@@ -155,6 +155,8 @@ class VmapSource(PerSampleGradSource):
                 "Choose randomness='different' (every sample draws its own random numbers) or 'same', or call "
                 "model.eval() to switch dropout off."
             )
+        elif "broadcast shape" in reason:
+            advice = f"It changes a tensor that all samples share, such as a buffer, in place. {advice}"
         return UnsupportedModelError(f"{self._where(error)} cannot be run by torch.func: {reason}. {advice}")
 
     def _where(self, error: BaseException) -> str:

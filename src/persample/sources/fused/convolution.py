@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,10 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.fused.choice import choose
+from persample.sources.fused.onednn import product_for
 from persample.sources.unfolding import unfold
+
+Sums = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,46 +69,44 @@ class Convolution:
         return Convolution(self.delta[part], self.x[part], self.geometry, self.images)
 
     def per_sample(self) -> Tensor:
-        if len(self.x) == 0:
-            return self.x.new_zeros((0, *self.geometry.weight))
-        return _patches(self.delta, self.x, self.geometry, self.images)
+        return _patches(self)
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        if self.images > 1 or self.x.numel() == 0:
-            return added_up(_patches, self.delta, self.x, self.geometry, self.images, _piece(self.geometry))
-        key = (tuple(self.x.shape), tuple(self.delta.shape), self.geometry, self.x.dtype, self.x.device)
-        forms = {name: _bound(form, rows, self) for name, form, rows in candidates(self)}
-        return choose(("convolution", key), forms)
+    def sums(self) -> Sums:
+        key = (tuple(self.x.shape), tuple(self.delta.shape), self.geometry, self.images, self.x.dtype, self.x.device)
+        return choose(("convolution", key), forms(self))
 
     def printed_second_moment_sum(self) -> Tensor:
         raise UnsupportedModelError("The printed formula is a curvature of backend 'hooks' only.")
 
 
-Form = Callable[[Tensor, Tensor, Geometry, int], Tensor]
-
-
-def candidates(convolution: Convolution) -> list[tuple[str, Form, int]]:
-    """The forms worth trying, the one that suits most shapes first, with how many samples they take at a time."""
-    geometry = convolution.geometry
-    batch = len(convolution.x)
-    piece = _piece(geometry)
-    found: list[tuple[str, Form, int]] = [("patches", _patches, min(piece, 16))]
-    found += [(f"grouped {rows}", _grouped, rows) for rows in (16, 64, batch) if rows <= batch]
-    if _onednn_linear(convolution.x) is not None and geometry.groups == 1:
-        found.append(("products", _products, min(piece, 8)))
-    found.append(("patches 64", _patches, 64))
-    if math.prod(geometry.weight) > 2**15:
-        found.append(("single", _single, 1))
+def forms(convolution: Convolution) -> dict[str, Callable[[], Sums]]:
+    """The forms worth trying, the one that suits most shapes first."""
+    geometry, batch = convolution.geometry, len(convolution.x) // convolution.images
+    # Windows or gradients of so many samples are made at a time; what fits the cache is quickly used up.
+    largest = max(math.prod(geometry.weight), _window_entries(convolution))
+    pieces = sorted({min(batch, max(1, budget // max(1, largest))) for budget in (2**17, 2**19, 2**21)})
+    found: dict[str, Callable[[], Sums]] = {
+        f"patches {rows}": partial(added_up, _patches, convolution, rows) for rows in pieces
+    }
+    if convolution.images == 1 and convolution.x.numel() > 0:
+        found |= {
+            f"grouped {rows}": partial(added_up, _grouped, convolution, rows)
+            for rows in (16, 64, batch)
+            if rows <= batch
+        }
+        if product_for(convolution.x) is not None and geometry.groups == 1:
+            found |= {f"products {rows}": partial(_products, convolution, rows) for rows in pieces[:2]}
+        if math.prod(geometry.weight) > 2**15:
+            found["single"] = partial(added_up, _single, convolution, 1)
     return found
 
 
-def added_up(form: Form, delta: Tensor, x: Tensor, geometry: Geometry, images: int, rows: int) -> tuple[Tensor, Tensor]:
+def added_up(form: Callable[[Convolution], Tensor], convolution: Convolution, rows: int) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², `rows` samples at a time."""
-    total = delta.new_zeros(geometry.weight)
+    total = convolution.delta.new_zeros(convolution.geometry.weight)
     squares = torch.zeros_like(total)
-    step = max(1, rows) * images
-    for d, part in zip(delta.split(step), x.split(step), strict=True):
-        g = form(d, part, geometry, images)
+    for start in range(0, len(convolution.x) // convolution.images, rows):
+        g = form(convolution.rows(slice(start, start + rows)))
         if len(g) == 1:
             total += g[0]
             squares.addcmul_(g[0], g[0])
@@ -114,61 +116,59 @@ def added_up(form: Form, delta: Tensor, x: Tensor, geometry: Geometry, images: i
     return total, squares
 
 
-def _bound(form: Form, rows: int, c: Convolution) -> Callable[[], tuple[Tensor, Tensor]]:
-    return lambda: added_up(form, c.delta, c.x, c.geometry, c.images, rows)
+def _window_entries(convolution: Convolution) -> int:
+    geometry = convolution.geometry
+    return (
+        math.prod(geometry.weight[1:]) * geometry.groups * math.prod(convolution.delta.shape[2:]) * convolution.images
+    )
 
 
-def _piece(geometry: Geometry) -> int:
-    """How many samples' gradients fit the cache."""
-    return max(1, 2**19 // math.prod(geometry.weight))
-
-
-def _windows(x: Tensor, delta: Tensor, geometry: Geometry) -> Tensor:
+def _windows(c: Convolution) -> Tensor:
     """[[x]], `(B, G, C/G · K, L)`."""
-    padded = F.pad(x, [p for p in reversed(geometry.padding) for _ in (0, 1)]) if any(geometry.padding) else x
+    geometry = c.geometry
+    padded = F.pad(c.x, [p for p in reversed(geometry.padding) for _ in (0, 1)]) if any(geometry.padding) else c.x
     kernel = geometry.weight[2:]
-    return unfold(padded, kernel, geometry.stride, geometry.dilation, geometry.groups, delta.shape[2:])
+    return unfold(padded, kernel, geometry.stride, geometry.dilation, geometry.groups, c.delta.shape[2:])
 
 
-def _patches(delta: Tensor, x: Tensor, geometry: Geometry, images: int) -> Tensor:
-    windows = _windows(x, delta, geometry)
-    delta = delta.reshape(len(delta), geometry.groups, delta.shape[1] // geometry.groups, -1)
-    g = (delta @ windows.mT).reshape(-1, *geometry.weight)
-    return g if images == 1 else g.unflatten(0, (-1, images)).sum(1)
+def _patches(c: Convolution) -> Tensor:
+    delta = c.delta.reshape(len(c.delta), c.geometry.groups, c.delta.shape[1] // c.geometry.groups, -1)
+    g = (delta @ _windows(c).mT).reshape(-1, *c.geometry.weight)
+    return g if c.images == 1 else g.unflatten(0, (-1, c.images)).sum(1)
 
 
-def _products(delta: Tensor, x: Tensor, geometry: Geometry, images: int) -> Tensor:
-    windows = _windows(x, delta, geometry).squeeze(1)
-    delta = delta.flatten(2)
-    product = _onednn_linear(x)
+def _products(c: Convolution, rows: int) -> Sums:
+    product = product_for(c.x)
     assert product is not None
-    # (C·K, L) (L, O): the larger factor first is the faster order.
-    g = torch.stack([product(a, d) for a, d in zip(windows, delta, strict=True)])
-    return g.mT.reshape(-1, *geometry.weight)
+    outputs = c.geometry.weight[0]
+    total = c.delta.new_zeros(math.prod(c.geometry.weight[1:]), outputs)
+    squares = torch.zeros_like(total)
+    for start in range(0, len(c.x), rows):
+        piece = c.rows(slice(start, start + rows))
+        for a, d in zip(_windows(piece).squeeze(1), piece.delta.flatten(2), strict=True):
+            g = product(a, d)  # (C·K, L) (L, O): the larger factor first is the faster order
+            total += g
+            squares.addcmul_(g, g)
+    return total.mT.reshape(c.geometry.weight), squares.mT.reshape(c.geometry.weight)
 
 
-def _grouped(delta: Tensor, x: Tensor, geometry: Geometry, images: int) -> Tensor:
-    batch = len(x)
-    weight = x.new_zeros(1).expand(batch * geometry.weight[0], *geometry.weight[1:])
-    return _weight_gradient(
-        delta.reshape(1, -1, *delta.shape[2:]),
-        x.reshape(1, -1, *x.shape[2:]),
-        weight,
-        geometry,
-        batch * geometry.groups,
-    ).reshape(batch, *geometry.weight)
+def _grouped(c: Convolution) -> Tensor:
+    batch, weight = len(c.x), c.geometry.weight
+    delta, x = c.delta.reshape(1, -1, *c.delta.shape[2:]), c.x.reshape(1, -1, *c.x.shape[2:])
+    g = _weight_gradient(delta, x, (batch * weight[0], *weight[1:]), c.geometry, batch * c.geometry.groups)
+    return g.reshape(batch, *weight)
 
 
-def _single(delta: Tensor, x: Tensor, geometry: Geometry, images: int) -> Tensor:
-    weight = x.new_zeros(1).expand(geometry.weight)
-    return _weight_gradient(delta, x, weight, geometry, geometry.groups).unsqueeze(0)
+def _single(c: Convolution) -> Tensor:
+    return _weight_gradient(c.delta, c.x, c.geometry.weight, c.geometry, c.geometry.groups).unsqueeze(0)
 
 
-def _weight_gradient(delta: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+def _weight_gradient(delta: Tensor, x: Tensor, shape: tuple[int, ...], geometry: Geometry, groups: int) -> Tensor:
+    """Σ_i g_i of an ordinary convolution with a weight of `shape`, whose values do not matter."""
     gradient: Tensor = torch.ops.aten.convolution_backward(
         delta,
         x,
-        weight,
+        x.new_zeros(1).expand(shape),
         None,
         geometry.stride,
         geometry.padding,
@@ -179,13 +179,3 @@ def _weight_gradient(delta: Tensor, x: Tensor, weight: Tensor, geometry: Geometr
         [False, True, False],
     )[1]
     return gradient
-
-
-def _onednn_linear(x: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The x wᵀ of oneDNN for float32 on a CPU, faster than the BLAS on some processors; None where it is not there."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return None
-    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if operation is None:
-        return None
-    return lambda a, b: operation(a, b, None, "none", [], "")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.contributions import OuterProducts, Terms
+from persample.sources.contributions import Terms
 from persample.sources.fused.layout import Layout
+from persample.sources.fused.linear import LinearProducts
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
@@ -22,9 +23,8 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
     # Of two dimensions the result is no view, so the tap can take it.
     result = F.linear(input.reshape(-1, inputs), capture.value(weight), capture.value(bias))
 
-    def for_weight(delta: Tensor, x: Tensor) -> OuterProducts:
-        d, a = after.sample_first(delta, outputs), layout.sample_first(x, inputs)
-        return OuterProducts(d.mT.unsqueeze(1), a.mT.unsqueeze(1), weight.shape)
+    def for_weight(delta: Tensor, x: Tensor) -> LinearProducts:
+        return LinearProducts(after.sample_first(delta, outputs), layout.sample_first(x, inputs))
 
     def for_bias(delta: Tensor, x: Tensor) -> Terms:
         return Terms(after.sample_first(delta, outputs))
@@ -42,9 +42,8 @@ def matmul(capture: Capture, x: Tensor, other: Tensor) -> Any:
     after = Layout(layout.outer, layout.batch, layout.inner // inputs * outputs)
     result = x.reshape(-1, inputs) @ capture.value(other)
 
-    def contribution(delta: Tensor, x: Tensor) -> OuterProducts:
-        d, a = after.sample_first(delta, outputs), layout.sample_first(x, inputs)
-        return OuterProducts(a.mT.unsqueeze(1), d.mT.unsqueeze(1), other.shape)
+    def contribution(delta: Tensor, x: Tensor) -> LinearProducts:
+        return LinearProducts(layout.sample_first(x, inputs), after.sample_first(delta, outputs))
 
     tapped = capture.tap(result, after, [(other, contribution)], (x,))
     return capture.follow_as(tapped.view(*x.shape[:-1], outputs), after)
