@@ -1,0 +1,92 @@
+"""Sums over samples of δ_iᵀ a_i and its square, for linear layers, in whichever exact form is the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from persample.sources.contributions import OuterProducts
+from persample.sources.fused.choice import choose
+from persample.sources.fused.onednn import product_for
+
+Sums = tuple[Tensor, Tensor]
+
+# As many numbers of per-sample gradients are made at a time, so that they stay in the processor's cache.
+_PIECE = 2**18
+
+
+@dataclass(frozen=True)
+class LinearProducts:
+    """g_i = Σ_l δ_il a_ilᵀ: the weight of a linear layer.
+
+    Attributes:
+        delta: δ, shape `(B, L, O)`.
+        a: the inputs, shape `(B, L, I)`.
+    """
+
+    delta: Tensor
+    a: Tensor
+
+    def rows(self, rows: slice) -> LinearProducts:
+        return LinearProducts(self.delta[rows], self.a[rows])
+
+    def per_sample(self) -> Tensor:
+        return self.delta.mT @ self.a
+
+    def sums(self) -> Sums:
+        key = (tuple(self.delta.shape), tuple(self.a.shape), self.a.dtype, self.a.device)
+        if self.delta.shape[1] == 1:
+            return choose(("linear", key), one_position(self.delta.squeeze(1), self.a.squeeze(1)))
+        return choose(("linear on positions", key), many_positions(self.delta, self.a))
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return OuterProducts(
+            self.delta.mT.unsqueeze(1), self.a.mT.unsqueeze(1), torch.Size((self.delta.shape[2], self.a.shape[2]))
+        ).printed_second_moment_sum()
+
+
+def one_position(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:
+    """g_i² = (δ_i)² (a_iᵀ)², so both sums are products of matrices over the batch (Goodfellow, 2015)."""
+    forms: dict[str, Callable[[], Sums]] = {
+        "blas": lambda: (delta.mT @ a, delta.square().mT @ a.square()),
+    }
+    product = product_for(a)
+    if product is not None:
+        forms["onednn"] = lambda: (product(delta.mT, a.mT), product(delta.square().mT, a.square().mT))
+    return forms
+
+
+def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:
+    """The sum over positions is taken before squaring, so the g_i are formed, a few at a time."""
+    forms: dict[str, Callable[[], Sums]] = {
+        "batched": lambda: _batched(delta, a),
+        "blas one by one": lambda: _one_by_one(delta, a, lambda d, x: d.mT @ x),
+    }
+    product = product_for(a)
+    if product is not None:
+        forms["onednn one by one"] = lambda: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
+    return forms
+
+
+def _batched(delta: Tensor, a: Tensor) -> Sums:
+    total = delta.new_zeros(delta.shape[2], a.shape[2])
+    squares = torch.zeros_like(total)
+    rows = max(1, _PIECE // max(1, total.numel()))
+    for d, x in zip(delta.split(rows), a.split(rows), strict=True):
+        g = d.mT @ x
+        total += g.sum(0)
+        squares += g.square_().sum(0)
+    return total, squares
+
+
+def _one_by_one(delta: Tensor, a: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Sums:
+    total = delta.new_zeros(delta.shape[2], a.shape[2])
+    squares = torch.zeros_like(total)
+    for d, x in zip(delta, a, strict=True):
+        g = product(d, x)
+        total += g
+        squares.addcmul_(g, g)
+    return total, squares
