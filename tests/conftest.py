@@ -1,0 +1,45 @@
+"""How many cases hypothesis draws, and the backends that tests with an argument `backend` run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import persample
+
+from .conformance import trace, truth
+
+# Large models are slow to draw, and the time of a case depends on the machine.
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
+
+# The same cases every time, so that a test run never depends on luck. `--hypothesis-profile=nightly` looks for more.
+settings.register_profile("every-run", max_examples=60, derandomize=True, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
+settings.load_profile("every-run")
+
+
+@pytest.fixture
+def no_trace() -> Callable[..., Any]:
+    """A context in which nothing about a model may change, see `conformance.trace`."""
+    return trace.no_trace
+
+
+@pytest.fixture
+def per_sample_truth() -> Callable[..., truth.Truth]:
+    """The gradients of the single samples by an independent loop, see `conformance.truth`."""
+    return truth.per_sample_truth
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that has an argument `backend` once for every backend; one that cannot be imported is skipped."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" not in metafunc.fixturenames or any("backend" in mark.args[0] for mark in marks):
+        return
+    backends = []
+    for name, backend in persample.backends().items():
+        reason = f"backend {name!r} cannot be imported: {backend.problem}"
+        backends.append(pytest.param(name, marks=pytest.mark.skipif(not backend.available, reason=reason)))
+    metafunc.parametrize("backend", backends)

@@ -1,0 +1,57 @@
+"""Merging moments of micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persample import Moments, merge_moments
+from persample.errors import UsageError
+
+
+def moments_of(rows: torch.Tensor) -> Moments:
+    """Moments of gradients that are given as rows, with losses that tell the samples apart."""
+    return Moments(losses=rows.sum(1), mean={"w": rows.mean(0)}, second_moment={"w": rows.square().mean(0)})
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_merged_micro_batches_are_the_whole_batch(sizes: list[int], seed: int) -> None:
+    rows = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    merged = merge_moments(moments_of(part) for part in rows.split(sizes))
+    whole = moments_of(rows)
+    torch.testing.assert_close(merged.losses, whole.losses)
+    torch.testing.assert_close(merged.mean, whole.mean)
+    torch.testing.assert_close(merged.second_moment, whole.second_moment)
+    assert merged.batch_size == sum(sizes)
+
+
+def test_merging_changes_no_part() -> None:
+    first, second = moments_of(torch.ones(2, 3)), moments_of(torch.zeros(1, 3))
+    merge_moments([first, second])
+    assert torch.equal(first.mean["w"], torch.ones(3))
+    assert torch.equal(second.mean["w"], torch.zeros(3))
+
+
+def test_merging_one_part_gives_a_copy_of_it() -> None:
+    part = moments_of(torch.ones(2, 3))
+    merged = merge_moments([part])
+    merged.mean["w"].zero_()
+    assert torch.equal(part.mean["w"], torch.ones(3))
+
+
+def test_merging_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="no moments"):
+        merge_moments([])
+
+
+def test_merging_different_models_is_refused() -> None:
+    other = Moments(torch.zeros(1), {"v": torch.zeros(3)}, {"v": torch.zeros(3)})
+    with pytest.raises(UsageError, match="v, w"):
+        merge_moments([moments_of(torch.ones(2, 3)), other])
+
+
+def test_moments_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        moments_of(torch.ones(2, 3)).losses = torch.zeros(2)  # type: ignore[misc]
