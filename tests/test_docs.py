@@ -1,0 +1,27 @@
+"""README and docs: links lead somewhere, no backend is left out. Their code blocks run by the root `conftest.py`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import persample
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing-a-backend.md"])
+def test_every_backend_has_a_row_in_the_table(page: str) -> None:
+    rows = re.findall(r'^\| `"(\w+)"` \|', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    own = {name for name, backend in persample.backends().items() if backend.location.startswith("persample.")}
+    assert own <= set(rows)
