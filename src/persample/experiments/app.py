@@ -40,9 +40,7 @@ BackendOption = Annotated[
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training data.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Samples per step.")]
 SeedOption = Annotated[int, typer.Option(help="Makes the run repeatable.")]
-OutOption = Annotated[
-    Path | None, typer.Option(help="Folder for the results.", show_default="runs/ and the data set's name")
-]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for the results; one in runs/ if left out.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="Of the learning rate: constant, or cosine (falls to 0).")]
 ModelOption = Annotated[str, typer.Option(help=f"The model: {', '.join(MODELS)}.")]
@@ -118,7 +116,7 @@ def train(
         train_draws=train_draws,
         test_draws=test_draws,
     )
-    _run([config], out or Path("runs") / dataset, data_dir, resume)
+    _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume)
 
 
 @app.command()

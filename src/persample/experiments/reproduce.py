@@ -71,25 +71,26 @@ def reproduce(
     """
     for package in ("torchmetrics", "matplotlib"):  # now rather than after hours of training
         require(package, "The experiment")
-    checkpoints = {config: out / f"{config.optimizer}.pt" for config in configs}
-    if resume and not any(path.exists() for path in checkpoints.values()):
+    checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
+    metrics, figure = out / "metrics.csv", out / "figure2.png"
+    if resume and not any(path.exists() for path in checkpoints):
         raise DataError(f"there is no run to resume in {out}; start one without --resume")
     _make_folder(out)
     dataset = load_dataset(configs[0].dataset, data_dir)
-    runs = {start(config, len(dataset.train_targets)): path for config, path in checkpoints.items()}
-    for run, path in runs.items():
-        if not resume:
-            path.unlink(missing_ok=True)
-        elif path.exists():
-            restore(run, path)
+    runs = [start(config, len(dataset.train_targets)) for config in configs]
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        if resume and checkpoint.exists():
+            restore(run, checkpoint)
+    if not resume:
+        for old in (*checkpoints, metrics, figure):
+            old.unlink(missing_ok=True)
     _write_json(describe(configs), out / "config.json")
-    records: list[Record] = []
-    for run, path in runs.items():
-        train(run, dataset, path, watcher)
-        records += run.records
-        write_csv(records, out / "metrics.csv")
-    figure2(records, out / "figure2.png", _title(configs))
-    return Outcome(records, out / "figure2.png")
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        train(run, dataset, checkpoint, watcher)
+    records = [record for run in runs for record in run.records]
+    write_csv(records, metrics)
+    figure2(records, figure, _title(configs))
+    return Outcome(records, figure)
 
 
 def describe(configs: Sequence[TrainConfig]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from persample.experiments.records import Record
 from persample.experiments.seeds import derive_seed, make_generator
 
 
-@dataclass(eq=False)
+@dataclass
 class Run:
     """A training run between two epochs.
 

@@ -94,7 +94,8 @@ def shuffled_batches(config: TrainConfig, epoch: int, data_size: int) -> tuple[T
         Tensors of row numbers, each of the batch size but the last, which has what remains.
     """
     generator = make_generator(config.seed, "order", epoch)
-    return torch.randperm(data_size, generator=generator).split(config.batch_size)
+    batches: tuple[Tensor, ...] = torch.randperm(data_size, generator=generator).split(config.batch_size)
+    return batches
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

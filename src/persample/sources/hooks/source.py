@@ -39,7 +39,7 @@ class HooksSource(PerSampleGradSource):
         loss_fn: the loss of each sample.
         curvature: `"exact"` is Σ_i g_i². `"printed"` is the formula printed in the paper, ([[A]])² × G², which
             squares before the sum over the positions of a convolution (or a sequence) and so drops the cross terms:
-            an approximation that underestimates the second moment several times. It changes `second_moment` only.
+            an approximation, often several times too small. It changes `second_moment` only.
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 
