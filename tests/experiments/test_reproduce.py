@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+import persample
+from persample.errors import DataError, OptionError, UnknownBackendError
+from persample.experiments.config import TrainConfig
+from persample.experiments.data.published import PUBLISHED
+from persample.experiments.recipes import configure
+from persample.experiments.records import Record
+from persample.experiments.reproduce import reproduce
+
+
+@pytest.fixture
+def data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_mnist, mnist_files) -> Path:
+    """A folder with a tiny data set, known by the name of MNIST."""
+    monkeypatch.setitem(PUBLISHED, "mnist", tiny_mnist)
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    for name, content in mnist_files.items():
+        (tmp_path / "data" / "mnist" / name).write_bytes(content)
+    return tmp_path / "data"
+
+
+def both(**changes: Any) -> list[TrainConfig]:
+    return [
+        configure("mnist", "adam", epochs=2, batch_size=3),
+        configure("mnist", "vogn", epochs=2, batch_size=3, train_draws=1, test_draws=2, hess_init=1.0, **changes),
+    ]
+
+
+def test_writes_everything_down(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "some" / "folder"
+
+    outcome = reproduce(both(), out, data_dir=data_dir)
+
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adam.pt",
+        "config.json",
+        "figure2.png",
+        "metrics.csv",
+        "vogn.pt",
+    ]
+    assert outcome.figure == out / "figure2.png"
+    assert matplotlib.image.imread(outcome.figure).ndim == 3
+    with (out / "metrics.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(outcome.records) == 4 + 8
+    described = json.loads((out / "config.json").read_text())
+    assert [run["optimizer"] for run in described["runs"]] == ["adam", "vogn"]
+    assert described["runs"][1] == both()[1].as_dict()
+    assert described["versions"]["persample"] == persample.__version__
+    assert described["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("backend", ["loop", "vmap"])
+def test_every_backend_learns_the_same(data_dir: Path, tmp_path: Path, backend: str) -> None:
+    hooks = reproduce(both(), tmp_path / "hooks", data_dir=data_dir).records
+    other = reproduce(both(backend=backend), tmp_path / "other", data_dir=data_dir).records
+
+    for one, two in zip(hooks, other, strict=True):
+        assert one.metrics.log_loss == pytest.approx(two.metrics.log_loss, rel=1e-3)
+
+
+class StopError(Exception):
+    """Interrupt an experiment."""
+
+
+class Interrupter:
+    def __init__(self, optimizer: str, epoch: int) -> None:
+        self.moment = (optimizer, epoch)
+
+    def on_batch(self, config: TrainConfig, epoch: int, batch: int, batches: int, loss: float) -> None:
+        if (config.optimizer, epoch) == self.moment:
+            raise StopError
+
+    def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("moment", [("adam", 2), ("vogn", 1), ("vogn", 2)])
+def test_goes_on_where_it_was_interrupted(data_dir: Path, tmp_path: Path, moment: tuple[str, int]) -> None:
+    reproduce(both(), tmp_path / "straight", data_dir=data_dir)
+    with pytest.raises(StopError):
+        reproduce(both(), tmp_path / "out", data_dir=data_dir, watcher=Interrupter(*moment))
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+
+    reproduce(both(), tmp_path / "out", data_dir=data_dir, resume=True)
+
+    for name in ("metrics.csv", "figure2.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_new_experiment_forgets_the_old_one(data_dir: Path, tmp_path: Path) -> None:
+    reproduce(both(), tmp_path / "out", data_dir=data_dir)
+    with pytest.raises(StopError):
+        reproduce(both(), tmp_path / "out", data_dir=data_dir, watcher=Interrupter("adam", 1))
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_refuses_before_anything_is_trained_or_lost(data_dir: Path, tmp_path: Path) -> None:
+    reproduce(both(), tmp_path / "out", data_dir=data_dir)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    with pytest.raises(UnknownBackendError, match="nobody"):
+        reproduce(both(backend="nobody"), tmp_path / "out", data_dir=data_dir)
+    with pytest.raises(OptionError, match=r"decay was 0\.\d+ and is now 0\.5"):
+        reproduce(both(decay=0.5), tmp_path / "out", data_dir=data_dir, resume=True)
+
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_says_that_there_is_nothing_to_resume(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no run to resume in .*nowhere; start one without --resume"):
+        reproduce(both(), tmp_path / "nowhere", data_dir=data_dir, resume=True)
+
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_says_that_the_folder_cannot_be_made(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(DataError, match="file/out cannot be made: Not a directory; choose another --out"):
+        reproduce(both(), tmp_path / "file" / "out", data_dir=data_dir)
+
+
+def test_real_mnist_trains_a_step_with_every_backend(real_data: Path, tmp_path: Path) -> None:
+    """The full data set is read and used; only few of its batches are trained."""
+
+    class FewBatches:
+        def on_batch(self, config: TrainConfig, epoch: int, batch: int, batches: int, loss: float) -> None:
+            assert batches == 60_000 // 100
+            assert loss > 0
+            if batch == 2:
+                raise StopError
+
+        def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
+            raise AssertionError
+
+    for name, backend in persample.backends().items():
+        if backend.available:
+            config = configure("mnist", "vogn", batch_size=100, backend=name)
+            with pytest.raises(StopError):
+                reproduce([config], tmp_path / name, data_dir=real_data, watcher=FewBatches())

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from persample.cli import main
+
+
+@pytest.fixture
+def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Return a function that runs the command in an empty folder: exit code, output, error output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PERSAMPLE_DATA", raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["persample", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_reproduces_on_real_digits(persample, tmp_path: Path) -> None:
+    code, out, _ = persample("reproduce", "--epochs", "1", "--batch-size", "500")
+
+    assert code == 0
+    assert "adam epoch 1/1: test accuracy" in out
+    assert "vogn epoch 1/1: test accuracy" in out
+    assert "VOGN, averaged" in out
+    assert out.splitlines()[-1] == "Figure: runs/mnist-5k/figure2.png"
+    assert (tmp_path / "runs/mnist-5k/figure2.png").exists()
+
+
+def test_trains_one_optimizer_and_resumes_it(persample, tmp_path: Path) -> None:
+    settings = ("--optimizer", "adam", "--schedule", "constant", "--batch-size", "1000", "--lr", "0.01")
+    once = persample("train", *settings, "--epochs", "2", "--out", "once")
+
+    first = persample("train", *settings, "--epochs", "1", "--out", "twice")
+    second = persample("train", *settings, "--epochs", "2", "--out", "twice", "--resume")
+
+    assert [once[0], first[0], second[0]] == [0, 0, 0]
+    assert (tmp_path / "once/metrics.csv").read_bytes() == (tmp_path / "twice/metrics.csv").read_bytes()
+
+
+def test_crosschecks(persample) -> None:
+    code, out, _ = persample(
+        "crosscheck", "--model", "mnist-convnet", "--batch-size", "3", "--dtype", "float64", "--backend", "hooks"
+    )
+
+    assert code == 0
+    assert "mnist-convnet, batch of 3, float64" in out
+    assert "hooks" in out
+    assert "agrees" in out
+
+
+def test_benchmarks(persample) -> None:
+    code, out, _ = persample("bench", "--batch-size", "2", "--rounds", "1", "--backend", "hooks")
+
+    assert code == 0
+    assert "plain" in out
+    assert "hooks" in out
+
+
+def test_lists_the_backends(persample) -> None:
+    code, out, _ = persample("backends")
+
+    assert code == 0
+    for name in ("loop", "hooks", "backpack", "opacus", "vmap"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "--dataset", "svhn"], "persample: no data set is called 'svhn'; choose one of"),
+        (["train", "--optimizer", "sgd"], "persample: no optimizer is called 'sgd'"),
+        (["train", "--optimizer", "adam", "--momentum", "0.5"], "persample: adam has no setting momentum"),
+        (["train", "--schedule", "linear"], "persample: schedule='linear' must be one of constant, cosine"),
+        (["reproduce", "--epochs", "0"], "persample: epochs=0 must be at least 1"),
+        (["crosscheck", "--backend", "nobody"], "persample: no backend is called 'nobody'; choose among"),
+        (["bench", "--model", "resnet"], "persample: no model is called 'resnet'"),
+        (["bench", "--dtype", "int8"], "persample: dtype='int8' must be one of float32, float64"),
+    ],
+)
+def test_what_does_not_exist_is_one_message_and_code_2(persample, arguments, message) -> None:
+    code, _, err = persample(*arguments)
+
+    assert code == 2
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["reproduce", "--nonsense"], ["nonsense"], ["bench", "--rounds", "many"]])
+def test_a_wrong_command_line_is_code_2(persample, arguments) -> None:
+    code, _, err = persample(*arguments)
+
+    assert code == 2
+    assert "Usage: persample" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "--dataset", "mnist", "--data-dir", "nowhere"], "persample: nowhere is not a folder"),
+        (["train", "--resume"], "persample: there is no run to resume in runs/mnist-5k-vogn"),
+    ],
+)
+def test_what_fails_is_one_message_and_code_1(persample, arguments, message) -> None:
+    code, _, err = persample(*arguments)
+
+    assert code == 1
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_says_what_to_install(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from persample.cli import main; main()"
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert ended.returncode == 1
+    assert 'pip install "persample[experiments]"' in ended.stderr
+    assert "Traceback" not in ended.stderr
