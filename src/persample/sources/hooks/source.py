@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError
 from persample.moments import Moments
@@ -102,6 +103,7 @@ class HooksSource(PerSampleGradSource):
         parameters = self.parameters()
         names = {id(p): name for name, p in parameters.items()}
         uses: Counter[str] = Counter()
+        handles: list[RemovableHandle] = []
 
         def used_parameters(module: nn.Module) -> dict[str, str]:
             """Names in the model by names in the module."""
@@ -113,7 +115,7 @@ class HooksSource(PerSampleGradSource):
             uses.update(used_parameters(call.module).values())
             # Registered before anything can change the output in place, so δ belongs to the output as it is now.
             shape = call.output.shape
-            call.origin.register_hook(lambda delta: on_gradient(call, delta.reshape(shape)))
+            handles.append(call.origin.register_hook(lambda delta: on_gradient(call, delta.reshape(shape))))
 
         def on_gradient(call: ModuleCall, delta: Tensor) -> None:
             refuse_changed_inputs(call)
@@ -123,11 +125,16 @@ class HooksSource(PerSampleGradSource):
                 for local, name in used_parameters(call.module).items():
                     receive(name, contributions[local], uses[name])
 
-        with recorded_calls(modules_with_rules(self.model), on_call) as calls:
-            losses = self.losses(batch)
-        refuse_unseen_uses(losses, calls, parameters)
-        if calls and losses.requires_grad:
-            torch.autograd.grad(losses.sum(), [call.edge for call in calls], allow_unused=True)
+        try:
+            with recorded_calls(modules_with_rules(self.model), on_call) as calls:
+                losses = self.losses(batch)
+            refuse_unseen_uses(losses, calls, parameters)
+            if calls and losses.requires_grad:
+                torch.autograd.grad(losses.sum(), [call.edge for call in calls], allow_unused=True)
+        finally:
+            # A hook holds its call, the call the tensor, and the tensor the hook: a circle that nothing else breaks.
+            for handle in handles:
+                handle.remove()
         return losses.detach()
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
