@@ -78,7 +78,7 @@ def benchmark(
     """
     options = options or {}
     agreements = crosscheck(model, loss_fn, inputs, targets, backends=_names(backends), options=options)
-    calls: dict[str, Callable[[], Any]] = {PLAIN: _plain_pass(model, loss_fn, inputs, targets)}
+    calls: dict[str, Callable[[], Any]] = {PLAIN: plain_pass(model, loss_fn, inputs, targets)}
     for agreement in agreements:
         if agreement.agrees:
             source = make_source(agreement.backend, model, loss_fn, check="never", **options.get(agreement.backend, {}))
@@ -100,9 +100,10 @@ def _names(backends: Iterable[str] | None) -> list[str]:
     return [name for name in all_backends() if name != "loop"] if backends is None else list(backends)
 
 
-def _plain_pass(
+def plain_pass(
     model: nn.Module, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
 ) -> Callable[[], tuple[Tensor, ...]]:
+    """Return the ordinary forward and backward pass as a function: the gradient of the mean loss."""
     batch = as_batch(inputs, targets)
     per_sample_loss = as_per_sample(loss_fn)
     parameters = [p for p in model.parameters() if p.requires_grad]
