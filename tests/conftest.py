@@ -16,7 +16,7 @@ from .conformance import trace, truth
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 
 # The same cases every time, so that a test run never depends on luck. `--hypothesis-profile=nightly` looks for more.
-settings.register_profile("every-run", max_examples=60, derandomize=True, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("every-run", max_examples=100, derandomize=True, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 settings.load_profile("every-run")
 

@@ -96,12 +96,19 @@ class Promise:
 _PROMISES = {
     "loop": Promise(serves=EVERYTHING),
     "hooks": Promise(serves=LISTED | {"batch norm in eval mode", "instance norm", "rms norm"}),
+    "fused": Promise(serves=EVERYTHING - {"attention", "embedding bag", "recurrent"}),
     "vmap": Promise(
         # torch.func cannot run recurrent layers, sparse gradients and hooks on saved tensors.
         serves=EVERYTHING - {"checkpoint", "recurrent", "sparse"},
         options={"randomness": "same"},
         stream="each",
     ),
+    # BackPACK computes embeddings in the default dtype only, and the suite is in float64.
+    "backpack": Promise(
+        serves=LISTED
+        - {"embedding", "group norm", "layer norm", "output padding", "padding index", "padding mode", "padding same"}
+    ),
+    "opacus": Promise(serves=LISTED - {"norm shift missing", "padding index", "padding mode"}),
 }
 
 
