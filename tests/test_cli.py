@@ -47,6 +47,19 @@ def test_trains_one_optimizer_and_resumes_it(persample, tmp_path: Path) -> None:
     assert (tmp_path / "once/metrics.csv").read_bytes() == (tmp_path / "twice/metrics.csv").read_bytes()
 
 
+def test_says_how_to_go_on_after_an_interrupt(persample, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("persample.experiments.app.run_experiment", interrupt)
+
+    code, _, err = persample("train")
+
+    assert code != 0
+    assert "the same command with --resume" in err
+    assert "Traceback" not in err
+
+
 def test_crosschecks(persample) -> None:
     code, out, _ = persample(
         "crosscheck", "--model", "mnist-convnet", "--batch-size", "3", "--dtype", "float64", "--backend", "hooks"

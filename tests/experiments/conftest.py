@@ -21,12 +21,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from persample.experiments.data import ImageDataset, load_dataset
 from persample.experiments.data.published import CIFAR10, MNIST, PublishedDataset, PublishedFile
 
 BESIDE_THE_CHECKOUT = Path(__file__).parents[3] / "shared" / "data"
 UNREACHABLE = "http://127.0.0.1:9/"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Compute small tensors by one thread, which is faster and does not depend on how busy the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

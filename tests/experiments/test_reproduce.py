@@ -128,23 +128,3 @@ def test_says_that_the_folder_cannot_be_made(data_dir: Path, tmp_path: Path) -> 
 
     with pytest.raises(DataError, match="file/out cannot be made: Not a directory; choose another --out"):
         reproduce(both(), tmp_path / "file" / "out", data_dir=data_dir)
-
-
-def test_real_mnist_trains_a_step_with_every_backend(real_data: Path, tmp_path: Path) -> None:
-    """The full data set is read and used; only few of its batches are trained."""
-
-    class FewBatches:
-        def on_batch(self, config: TrainConfig, epoch: int, batch: int, batches: int, loss: float) -> None:
-            assert batches == 60_000 // 100
-            assert loss > 0
-            if batch == 2:
-                raise StopError
-
-        def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
-            raise AssertionError
-
-    for name, backend in persample.backends().items():
-        if backend.available:
-            config = configure("mnist", "vogn", batch_size=100, backend=name)
-            with pytest.raises(StopError):
-                reproduce([config], tmp_path / name, data_dir=real_data, watcher=FewBatches())

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+import persample
 from persample import losses
 from persample.errors import NonFiniteLossError, OptionError, UnknownBackendError
 from persample.experiments.checkpoint import restore
 from persample.experiments.config import TrainConfig
-from persample.experiments.data import ImageDataset
+from persample.experiments.data import ImageDataset, load_dataset
 from persample.experiments.models import mnist_convnet
 from persample.experiments.recipes import configure
 from persample.experiments.records import Record
@@ -236,3 +237,31 @@ def test_the_loss_is_the_mean_over_the_samples(digits: ImageDataset, tmp_path: P
     train(run, digits, tmp_path / "run.pt", Notebook())
 
     assert seen == [pytest.approx(expected, rel=1e-5)]
+
+
+@pytest.mark.parametrize(("name", "model_inputs"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))])
+def test_begins_on_the_full_data_with_every_backend(
+    name: str, model_inputs: tuple[int, int, int], real_data: Path, tmp_path: Path
+) -> None:
+    dataset = load_dataset(name, real_data)
+    assert dataset.train_inputs.shape[1:] == model_inputs
+    first_losses: dict[str, list[float]] = {}
+
+    class FourBatches:
+        def on_batch(self, config: TrainConfig, epoch: int, batch: int, batches: int, loss: float) -> None:
+            assert batches == len(dataset.train_targets) / 100
+            first_losses.setdefault(config.settings.backend, []).append(loss)
+            if batch == 4:
+                raise StopError
+
+        def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
+            raise AssertionError
+
+    for backend in persample.backends().values():
+        if backend.available:
+            config = configure(name, "vogn", batch_size=100, backend=backend.name)
+            with pytest.raises(StopError):
+                train(start(config, len(dataset.train_targets)), dataset, tmp_path / "run.pt", FourBatches())
+
+    for found in first_losses.values():
+        assert found == pytest.approx(first_losses["loop"], rel=1e-4)

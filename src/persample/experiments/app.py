@@ -168,8 +168,12 @@ def backends() -> None:
 
 def _run(configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool) -> None:
     console = Console()
-    with LiveProgress(console) as progress:
-        outcome = run_experiment(configs, out, data_dir=data_dir, resume=resume, watcher=progress)
+    try:
+        with LiveProgress(console) as progress:
+            outcome = run_experiment(configs, out, data_dir=data_dir, resume=resume, watcher=progress)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with --resume goes on after the last whole epoch", err=True)
+        raise
     console.print(results_table(outcome.records))
     typer.echo(f"Figure: {outcome.figure}")
 
