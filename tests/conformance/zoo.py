@@ -285,6 +285,90 @@ def frozen_weight() -> nn.Module:
     return model
 
 
+class LanguageModel(nn.Module):
+    """Embedding in and linear layer out, with one table for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 6)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.norm(self.embedding(x)))
+        return output
+
+
+class TiedNorms(nn.Module):
+    """Two norms of different kinds with the same scale, and a linear layer with their shift as its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.linear = nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.linear.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear(self.second(torch.tanh(self.first(x))))
+        return output
+
+
+class KeywordCall(nn.Module):
+    """Calls its layer with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(input=x)
+        return output
+
+
+class DeadBranch(nn.Module):
+    """Calls one layer three times; one result is thrown away, one is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner(x + 1)
+        output: Tensor = self.inner(x) * self.inner(x - 1).detach()
+        return output
+
+
+class Pieces(nn.Module):
+    """Cuts the features, sends each piece through the same layer, and puts the results together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(piece) for piece in x.split(2, dim=-1)], dim=-1)
+
+
+class Recurrence(nn.Module):
+    """A recurrent net of linear layers: each is used once for each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 3), nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.inner(x[:, t]) + self.outer(h))
+        return h
+
+
+def with_hooks_of_the_user() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    model[2].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return model
+
+
 class OneBranch(nn.Module):
     """Has two branches and takes one."""
 
@@ -468,6 +552,18 @@ _add("One norm in two branches", "layer norm, twice", lambda: SideBySide(nn.Laye
 _add("One embedding in two branches", "embedding, twice, functional use", lambda: TwoLookups(), tokens(4))
 _add("One module under two names", "linear, twice", SharedSubmodule, reals(4))
 _add("One module twice, once without gradient", "linear, detached use", HalfDetached, reals(4))
+_add(
+    "Embedding tied to a linear layer",
+    "embedding, layer norm, linear, leading dimensions, tied",
+    LanguageModel,
+    tokens(5),
+)
+_add("Tied scales and shifts of different layers", "layer norm, group norm, linear, tied", TiedNorms, reals(4))
+_add("Layer called with a keyword", "linear", KeywordCall, reals(4))
+_add("Results that are thrown away or detached", "linear, twice", DeadBranch, reals(4))
+_add("One layer on every piece of the features", "linear, twice", Pieces, reals(6))
+_add("One layer on every step", "linear, twice, activation", Recurrence, reals(4, 4))
+_add("Hooks of the user that change inputs and outputs", "linear, activation", with_hooks_of_the_user, reals(4))
 _add("Frozen layer", "linear, activation, frozen", frozen_first_layer, reals(4))
 _add("Frozen weight, trained bias", "linear, activation, frozen", frozen_weight, reals(4))
 _add("Unused layer", "linear, unused", OneBranch, reals(4))
