@@ -52,7 +52,7 @@ class VognSettings:
     mc_samples: int = 1
     order: Literal["printed", "updated"] = "printed"
     backend: str = "hooks"
-    train_draws: int = 8
+    train_draws: int = 4
     test_draws: int = 32
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ RECIPES = {
         batch_size=64,
         schedule="cosine",
         adam=AdamSettings(lr=1e-3),
-        vogn=VognSettings(lr=0.1, prior_precision=10.0, decay=0.9995, hess_init=0.3, momentum=0.9, train_draws=4),
+        vogn=VognSettings(lr=0.1, prior_precision=10.0, decay=0.9995, hess_init=0.3, momentum=0.9),
     ),
     "mnist": Recipe(
         epochs=20,
