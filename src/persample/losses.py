@@ -34,6 +34,16 @@ _ELEMENTWISE = (
     nn.HingeEmbeddingLoss,
 )
 
+# Losses of torch.nn that compare more than two things.
+_OTHER_ARGUMENTS = (
+    nn.CosineEmbeddingLoss,
+    nn.CTCLoss,
+    nn.GaussianNLLLoss,
+    nn.MarginRankingLoss,
+    nn.TripletMarginLoss,
+    nn.TripletMarginWithDistanceLoss,
+)
+
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Minus log-likelihood of a categorical distribution, in nats.
@@ -102,6 +112,11 @@ def as_per_sample(loss_fn: Callable[[Any, Any], Any]) -> PerSampleLoss:
             f"loss_fn is {loss_fn!r}, which cannot be called: pass a function of (outputs, targets) that returns "
             "one loss per sample, for example persample.losses.cross_entropy."
         )
+    if isinstance(loss_fn, _OTHER_ARGUMENTS):
+        raise LossError(
+            f"{type(loss_fn).__name__} takes other arguments than (outputs, targets): pass a function of these "
+            "two that calls it with reduction='none' and returns one loss per sample."
+        )
     if type(loss_fn).__module__ == nn.CrossEntropyLoss.__module__ and hasattr(loss_fn, "reduction"):
         return _unreduced(loss_fn)
     return loss_fn
@@ -120,7 +135,12 @@ def _unreduced(loss_module: Any) -> PerSampleLoss:
     return per_sample_loss
 
 
-def _refuse_broadcast(name: str, outputs: Tensor, targets: Tensor) -> None:
+def _refuse_broadcast(name: str, outputs: Any, targets: Any) -> None:
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        raise LossError(
+            f"{name} compares two tensors, but got outputs of type {type(outputs).__name__} and targets of type "
+            f"{type(targets).__name__}."
+        )
     if outputs.shape != targets.shape:
         raise LossError(
             f"{name} got outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}: "

@@ -79,7 +79,7 @@ class NeverRun(nn.Module):
         (nn.SyncBatchNorm(4), "SyncBatchNorm '3.0' is in training mode", "GroupNorm"),
         (nn.Embedding(4, 4, max_norm=1.0), "Embedding '3.0' has max_norm=1.0", "max_norm=None"),
         (nn.Embedding(4, 4, scale_grad_by_freq=True), "'3.0' has scale_grad_by_freq=True", "scale_grad_by_freq=False"),
-        (nn.LazyLinear(4), "Parameter '3.0.weight' is not initialised", "forward pass"),
+        (nn.LazyLinear(4), "'3.0.weight' is not initialised", "forward pass"),
         (nn.Linear(4, 4, dtype=torch.complex128), "Parameter '3.0.weight' is complex", "two real parameters"),
     ],
 )
@@ -143,8 +143,10 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax over the batch": lambda x: x.softmax(0),
     "mean of the batch": lambda x: x - x.mean(0),
     "batch normalisation as a function": lambda x: F.batch_norm(x, None, None, training=True),
+    "maximum of the batch": lambda x: x / x.abs().max(),
     "order of the batch": lambda x: x.flip(0),
     "sum so far": lambda x: x.cumsum(0),
+    "size of the batch": lambda x: x / len(x),
 }
 
 
@@ -484,6 +486,13 @@ def test_threads_with_models_of_their_own(backend: str, method: Method, per_samp
         assert_true(getattr(sources[i], method)(*batches[i]), truths[i])
 
     at_the_same_time(work, 6)
+
+
+def test_threads_with_dropout(backend: str, method: Method) -> None:
+    """The threads share one generator of random numbers: what they draw is left to chance, but all of it is right."""
+    sources = [make(backend, mlp(nn.Dropout()), check="always") for _ in range(6)]
+    inputs, targets = batch()
+    at_the_same_time(lambda i: getattr(sources[i], method)(inputs, targets), 6)
 
 
 def at_the_same_time(work: Callable[[int], None], number: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from persample.errors import OptionError
 from persample.losses import as_per_sample, check_losses
@@ -15,7 +17,13 @@ from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import verify
-from persample.sources.untouched import buffer_snapshot, buffers_restored, random_state, untouched
+from persample.sources.untouched import (
+    buffer_snapshot,
+    buffers_restored,
+    parameters_guarded,
+    random_state,
+    untouched,
+)
 
 Check = Literal["first", "always", "never"]
 
@@ -123,24 +131,39 @@ class PerSampleGradSource(ABC):
         self.refuse_unsupported()
         kind = self._kind(batch, method)
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
-        before = random_state(self.model) if checking else {}
-        buffers_before = buffer_snapshot(self.model) if checking else None
-        with untouched(self.model), torch.enable_grad():
-            result = compute(batch)
-            if buffers_before is not None:
-                with buffers_restored(self.model):
-                    buffers_before()  # the check repeats the forward pass from where it began
-                    verify(self, batch, result, before)
+        with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad():
+            result = self._compute_and_check(batch, compute) if checking else compute(batch)
         if batch.size > 1:  # a batch of one cannot show that samples are mixed
             self._checked.add(kind)
         return result
 
+    def _compute_and_check(self, batch: Batch, compute: Callable[[Batch], Any]) -> Any:
+        before = random_state(self.model)
+        buffers_before = buffer_snapshot(self.model)
+        with parameters_guarded(self.model):
+            result = compute(batch)
+        with buffers_restored(self.model):
+            buffers_before()  # the check repeats the forward pass from where it began
+            verify(self, batch, result, before)
+        return result
+
     def _kind(self, batch: Batch, method: str) -> tuple[Any, ...]:
-        """What must change for `check="first"` to check once more: the mode, the parameters, the kind of batch."""
-        leaves = (*batch.args, *batch.kwargs.values())
+        """What must change for `check="first"` to check once more: mode, modules, hooks, parameters, kind of batch."""
+        leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))
+        modules = list(self.model.modules())
         return (
             method,
-            tuple(module.training for module in self.model.modules()),
-            tuple(self.parameters()),
-            tuple((leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves),
+            tuple((id(module), module.training, _hooks(module)) for module in modules),
+            tuple((name, len(p._backward_hooks or ())) for name, p in self.parameters().items()),
+            str(structure),
+            tuple((leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves),
         )
+
+
+# The random numbers of dropout come from one generator for all threads, and a check winds it back. A call that ran in
+# between would draw other numbers than it is checked with.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)

@@ -75,7 +75,13 @@ def as_batch(inputs: Any, targets: Any) -> Batch:
             )
     if size == 0:
         raise BatchError("The batch has no samples: skip empty batches, no gradient can be averaged over them.")
+    # Whatever the batch was computed from is no part of the model.
+    args, kwargs, targets = pytree.tree_map(_detach, (args, kwargs, targets))
     return Batch(args, kwargs, targets, size)
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _lengths(name: str, tree: Any) -> dict[str, int]:

@@ -52,7 +52,7 @@ class OuterProducts:
         return OuterProducts(self.delta[rows], self.a[rows], self.shape)
 
     def per_sample(self) -> Tensor:
-        return (self.delta @ self.a.mT).reshape(-1, *self.shape)
+        return (self.delta @ self.a.mT).reshape(len(self.a), *self.shape)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         if self.a.shape[-1] == 1:
@@ -62,7 +62,7 @@ class OuterProducts:
         squares = torch.zeros_like(total)
         rows = max(1, _PIECE // max(1, self.shape.numel()))
         for delta, a in zip(self.delta.split(rows), self.a.split(rows), strict=True):
-            g = (delta @ a.mT).reshape(-1, *self.shape)
+            g = (delta @ a.mT).reshape(len(a), *self.shape)
             total += g.sum(0)
             squares += g.square_().sum(0)
         return total, squares

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
@@ -117,12 +118,42 @@ def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapp
                 "for (by a functional call, as a bare parameter, or by a module's method): its gradient would lack "
                 "that use. Use backend 'vmap' or 'loop'."
             )
+        if moves_rows(node):
+            raise UnsupportedModelError(
+                f"The model picks or reorders entries of dim 0 between its layers ({node.name()}), so row i need not "
+                "be sample i there: this backend needs that. Use backend 'vmap' or 'loop'."
+            )
         if "CheckpointFunction" in node.name():
             raise UnsupportedModelError(
                 "The model uses reentrant activation checkpointing, which hides its parameters from autograd's "
                 "graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
             )
         pending += [following for following, _ in node.next_functions if following is not None]
+
+
+def moves_rows(node: Node) -> bool:
+    """Whether a node of the autograd graph belongs to an operation that picks or reorders entries of dim 0."""
+    kind = node.name().removesuffix("Backward0").removesuffix("Backward1")
+    if kind in ("MaskedSelect", "MaskedScatter", "Take", "Put"):
+        return True
+    if kind in ("Index", "IndexPut"):
+        first = next(iter(getattr(node, "_saved_indices", ())), None)
+        # Rows 0, 1, 2, … each taken once, as in logits[torch.arange(B), labels], stay where they are.
+        return first is not None and not is_range(first)
+    if kind in ("IndexSelect", "IndexCopy", "IndexAdd", "IndexFill", "Gather", "Scatter", "ScatterAdd", "Sort", "Topk"):
+        return bool(getattr(node, "_saved_dim", 0) == 0)
+    if kind in ("Flip", "Roll"):
+        return not (dims := getattr(node, "_saved_dims", ())) or 0 in dims
+    return False
+
+
+def is_range(index: Tensor) -> bool:
+    """Whether `index` counts 0, 1, 2 and so on."""
+    return (
+        index.dtype != torch.bool
+        and index.dim() >= 1
+        and torch.equal(index.reshape(-1), torch.arange(index.numel(), device=index.device, dtype=index.dtype))
+    )
 
 
 def refuse_changed_inputs(call: ModuleCall) -> None:

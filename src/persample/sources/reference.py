@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +57,20 @@ def _gradients_alone(
         yield row
 
 
+@contextmanager
+def reentrant_refused() -> Iterator[None]:
+    """Say what to do where PyTorch says that reentrant checkpointing has no `autograd.grad`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "The model uses reentrant activation checkpointing, which works with .backward() only: pass "
+            "use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        ) from error
+
+
 def losses_of_part(source: PerSampleGradSource, part: Batch) -> Tensor:
     """Return the losses of some samples of a batch on which the model ran.
 
@@ -87,7 +102,8 @@ def gradient(loss: Tensor, source: PerSampleGradSource) -> dict[str, Tensor]:
     parameters = source.parameters()
     if not parameters or not loss.requires_grad:
         return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-    gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+    with reentrant_refused():
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
     return {
         name: torch.zeros_like(p, requires_grad=False) if g is None else g.to_dense()
         for (name, p), g in zip(parameters.items(), gradients, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from persample.errors import UnsupportedModelError
 
@@ -19,11 +19,13 @@ def refuse_impossible(model: nn.Module) -> None:
         reason = _reason(module)
         if reason:
             raise UnsupportedModelError(f"{describe(path, module)} {reason}")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            kind = "Parameter" if isinstance(tensor, UninitializedParameter) else "Buffer"
             raise UnsupportedModelError(
-                f"Parameter {name!r} is not initialised yet (a lazy module): run one forward pass of the model first."
+                f"{kind} {name!r} is not initialised yet (a lazy module): run one forward pass of the model first."
             )
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
             raise UnsupportedModelError(
                 f"Parameter {name!r} is complex, and a squared gradient is not defined for it: hold its real and "

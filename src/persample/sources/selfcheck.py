@@ -9,16 +9,16 @@ A backend that is silently wrong fails at least one of these comparisons:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from persample.errors import DisagreementError, UnsupportedModelError
 from persample.moments import Moments
-from persample.sources.batch import Batch, take_rows
+from persample.sources.batch import Batch
 from persample.sources.reference import gradient, losses_of_part, sample_gradients
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import (
@@ -32,7 +32,7 @@ from persample.sources.untouched import (
 if TYPE_CHECKING:
     from persample.sources.base import PerSampleGradSource
 
-_SAMPLES = 3  # as many samples as are compared with the loop
+_SAMPLES = 4  # as many samples as are compared with the loop
 
 
 def verify(
@@ -70,23 +70,51 @@ def verify(
 def _verify_no_mixing(
     source: PerSampleGradSource, batch: Batch, losses: Tensor, before: RandomState, random: bool
 ) -> None:
+    """Require that no sample's loss depends on the others, nor on how many there are."""
     if batch.size == 1:
         return
-    last = batch.size - 1
-    exchanged = batch.rows([last, *range(1, batch.size)])
-    with torch.no_grad(), buffers_restored(source.model), random_state_restored(source.model, before):
-        others = source.losses(exchanged)[1:]
-    _require_unmixed(others, losses[1:], "when sample 0 is exchanged for another one")
-    few = slice(0, min(_SAMPLES, last))
-    with torch.no_grad(), buffers_restored(source.model), random_state_restored(source.model, before):
-        if not random:
-            _require_unmixed(losses_of_part(source, batch.rows(few)), losses[few], "in a smaller batch")
-        else:
-            # A smaller batch would draw other random numbers, but the loss alone can be given fewer rows.
-            outputs = source.model(*batch.args, **batch.kwargs)
-            if all(len(leaf) == batch.size for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)):
-                fewer = source.loss_fn(take_rows(outputs, few), take_rows(batch.targets, few))
-                _require_unmixed(fewer, losses[few], "in a smaller batch")
+    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size)).tolist()
+    first, last = order[0], order[-1]
+    rows = [last if i == first else i for i in range(batch.size)]
+    others = [i for i in range(batch.size) if i != first]
+    with _replayed(source, before):
+        exchanged = source.losses(batch.rows(rows)).detach()
+    _require_unmixed(exchanged[others], losses[others], f"when sample {first} is exchanged for another one")
+    if random:
+        # A smaller batch would draw other random numbers, but in eval mode there may be none left to draw.
+        with _replayed(source, before), _in_eval_mode(source.model):
+            losses = source.losses(batch).detach()
+            if not same_random_state(before, random_state(source.model)):
+                return
+            _verify_halves(source, batch, losses, order)
+    else:
+        with _replayed(source, before):
+            _verify_halves(source, batch, losses, order)
+
+
+def _verify_halves(source: PerSampleGradSource, batch: Batch, losses: Tensor, order: list[int]) -> None:
+    for half in (sorted(order[::2]), sorted(order[1::2])):
+        with buffers_restored(source.model):
+            alone = losses_of_part(source, batch.rows(half)).detach()
+        _require_unmixed(alone, losses[half], "in a smaller batch")
+
+
+@contextmanager
+def _replayed(source: PerSampleGradSource, before: RandomState) -> Iterator[None]:
+    """Start from the random numbers and buffers of the call, and leave them as they are."""
+    with buffers_restored(source.model), random_state_restored(source.model, before):
+        yield
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 def _require_unmixed(values: Tensor, expected: Tensor, when: str) -> None:
@@ -95,7 +123,8 @@ def _require_unmixed(values: Tensor, expected: Tensor, when: str) -> None:
         raise UnsupportedModelError(
             f"The losses of other samples change {when}: the model or the loss mixes the samples (statistics over "
             "the batch, a softmax over dim 0, a division by the batch size, an inner layout that is not batch-first), "
-            "so the gradient of a single sample does not exist. Make every sample's loss depend on that sample alone."
+            "so the gradient of a single sample does not exist; or it draws random numbers from a generator of its "
+            "own. Make every sample's loss depend on that sample alone."
         )
 
 
@@ -112,7 +141,7 @@ def _verify_moments(
     _require_close(source, "mean gradient", claimed.mean, mean, _largest(losses))
     if not source.exact:
         return
-    few = batch.rows(slice(0, _SAMPLES))
+    few = batch.rows(_some_rows(batch))
     state = random_state(source.model)
     with buffers_restored(source.model):
         claimed_few = source.compute_moments(few)
@@ -143,11 +172,22 @@ def _verify_rows(
             )
     sums = {name: g.sum(0) for name, g in gradients.items()}
     _require_close(source, "sum of the per-sample gradients", sums, total, len(losses) * _largest(losses))
-    few = sorted({0, batch.size // 2, batch.size - 1})
+    # With random weights, any exchange of rows shows.
+    weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
+    with _replayed(source, random_state(source.model)):
+        weighted = gradient((weights * source.losses(batch)).sum(), source)
+    found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
+    _require_close(source, "weighted sum of the per-sample gradients", found, weighted, len(losses) * _largest(losses))
+    few = _some_rows(batch)
     _, rows = sample_gradients(source, batch, few)
     for i, row in zip(few, rows, strict=True):
         claimed_row = {name: g[i] for name, g in gradients.items()}
         _require_close(source, f"gradient of sample {i}", claimed_row, row, _largest(losses))
+
+
+def _some_rows(batch: Batch) -> list[int]:
+    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size))
+    return sorted(order[:_SAMPLES].tolist())
 
 
 _ADVICE = (
@@ -179,7 +219,7 @@ def _require_close(
         # Gradients that vanish in exact arithmetic (a bias before a normalisation) consist of rounding alone.
         allowed += 1e-2 * tolerance(value) * largest + 1e-4 * tolerance(value) * largest_loss
         difference = _largest(claimed[name] - value)
-        if not difference <= allowed and not torch.equal(claimed[name].isnan(), value.isnan()):
+        if not torch.equal(claimed[name].isnan(), value.isnan()):
             difference = float("inf")
         if difference > allowed:
             raise DisagreementError(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persample.errors import UnsupportedModelError
+
 RandomState = dict[torch.device, Tensor]
 
 
@@ -117,13 +119,54 @@ def _restore(live: dict[Any, Any], saved: dict[Any, Any]) -> None:
         live.update(saved)
 
 
-def _buffer_values(model: nn.Module) -> list[tuple[Tensor, int, Tensor]]:
-    # A copy is needed, because a forward pass changes buffers in place; the version counter tells whether it did.
-    return [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+def _buffer_values(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
 
-def _set_buffer_values(values: list[tuple[Tensor, int, Tensor]]) -> None:
+def _set_buffer_values(values: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
-        for buffer, version, value in values:
-            if buffer._version != version:
+        for buffer, value in values:
+            # Compared by value, because writing through `.data` does not raise the version counter.
+            if not torch.equal(buffer, value):
                 buffer.copy_(value)
+
+
+@contextmanager
+def parameters_guarded(model: nn.Module) -> Iterator[None]:
+    """Put parameters back that the forward pass itself rewrites, and refuse the model.
+
+    Raises:
+        UnsupportedModelError: a parameter has other values, or another `requires_grad`, than before.
+    """
+    saved = [(name, p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()]
+
+    def put_back() -> list[str]:
+        """Return the names of those that had changed."""
+        changed = []
+        for name, p, value, requires_grad in saved:
+            if p.requires_grad != requires_grad or not _same(p.detach(), value):
+                changed.append(name)
+                p.requires_grad_(requires_grad)
+                with torch.no_grad():
+                    p.copy_(value)
+        return changed
+
+    try:
+        yield
+    except BaseException as error:
+        if (changed := put_back()) and isinstance(error, Exception):
+            raise _rewriting(changed[0]) from error
+        raise
+    if changed := put_back():
+        raise _rewriting(changed[0])
+
+
+def _rewriting(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The model's forward pass rewrites its own parameter {name!r}: the gradients would belong to other weights "
+        "than the model's. Take that out of the forward pass (max_norm, clamping, an update of its own)."
+    )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())

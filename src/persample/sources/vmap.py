@@ -102,7 +102,7 @@ class VmapSource(PerSampleGradSource):
             gradients, losses = self._mapped(batch)
         except torch.OutOfMemoryError:
             raise
-        except (LossError, RuntimeError, ValueError) as error:
+        except (LossError, RuntimeError, ValueError, IndexError) as error:
             # An error that the plain model raises too is the user's own, and is the one to show.
             gradient(self.losses(batch).sum(), self)
             if isinstance(error, LossError):

@@ -9,6 +9,7 @@ parameter; a tap at its result delivers δ to the contributions of the parameter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -66,15 +67,15 @@ class Capture(TorchFunctionMode):
                 self._carry(func, args, kwargs, followed, result)
             return result
         if followed or not self.forward_pass:
-            rule = operations.RULES.get(func)
-            if rule is not None:
-                return rule(self, *args, **kwargs)
-            opened = _opened(func)
-            if opened is not None:
-                with self:
-                    return opened(*args, **kwargs)
-            return operations.fallback(self, func, args, kwargs)
+            return self._use(func, args, kwargs)
         return self._express(func, args, kwargs, used)
+
+    @contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """Stay active in the backward pass, where activation checkpointing repeats parts of the forward pass."""
+        self.forward_pass = False
+        with self:
+            yield
 
     # What rules use.
 
@@ -167,6 +168,20 @@ class Capture(TorchFunctionMode):
 
     # Inner workings.
 
+    def _use(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation on samples and expressions of parameters."""
+        opened = _opened(func)
+        try:
+            if func in operations.RULES:
+                return operations.RULES[func](self, *args, **kwargs)
+            if opened is None:
+                return operations.fallback(self, func, args, kwargs)
+        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            func(*args, **kwargs)  # if the call itself is wrong, this raises what PyTorch says of it
+            raise operations.no_rule(_name(func), str(error)) from error
+        with self:
+            return opened(*args, **kwargs)
+
     def _carry(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any
     ) -> None:
@@ -183,12 +198,16 @@ class Capture(TorchFunctionMode):
         layout: Layout | None = self.layouts[source]
         if layout is None:
             return None
-        if func in operations.RESHAPES or (output.shape == source.shape and func not in operations.PERMUTES):
-            return layout if output.numel() == source.numel() else carried(layout, source.shape, output.shape)
+        if operations.moves_rows(func, args, kwargs, source):
+            return None
+        if func in operations.RESHAPES and output.numel() == source.numel():
+            return layout
         if func in operations.PERMUTES:
-            order = operations.PERMUTES[func](source, *args[1:], **kwargs)
+            order = operations.PERMUTES[func](source, *args[1:], **operations.without_input(kwargs))
             return permuted(layout, source.shape, order)
-        return carried(layout, source.shape, output.shape)
+        if output.shape == source.shape:
+            return layout
+        return carried(layout, source.shape, output.shape, behind_first=operations.adds_in_front(func, args, kwargs))
 
     def _express(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], used: list[Tensor]) -> Any:
         """Run an operation on parameters and constants, and remember what its result is made of."""
@@ -299,7 +318,9 @@ def _opened(func: Any) -> Callable[..., Any] | None:
     Such a function begins by asking whether anybody overrides it and hands itself over if so. The copy returned here
     looks that question up in its own globals, where the answer is no, so the operations inside are seen.
     """
-    if not isinstance(func, FunctionType) or not func.__module__.startswith("torch."):
+    if not isinstance(func, FunctionType) or not func.__module__.startswith(
+        ("torch.nn.", "torch.functional", "torch.autograd")
+    ):
         return None
     asked = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
     if not asked:

@@ -32,12 +32,18 @@ class Layout:
         Raises:
             ValueError: the samples are folded into the features.
         """
-        if self.inner % features:
-            raise ValueError("the samples are not in the leading dimensions")
+        self.require_features(features)
         parts = x.reshape(self.outer, self.batch, self.inner // features, features)
         if self.outer == 1:
             return parts.squeeze(0)
         return parts.transpose(0, 1).flatten(1, 2)
+
+    def require_features(self, *features: int) -> None:
+        """Raise `ValueError` unless the trailing entries can be taken together, so many at a time."""
+        if 0 in features:
+            raise ValueError("it has no features")
+        if self.inner % features[0]:
+            raise ValueError("the samples are not in the leading dimensions")
 
     def dim(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
         """Return the dimension of `shape` that holds the samples, and what is folded before and after them in it."""
@@ -69,19 +75,30 @@ def permuted(layout: Layout, shape: Sequence[int], order: Sequence[int]) -> Layo
     return Layout(before * folded_before, layout.batch, folded_after * after)
 
 
-def carried(layout: Layout, shape: Sequence[int], result: Sequence[int]) -> Layout | None:
+def carried(
+    layout: Layout, shape: Sequence[int], result: Sequence[int], *, behind_first: bool = False
+) -> Layout | None:
     """The layout after an operation that left either what stands before the sample, or what stands behind, alone.
 
-    Returns None where neither is the case, so that nobody can tell.
+    Args:
+        layout: the layout before.
+        shape: the shape before.
+        result: the shape afterwards.
+        behind_first: whether the operation is one that adds dimensions in front (stacking, broadcasting).
+
+    Returns:
+        None where neither is the case, or where sizes agree by chance so that nobody can tell.
     """
     found = layout.dim(shape)
-    if found is None:
+    if found is None or layout.inner == 0 or layout.outer == 0:
         return None
-    index = found[0]
-    size = math.prod(result)
+    index, size = found[0], math.prod(result)
+    candidates = []
     if tuple(result[: index + 1]) == tuple(shape[: index + 1]):
-        return Layout(layout.outer, layout.batch, size // (layout.outer * layout.batch))
+        candidates.append(Layout(layout.outer, layout.batch, size // (layout.outer * layout.batch)))
     behind = len(shape) - index
     if len(result) >= behind and tuple(result[len(result) - behind :]) == tuple(shape[index:]):
-        return Layout(size // (layout.batch * layout.inner), layout.batch, layout.inner) if layout.inner else None
-    return None
+        candidates.append(Layout(size // (layout.batch * layout.inner), layout.batch, layout.inner))
+    if behind_first:
+        candidates = candidates[-1:]
+    return candidates[0] if len(set(candidates)) == 1 else None

@@ -13,8 +13,10 @@ from persample.sources.fused.rules.attached import add, concatenate, multiply
 from persample.sources.fused.rules.convolution import convolutions, transposed_convolutions
 from persample.sources.fused.rules.embedding import embedding
 from persample.sources.fused.rules.fallback import fallback as fallback
+from persample.sources.fused.rules.fallback import no_rule as no_rule
 from persample.sources.fused.rules.linear import linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from persample.sources.module_calls import is_range
 
 #: `rule(capture, *args, **kwargs)` runs the operation and returns its result with a tap.
 RULES: Mapping[Any, Callable[..., Any]] = {
@@ -72,7 +74,7 @@ def _permute(x: Tensor, *dims: Any, **kwargs: Any) -> list[int]:
 
 
 def _transpose(x: Tensor, *dims: int, **kwargs: int) -> list[int]:
-    first, second = (*dims, *kwargs.values())
+    first, second, *_ = (*dims, *kwargs.values())
     order = list(range(x.dim()))
     order[first], order[second] = order[second], order[first]
     return order
@@ -118,6 +120,90 @@ PERMUTES: Mapping[Any, Callable[..., list[int]]] = {
     Tensor.T.__get__: _reversed,  # type: ignore[attr-defined]
     Tensor.mT.__get__: _last_two,  # type: ignore[attr-defined]
 }
+
+
+def without_input(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments but the operand, which the functions of `torch` call `input`."""
+    return {name: value for name, value in kwargs.items() if name != "input"}
+
+
+_PICKING = {
+    "index_select",
+    "index_copy",
+    "index_add",
+    "index_fill",
+    "index_put",
+    "gather",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "masked_select",
+    "masked_scatter",
+    "take",
+    "take_along_dim",
+    "put",
+    "sort",
+    "argsort",
+    "topk",
+    "flip",
+    "flipud",
+    "roll",
+    "rot90",
+    "repeat_interleave",
+    "unique",
+    "nonzero",
+    "as_strided",
+    "__setitem__",
+}
+
+
+def moves_rows(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Tensor) -> bool:
+    """Whether an operation may pick or reorder samples, so that nobody can tell where they are afterwards."""
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        picked = [i for i in index if isinstance(i, Tensor | list)]
+        if not picked or index[0] is not picked[0]:
+            return False  # dim 0 is not picked from
+        return not (isinstance(picked[0], Tensor) and is_range(picked[0]))
+    name = getattr(func, "__name__", "")
+    if name not in _PICKING and name.removesuffix("_") not in _PICKING:
+        return False
+    dims = [value for value in (*args[1:2], kwargs.get("dim"), kwargs.get("dims")) if isinstance(value, int | tuple)]
+    if len(dims) != 1 or name in ("repeat_interleave", "take", "put", "__setitem__"):
+        return True
+    chosen = (dims[0],) if isinstance(dims[0], int) else dims[0]
+    return any(d % source.dim() == 0 for d in chosen)
+
+
+_BROADCASTING = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "true_divide",
+    "pow",
+    "maximum",
+    "minimum",
+    "where",
+    "rsub",
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__rsub__",
+    "__mul__",
+    "__rmul__",
+    "__truediv__",
+    "__rtruediv__",
+    "__rdiv__",
+}
+
+
+def adds_in_front(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation keeps the trailing dimensions and may add others in front of them."""
+    if func is torch.stack:
+        return bool(kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0)
+    return getattr(func, "__name__", "") in _BROADCASTING
+
 
 _PARTS = {
     Tensor.chunk,

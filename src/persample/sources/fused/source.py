@@ -16,6 +16,7 @@ from persample.sources.batch import Batch
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
 from persample.sources.fused.uses import Moment, Rows
+from persample.sources.reference import reentrant_refused
 
 
 class FusedSource(PerSampleGradSource):
@@ -56,7 +57,6 @@ class FusedSource(PerSampleGradSource):
 
     def _backward(self, batch: Batch, sink: Moment | Rows) -> Tensor:
         parameters = self.parameters()
-        batch = _detached(batch)
         capture = Capture(parameters, batch.size, sink)
         leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
         capture.follow(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -64,16 +64,17 @@ class FusedSource(PerSampleGradSource):
             with capture:
                 losses = self.losses(batch)
             if losses.requires_grad:
-                capture.forward_pass = False
-                with capture:  # activation checkpointing repeats parts of the forward pass
-                    self._run_backward(losses, capture, parameters)
+                total = losses.sum()
+                with capture.during_backward():
+                    self._run_backward(total, capture, parameters)
             with torch.autocast(losses.device.type, enabled=False):
                 sink.finish()
         return losses.detach()
 
-    def _run_backward(self, losses: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
+    def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
         # The anchor makes every tap part of the graph; parameters are among the inputs so that an unseen use shows.
-        _, *unseen = torch.autograd.grad(losses.sum(), [capture.anchor, *parameters.values()], allow_unused=True)
+        with reentrant_refused():
+            _, *unseen = torch.autograd.grad(total, [capture.anchor, *parameters.values()], allow_unused=True)
         for name, gradient in zip(parameters, unseen, strict=True):
             if gradient is not None:
                 raise UnsupportedModelError(
@@ -83,13 +84,3 @@ class FusedSource(PerSampleGradSource):
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
-
-
-def _detached(batch: Batch) -> Batch:
-    """The batch without a way back to what it was computed from, where no gradient is wanted."""
-
-    def detach(leaf: Any) -> Any:
-        return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-    args, kwargs, targets = pytree.tree_map(detach, (batch.args, dict(batch.kwargs), batch.targets))
-    return Batch(args, kwargs, targets, batch.size)

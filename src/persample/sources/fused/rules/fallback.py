@@ -113,9 +113,7 @@ def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
             return Mapped(operation, theta, saved, delta, name)
 
         taps.append((source, contribution))
-    return capture.tap(
-        result.clone() if result._is_view() else result, capture.batch_first(result), taps, tuple(samples)
-    )
+    return capture.tap(result.clone(), capture.batch_first(result), taps, tuple(samples))
 
 
 def visit_all(visit: Any, tree: Any) -> None:

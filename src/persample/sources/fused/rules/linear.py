@@ -19,6 +19,7 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
     """`F.linear`."""
     layout = capture.layout(input, "F.linear")
     outputs, inputs = weight.shape
+    layout.require_features(inputs, outputs)
     after = Layout(layout.outer, layout.batch, layout.inner // inputs * outputs)
     # Of two dimensions the result is no view, so the tap can take it.
     result = F.linear(input.reshape(-1, inputs), capture.value(weight), capture.value(bias))
