@@ -15,7 +15,7 @@ help:
 	@echo "make venv          install everything into .venv"
 
 demo: venv
-	$(BIN)/persample reproduce --dataset mnist-5k --out runs/demo
+	$(BIN)/persample reproduce --dataset mnist-5k --out runs/demo --overwrite
 
 test: venv
 	$(BIN)/python -m pytest

@@ -99,7 +99,7 @@ def test_goes_on_where_it_was_interrupted(data_dir: Path, tmp_path: Path, moment
 def test_a_new_experiment_forgets_the_old_one(data_dir: Path, tmp_path: Path) -> None:
     reproduce(both(), tmp_path / "out", data_dir=data_dir)
     with pytest.raises(StopError):
-        reproduce(both(), tmp_path / "out", data_dir=data_dir, watcher=Interrupter("adam", 1))
+        reproduce(both(), tmp_path / "out", data_dir=data_dir, overwrite=True, watcher=Interrupter("adam", 1))
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
@@ -108,8 +108,10 @@ def test_refuses_before_anything_is_trained_or_lost(data_dir: Path, tmp_path: Pa
     reproduce(both(), tmp_path / "out", data_dir=data_dir)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
+    with pytest.raises(DataError, match=r"earlier experiment.*--resume.*--overwrite.*--out"):
+        reproduce(both(), tmp_path / "out", data_dir=data_dir)
     with pytest.raises(UnknownBackendError, match="nobody"):
-        reproduce(both(backend="nobody"), tmp_path / "out", data_dir=data_dir)
+        reproduce(both(backend="nobody"), tmp_path / "out", data_dir=data_dir, overwrite=True)
     with pytest.raises(OptionError, match=r"decay was 0\.\d+ and is now 0\.5"):
         reproduce(both(decay=0.5), tmp_path / "out", data_dir=data_dir, resume=True)
 

@@ -42,6 +42,7 @@ BatchSizeOption = Annotated[int | None, typer.Option(help="Samples per step.")]
 SeedOption = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder for the results; one in runs/ if left out.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier experiment in --out.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="Of the learning rate: constant, or cosine (falls to 0).")]
 ModelOption = Annotated[str, typer.Option(help=f"The model: {', '.join(MODELS)}.")]
 ProbeSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in the batch.")]
@@ -62,6 +63,7 @@ def reproduce(
     seed: SeedOption = 0,
     out: OutOption = None,
     resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Train with Adam and with VOGN, and draw the paper's Figure 2.
 
@@ -69,7 +71,7 @@ def reproduce(
     """
     shared: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule, "seed": seed}
     configs = [configure(dataset, "adam", **shared), configure(dataset, "vogn", backend=backend, **shared)]
-    _run(configs, out or Path("runs") / dataset, data_dir, resume)
+    _run(configs, out or Path("runs") / dataset, data_dir, resume, overwrite)
 
 
 @app.command()
@@ -93,6 +95,7 @@ def train(
     test_draws: Annotated[int | None, typer.Option(help="VOGN: draws to predict test data.")] = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Train with one optimizer.
 
@@ -116,7 +119,7 @@ def train(
         train_draws=train_draws,
         test_draws=test_draws,
     )
-    _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume)
+    _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume, overwrite)
 
 
 @app.command()
@@ -166,11 +169,13 @@ def backends() -> None:
     Console().print(backends_table(persample.backends().values()))
 
 
-def _run(configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool) -> None:
+def _run(configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool, overwrite: bool) -> None:
     console = Console()
     try:
         with LiveProgress(console) as progress:
-            outcome = run_experiment(configs, out, data_dir=data_dir, resume=resume, watcher=progress)
+            outcome = run_experiment(
+                configs, out, data_dir=data_dir, resume=resume, overwrite=overwrite, watcher=progress
+            )
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with --resume goes on after the last whole epoch", err=True)
         raise

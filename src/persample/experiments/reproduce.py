@@ -47,19 +47,20 @@ def reproduce(
     *,
     data_dir: Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Train one run after the other on the same data, and write the results into a folder.
 
     The folder gets `config.json` (settings, versions, machine), for each optimizer a checkpoint `adam.pt` or
-    `vogn.pt` after every epoch, `metrics.csv` and `figure2.png`. What an earlier experiment left under these
-    names is replaced.
+    `vogn.pt` after every epoch, `metrics.csv` and `figure2.png`.
 
     Args:
         configs: The runs, with different optimizers on one data set.
         out: The folder to write to; it is made.
         data_dir: See `load_dataset`.
         resume: Go on where the experiment in `out` was interrupted.
+        overwrite: Replace what an earlier experiment left in `out`, which is refused otherwise.
         watcher: Is told of every batch and epoch.
 
     Returns:
@@ -75,6 +76,12 @@ def reproduce(
     metrics, figure = out / "metrics.csv", out / "figure2.png"
     if resume and not any(path.exists() for path in checkpoints):
         raise DataError(f"there is no run to resume in {out}; start one without --resume")
+    old = [path for path in (*checkpoints, metrics, figure) if path.exists()]
+    if old and not (resume or overwrite):
+        raise DataError(
+            f"{out} holds an earlier experiment ({', '.join(path.name for path in old)}): go on with it (--resume), "
+            "replace it (--overwrite), or choose another folder (--out)"
+        )
     _make_folder(out)
     dataset = load_dataset(configs[0].dataset, data_dir)
     runs = [start(config, len(dataset.train_targets)) for config in configs]
@@ -82,8 +89,8 @@ def reproduce(
         if resume and checkpoint.exists():
             restore(run, checkpoint)
     if not resume:
-        for old in (*checkpoints, metrics, figure):
-            old.unlink(missing_ok=True)
+        for path in old:
+            path.unlink()
     _write_json(describe(configs), out / "config.json")
     for run, checkpoint in zip(runs, checkpoints, strict=True):
         train(run, dataset, checkpoint, watcher)
