@@ -96,7 +96,7 @@ class Promise:
 _PROMISES = {
     "loop": Promise(serves=EVERYTHING),
     "hooks": Promise(serves=LISTED | {"batch norm in eval mode", "instance norm", "rms norm"}),
-    "fused": Promise(serves=EVERYTHING - {"attention", "embedding bag", "recurrent"}),
+    "fused": Promise(serves=LISTED | {"batch norm in eval mode", "instance norm", "rms norm", "subclass"}),
     "vmap": Promise(
         # torch.func cannot run recurrent layers, sparse gradients and hooks on saved tensors.
         serves=EVERYTHING - {"checkpoint", "recurrent", "sparse"},
