@@ -129,7 +129,7 @@ class PerSampleGradSource(ABC):
         batch = as_batch(inputs, targets)
         refuse_impossible(self.model)
         self.refuse_unsupported()
-        kind = self._kind(batch, method)
+        kind = self._kind(batch, method) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
         with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad():
             result = self._compute_and_check(batch, compute) if checking else compute(batch)

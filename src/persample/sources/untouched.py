@@ -22,9 +22,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     inside. Inside, every `p.grad` is None. Buffers keep what one ordinary forward pass changed, unless an exception
     passes through.
     """
-    modules = [(module, dict(vars(module)), _registries(module)) for module in model.modules()]
+    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
+    tables = [table for _, attributes in modules for table in _tables(attributes)]
     parameters = [(p, p.grad, dict(vars(p))) for p in model.parameters()]
-    buffers = _buffer_values(model)
+    buffers = buffer_snapshot(model)
     for parameter, _, _ in parameters:
         parameter.grad = None
     failed = True
@@ -32,17 +33,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
         failed = False
     finally:
-        for module, attributes, registries in modules:
-            _restore(vars(module), attributes)
-            for name, entries in registries.items():
-                # Buffers that the forward pass bound anew (`self.mean = …`) are among what it may change.
-                if name != "_buffers" or failed:
-                    _restore(attributes[name], entries)
+        for live, attributes in modules:
+            _restore(live, attributes)
+        for name, live, entries in tables:
+            # Buffers that the forward pass bound anew (`self.mean = …`) are among what it may change.
+            if name != "_buffers" or failed:
+                _restore(live, entries)
         for parameter, gradient, attributes in parameters:
             parameter.grad = gradient
             _restore(vars(parameter), attributes)
         if failed:
-            _set_buffer_values(buffers)
+            buffers()
 
 
 def buffer_snapshot(model: nn.Module) -> Callable[[], None]:
@@ -104,17 +105,17 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return (device,) if device.type == "cuda" else ()
 
 
-def _registries(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """Copies of the module's own tables: parameters, buffers, children and all kinds of hooks."""
-    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
+def _tables(attributes: dict[str, Any]) -> list[tuple[str, dict[Any, Any], dict[Any, Any]]]:
+    """A module's own tables, parameters, buffers, children and all kinds of hooks: name, the table, and a copy."""
+    return [(name, table, dict(table)) for name, table in attributes.items() if isinstance(table, dict)]
 
 
 def _restore(live: dict[Any, Any], saved: dict[Any, Any]) -> None:
     """Make `live` hold exactly the entries of `saved`, in that order, without replacing the dict itself."""
-    if len(live) != len(saved) or any(
-        key != saved_key or value is not saved[saved_key]
-        for (key, value), saved_key in zip(live.items(), saved, strict=True)
-    ):
+    if not live and not saved:
+        return
+    # Compared by identity: tensors have no single answer to `==`.
+    if list(live) != list(saved) or list(map(id, live.values())) != list(map(id, saved.values())):
         live.clear()
         live.update(saved)
 

@@ -42,21 +42,18 @@ class FusedSource(PerSampleGradSource):
         self.deterministic = deterministic
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        sink = Rows(self.parameters(), batch.size)
-        losses = self._backward(batch, sink)
-        return losses, self._in_own_dtype(sink.gradients)
+        parameters, sink = self.parameters(), Rows()
+        losses = self._backward(batch, parameters, sink)
+        return losses, _complete(parameters, sink.gradients, batch.size)
 
     def compute_moments(self, batch: Batch) -> Moments:
-        sink = Moment(self.parameters(), batch.size)
-        losses = self._backward(batch, sink)
-        return Moments(
-            losses=losses,
-            mean=self._in_own_dtype({name: value.div_(batch.size) for name, value in sink.total.items()}),
-            second_moment=self._in_own_dtype({name: value.div_(batch.size) for name, value in sink.squares.items()}),
-        )
+        parameters, sink = self.parameters(), Moment(batch.size)
+        losses = self._backward(batch, parameters, sink)
+        for sums in (sink.total, sink.squares):
+            torch._foreach_div_(list(sums.values()), batch.size)
+        return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
 
-    def _backward(self, batch: Batch, sink: Moment | Rows) -> Tensor:
-        parameters = self.parameters()
+    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
         capture = Capture(parameters, batch.size, sink)
         leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
         capture.follow(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -82,5 +79,10 @@ class FusedSource(PerSampleGradSource):
                     "torch.autograd.Function, or compiled code): use backend 'vmap' or 'loop'."
                 )
 
-    def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
+
+def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
+    """What was found for each parameter in its own dtype, and zeros for those that the batch does not reach."""
+    return {
+        name: found[name].to(p.dtype) if name in found else p.new_zeros((*leading, *p.shape))
+        for name, p in parameters.items()
+    }

@@ -8,11 +8,10 @@ squared after that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persample.sources.contributions import Contribution
 from persample.sources.fused.expressions import Expression
@@ -34,10 +33,10 @@ class Use:
 class Moment:
     """Receives contributions and adds up Σ_i g_i and Σ_i g_i²."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int) -> None:
+    def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.total = {name: _zeros(p) for name, p in parameters.items()}
-        self.squares = {name: _zeros(p) for name, p in parameters.items()}
+        self.total: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
         self.uses: Counter[str] = Counter()
         self.waiting: list[tuple[Expression, Contribution]] = []
 
@@ -61,22 +60,22 @@ class Moment:
         for start in range(0, self.batch_size, rows):
             g = added_up(self.waiting, slice(start, start + rows))
             for name, piece in g.items():
-                self.total[name] += piece.sum(0)
-                self.squares[name] += piece.square_().sum(0)
+                _add(self.total, name, piece.sum(0))
+                _add(self.squares, name, piece.square_().sum(0))
 
 
 class Rows:
     """Receives contributions and adds up the gradient g_i of each sample."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int) -> None:
-        self.gradients = {name: _zeros(p, batch_size) for name, p in parameters.items()}
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
 
     def expect(self, expression: Expression) -> None:
         pass
 
     def receive(self, expression: Expression, contribution: Contribution) -> None:
         for name, g in added_up([(expression, contribution)], slice(None)).items():
-            self.gradients[name] += g
+            _add(self.gradients, name, g)
 
     def finish(self) -> None:
         pass
@@ -87,10 +86,9 @@ def added_up(waiting: list[tuple[Expression, Contribution]], rows: slice) -> dic
     g: dict[str, Tensor] = {}
     for expression, contribution in waiting:
         for name, piece in expression.pull_rows(contribution.rows(rows).per_sample()).items():
-            g[name] = g[name] + piece if name in g else piece
+            _add(g, name, piece)
     return g
 
 
-def _zeros(parameter: Tensor, *leading: int) -> Tensor:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros((*leading, *parameter.shape), dtype=dtype, device=parameter.device)
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
