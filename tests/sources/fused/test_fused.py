@@ -258,3 +258,16 @@ def test_a_weight_gradient_is_not_computed_twice() -> None:
     products = sum(e.count for e in profiler.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::bmm"))
     # Two forward, one to the input of the second layer, and for each weight δᵀa and (δ²)ᵀ(a²).
     assert products == 2 + 1 + 2 * 2
+
+
+def test_a_batch_that_reaches_no_parameter_has_zeros() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    moments = persample.make_source("fused", Model(), loss_fn).moments(torch.randn(4, 3), torch.zeros(4))
+    assert all(not value.any() for value in (*moments.mean.values(), *moments.second_moment.values()))

@@ -49,8 +49,8 @@ class FusedSource(PerSampleGradSource):
     def compute_moments(self, batch: Batch) -> Moments:
         parameters, sink = self.parameters(), Moment(batch.size)
         losses = self._backward(batch, parameters, sink)
-        for sums in (sink.total, sink.squares):
-            torch._foreach_div_(list(sums.values()), batch.size)
+        for value in (*sink.total.values(), *sink.squares.values()):
+            value.div_(batch.size)
         return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
 
     def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
