@@ -18,6 +18,12 @@ from torch import Tensor
 _PIECE = 2**20
 
 
+def precise(values: Tensor) -> Tensor:
+    """Return `values` detached and in at least float32, in which all sums are taken; indices stay as they are."""
+    values = values.detach()
+    return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
+
+
 class Contribution(Protocol):
     """The gradients g_i of one parameter, from one use of it."""
 

@@ -36,3 +36,22 @@ def unfold(
     kernel_first = [0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions)]
     rows = channels // groups * math.prod(kernel)
     return windows.permute(kernel_first).reshape(batch, groups, rows, math.prod(positions))
+
+
+def padding_pairs(
+    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return how much a convolution pads before and after each dimension.
+
+    Args:
+        padding: `"valid"`, `"same"`, or one number for each dimension.
+        kernel: size of a window along each dimension.
+        dilation: distance between the entries of a window.
+    """
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding == "same":
+        # An odd total puts the additional entry at the end.
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(p), int(p)) for p in padding]

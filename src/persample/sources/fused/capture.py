@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from persample.errors import UnsupportedModelError
-from persample.sources.contributions import Contribution
+from persample.sources.contributions import Contribution, precise
 from persample.sources.fused import operations
+from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
 from persample.sources.fused.layout import Layout, batch_first, carried, permuted
 
@@ -58,7 +59,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
         if not used:
@@ -186,7 +187,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any
     ) -> None:
         """Follow the samples from the operands into the result of an operation that uses no parameter."""
-        for output in _tensors((result,)):
+        for output in tensors_in((result,)):
             if output in self.layouts:
                 continue
             self.layouts[output] = self._layout_after(func, args, kwargs, followed, output)
@@ -212,12 +213,12 @@ class Capture(TorchFunctionMode):
     def _express(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], used: list[Tensor]) -> Any:
         """Run an operation on parameters and constants, and remember what its result is made of."""
         sources = [self.expressions[id(t)][1] for t in used]
-        replaced = _replace((args, kwargs), {id(t): self.expressions[id(t)][1].graph for t in used})
+        replaced = substitute((args, kwargs), {id(t): self.expressions[id(t)][1].graph for t in used})
         with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
             result = func(*replaced[0], **replaced[1])
-        if not any(isinstance(r, Tensor) and r.requires_grad for r in _tensors((result,))):
+        if not any(isinstance(r, Tensor) and r.requires_grad for r in tensors_in((result,))):
             return result
-        if any(r is source.graph for r in _tensors((result,)) for source in sources):
+        if any(r is source.graph for r in tensors_in((result,)) for source in sources):
             raise UnsupportedModelError(
                 f"{_name(func)} changes a parameter, or a tensor computed from parameters, in place, which backend "
                 "'fused' cannot follow: use the operation that returns a new tensor."
@@ -257,10 +258,10 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
         with torch._C.DisableTorchFunction(), torch.autocast(delta.device.type, enabled=False):
-            precise = _precise(delta)
-            saved = tuple(map(_precise, saved))
+            precise_delta = precise(delta)
+            saved = tuple(map(precise, saved))
             for expression, build in ctx.uses:
-                ctx.sink.receive(expression, build(precise, *saved))
+                ctx.sink.receive(expression, build(precise_delta, *saved))
         grads: list[Any] = [None] * (4 + len(saved))
         grads[0] = delta
         return tuple(grads)
@@ -277,35 +278,6 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
             f"lost: make that change not in place (inplace=False). {error}"
         ) from error
     return saved
-
-
-def _precise(values: Tensor) -> Tensor:
-    """At least float32, in which all sums are taken."""
-    values = values.detach()
-    if not values.is_floating_point():
-        return values
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
-
-
-def _replace(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return replacements.get(id(tree), tree)
-    if isinstance(tree, dict):
-        return {key: _replace(value, replacements) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(_replace(item, replacements) for item in tree)
-    return tree
 
 
 def _name(func: Any) -> str:

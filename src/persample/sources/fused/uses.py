@@ -8,8 +8,6 @@ squared after that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,16 +16,6 @@ from persample.sources.fused.expressions import Expression
 
 # As many numbers of per-sample gradients are held at a time, where several uses are added up.
 _PIECE = 2**20
-
-Build = Callable[[Tensor], Contribution]
-
-
-@dataclass(frozen=True)
-class Use:
-    """One operand of one operation: an expression of parameters, and how its contribution follows from δ."""
-
-    expression: Expression
-    build: Callable[[Tensor, tuple[Tensor, ...]], Contribution]
 
 
 class Moment:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from persample.sources.contributions import Contribution, OuterProducts, Terms
-from persample.sources.unfolding import unfold
+from persample.sources.unfolding import padding_pairs, unfold
 
 
 def convolution(module: _ConvNd, a: Tensor, delta: Tensor) -> dict[str, Contribution]:
@@ -47,16 +47,7 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 def _padding(module: _ConvNd) -> list[int]:
     """Padding before and after each dimension, the last dimension first, as `F.pad` wants it."""
-    pairs = []
-    for d, (kernel, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
-        if module.padding == "same":
-            # An odd total puts the additional entry at the end.
-            total = dilation * (kernel - 1)
-            pairs.append((total // 2, total - total // 2))
-        elif module.padding == "valid":
-            pairs.append((0, 0))
-        else:
-            pairs.append((int(module.padding[d]), int(module.padding[d])))
+    pairs = padding_pairs(module.padding, module.kernel_size, module.dilation)
     return [side for pair in reversed(pairs) for side in pair]
 
 

@@ -19,7 +19,7 @@ from persample.errors import OptionError
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
-from persample.sources.contributions import Contribution
+from persample.sources.contributions import Contribution, precise
 from persample.sources.hooks.rules import RULES, modules_with_rules
 from persample.sources.module_calls import (
     ModuleCall,
@@ -119,9 +119,9 @@ class HooksSource(PerSampleGradSource):
 
         def on_gradient(call: ModuleCall, delta: Tensor) -> None:
             refuse_changed_inputs(call)
-            a = _precise(call.inputs[0].detach())
+            a = precise(call.inputs[0])
             with torch.autocast(delta.device.type, enabled=False):
-                contributions = RULES[type(call.module)](call.module, a, _precise(delta))
+                contributions = RULES[type(call.module)](call.module, a, precise(delta))
                 for local, name in used_parameters(call.module).items():
                     receive(name, contributions[local], uses[name])
 
@@ -139,13 +139,6 @@ class HooksSource(PerSampleGradSource):
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
-
-
-def _precise(values: Tensor) -> Tensor:
-    """At least float32, in which all sums are taken."""
-    if not values.is_floating_point():
-        return values
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _zeros(parameter: Tensor, *leading: int) -> Tensor:

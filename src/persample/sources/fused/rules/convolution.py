@@ -17,7 +17,7 @@ from persample.errors import UnsupportedModelError
 from persample.sources.contributions import OuterProducts, Terms
 from persample.sources.fused.convolution import Convolution, Geometry
 from persample.sources.fused.layout import Layout
-from persample.sources.unfolding import unfold
+from persample.sources.unfolding import padding_pairs, unfold
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
@@ -39,7 +39,8 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
         result = function(input, capture.value(weight), capture.value(bias), stride, padding, dilation, groups)
         kernel = tuple(weight.shape[2:])
         strides, dilations = _each(stride, dimensions), _each(dilation, dimensions)
-        pairs = _padding(padding, kernel, dilations)
+        sizes = padding if isinstance(padding, str) else _each(padding, dimensions)
+        pairs = padding_pairs(sizes, kernel, dilations)
 
         def for_weight(delta: Tensor, x: Tensor) -> Any:
             sides = tuple(left for left, _ in pairs)
@@ -121,16 +122,6 @@ def _by_sample(x: Tensor, rows: int) -> Tensor:
 def _each(value: Any, dimensions: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values * dimensions if len(values) == 1 else values
-
-
-def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Padding before and after each dimension; an odd total of "same" puts the additional entry at the end."""
-    if padding == "valid":
-        return [(0, 0)] * len(kernel)
-    if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(p, p) for p in _each(padding, len(kernel))]
 
 
 convolutions = {getattr(F, f"conv{n}d"): _convolution(getattr(F, f"conv{n}d"), n) for n in (1, 2, 3)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
+from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
 
 if TYPE_CHECKING:
@@ -75,20 +76,15 @@ def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
         raise no_rule(name, "it changes a tensor in place; use the operation that returns a new one")
     operands: dict[int, Expression] = {}
     samples: list[Tensor] = []
-    known: set[int] = set()
 
-    def visit(leaf: Any) -> None:
-        if isinstance(leaf, Tensor) and id(leaf) not in known:
-            known.add(id(leaf))
-            expression = capture.expression(leaf)
-            if expression is not None:
-                operands[id(leaf)] = expression
-            elif leaf in capture.layouts:
-                if capture.layout(leaf, name).dim(leaf.shape) != (0, 1, 1):
-                    raise no_rule(name, "the samples are not in dim 0")
-                samples.append(leaf)
-
-    visit_all(visit, (args, kwargs))
+    for leaf in {id(t): t for t in tensors_in((args, kwargs))}.values():
+        expression = capture.expression(leaf)
+        if expression is not None:
+            operands[id(leaf)] = expression
+        elif leaf in capture.layouts:
+            if capture.layout(leaf, name).dim(leaf.shape) != (0, 1, 1):
+                raise no_rule(name, "the samples are not in dim 0")
+            samples.append(leaf)
     sample_ids = [id(x) for x in samples]
     values = substitute((args, kwargs), {key: e.value for key, e in operands.items()})
     result = func(*values[0], **values[1])
@@ -114,25 +110,3 @@ def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
 
         taps.append((source, contribution))
     return capture.tap(result.clone(), capture.batch_first(result), taps, tuple(samples))
-
-
-def visit_all(visit: Any, tree: Any) -> None:
-    """Call `visit` on every leaf of nested tuples, lists and dicts."""
-    if isinstance(tree, tuple | list):
-        for item in tree:
-            visit_all(visit, item)
-    elif isinstance(tree, dict):
-        visit_all(visit, tuple(tree.values()))
-    else:
-        visit(tree)
-
-
-def substitute(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
-    """Return `tree` with the tensors whose id is in `replacements` replaced."""
-    if isinstance(tree, Tensor):
-        return replacements.get(id(tree), tree)
-    if isinstance(tree, dict):
-        return {key: substitute(value, replacements) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(substitute(item, replacements) for item in tree)
-    return tree
