@@ -70,7 +70,7 @@ def algorithm1(
     mu: list[Array],
     minibatches: list[list[Batch]],
     gradients: Callable[..., list[Array]],
-    noise: Callable[[tuple[int, ...]], Array],
+    noise: Callable[[int], Array],
     *,
     data_size: int,
     lr: float,
@@ -89,7 +89,9 @@ def algorithm1(
         for x, y in parts:
             for _ in range(mc_samples):
                 sigma = [1 / np.sqrt(data_size * s_k + prior_precision) for s_k in s]
-                w = [m + sd * noise(m.shape) for m, sd in zip(mu, sigma, strict=True)]
+                ends = np.cumsum([m.size for m in mu])
+                epsilon = np.split(noise(ends[-1]), ends[:-1])
+                w = [m + sd * e.reshape(m.shape) for m, sd, e in zip(mu, sigma, epsilon, strict=True)]
                 for collected, g in zip(rows, gradients(w, x, y), strict=True):
                     collected.extend(g)
         g_hat = [sum(g) / len(g) for g in rows]
@@ -143,7 +145,7 @@ def compare(problem: str, chosen: dict[str, Any], sizes: list[list[int]], seed: 
         start,
         minibatches,
         gradients,
-        lambda shape: torch.randn(shape, generator=shared, dtype=torch.float64).numpy(),
+        lambda size: torch.randn(size, generator=shared, dtype=torch.float64).numpy(),
         **chosen,
     )
     vogn = VOGN(model, loss_fn, backend="loop", generator=torch.Generator().manual_seed(seed), **chosen)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from persample import losses, make_source
-from persample.errors import UnknownBackendError, UsageError
-from persample.vogn import VOGN, NonFiniteError
+from persample.errors import OptionError, UnknownBackendError, UsageError
+from persample.vogn import VOGN, NonFiniteError, SkippedStepWarning
 
 Same = Callable[[list[Tensor], list[Tensor]], bool]
 MeanOf = Callable[[nn.Module], list[Tensor]]
@@ -72,18 +72,6 @@ class TestObserve:
                 waiting["second_moment"][name], gradients.square().mean(0), rtol=1e-12, atol=1e-15
             )
 
-    def test_refuses_moments_that_are_not_finite(self, mean_of: MeanOf, same: Same) -> None:
-        """With the loss w x the gradient is x: 1e25 is finite in float32, and so is the loss, but not 1e25 squared."""
-        model = nn.Linear(1, 1, bias=False)
-        options = {"check": "never"}
-        vogn = VOGN(model, lambda w, y: w.flatten(), data_size=10, backend="loop", backend_options=options)
-        vogn.observe(torch.ones(1, 1), None)
-        before, waiting = mean_of(model), vogn.state_dict()["observed"]
-        with pytest.raises(NonFiniteError, match="second moment of the gradients of 'weight'"):
-            vogn.observe(torch.full((1, 1), 1e25), None)
-        assert same(mean_of(model), before)
-        assert vogn.state_dict()["observed"]["losses"] is waiting["losses"]
-
 
 class TestStep:
     def test_needs_an_observation(self, vogn: VOGN, batch: Batch) -> None:
@@ -116,17 +104,55 @@ class TestStep:
         train(vogn)
         vogn.observe(*batch)
         before, state = mean_of(model), [dict(vogn.state[p]) for p in model.parameters()]
-        vogn.param_groups[1]["lr"] = 1e308
-        vogn.param_groups[1]["prior_precision"] = 1e308
-        with pytest.raises(NonFiniteError, match=r"2\.weight"):
+        vogn.param_groups[1]["lr"] = -1.0
+        with pytest.raises(OptionError, match="lr"):
             vogn.step()
         assert same(mean_of(model), before)
         for p, old in zip(model.parameters(), state, strict=True):
-            assert vogn.state[p]["curvature"] is old["curvature"]
-            assert vogn.state[p]["step"] == 3
-        vogn.param_groups[1].update(lr=0.05, prior_precision=1.0)
+            assert vogn.state[p] == old
+        vogn.param_groups[1]["lr"] = 0.05
         vogn.step()
         assert not same(mean_of(model), before)
+
+
+class TestStepsThatAreSkipped:
+    """A step that would make something infinite or not a number changes nothing; after five in a row it is an error."""
+
+    @staticmethod
+    def overflowing() -> VOGN:
+        """With the loss w x the gradient is x: 1e25 is finite in float32, and so is the loss, but not 1e25 squared."""
+        model = nn.Linear(1, 1, bias=False)
+        options = {"check": "never"}
+        return VOGN(model, lambda w, y: w.flatten(), data_size=10, backend="loop", backend_options=options)
+
+    def test_the_curvature(self, mean_of: MeanOf, same: Same) -> None:
+        vogn = self.overflowing()
+        before = mean_of(vogn.model)
+        vogn.observe(torch.ones(1, 1), None)
+        vogn.observe(torch.full((1, 1), 1e25), None)
+        with pytest.warns(SkippedStepWarning, match="'weight'") as caught:
+            vogn.step()
+        assert [warning.filename for warning in caught] == [__file__]
+        assert same(mean_of(vogn.model), before)
+        assert vogn.state[vogn.model.weight]["step"] == 0
+        assert vogn.skipped_steps == 1
+        with pytest.raises(UsageError, match="observe"):
+            vogn.step()  # what was observed is forgotten
+
+    def test_the_mean_of_one_group_stops_all(
+        self, model: nn.Module, make_vogn: Make, batch: Batch, train: Train, mean_of: MeanOf, same: Same
+    ) -> None:
+        vogn = make_vogn(model, params=[{"params": model[0].parameters()}, {"params": model[2].parameters()}])
+        train(vogn)
+        vogn.observe(*batch)
+        before, state = mean_of(model), [dict(vogn.state[p]) for p in model.parameters()]
+        vogn.param_groups[1]["lr"] = 1e308
+        vogn.param_groups[1]["prior_precision"] = 1e308
+        with pytest.warns(SkippedStepWarning, match=r"'2\.weight'"):
+            vogn.step()
+        assert same(mean_of(model), before)
+        for p, old in zip(model.parameters(), state, strict=True):
+            assert vogn.state[p] == old
 
     def test_the_updated_mean_must_fit_into_half_precision(self, make_vogn: Make) -> None:
         model = nn.Linear(1, 2).half()
@@ -137,9 +163,49 @@ class TestStep:
         observed = vogn._observed
         assert observed is not None
         observed.mean["weight"].fill_(-1e6)
-        with pytest.raises(NonFiniteError, match="updated mean of 'weight'"):
+        with pytest.warns(SkippedStepWarning, match="'weight'"):
             vogn.step()
         assert model.weight.tolist() == [[60_000.0], [60_000.0]]
+
+    def test_large_finite_numbers_whose_sum_overflows_are_no_reason(self, make_vogn: Make) -> None:
+        model = nn.Linear(3, 2, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(2e38)
+        vogn = make_vogn(model, lr=0.0, backend_options={"check": "never"})
+        vogn.observe(torch.zeros(1, 3), torch.tensor([0]))
+        vogn.step()
+        assert vogn.skipped_steps == 0
+
+    def test_five_in_a_row_are_an_error_and_a_good_one_starts_anew(self) -> None:
+        vogn = self.overflowing()
+
+        def step(x: float) -> None:
+            vogn.observe(torch.full((1, 1), x), None)
+            vogn.step()
+
+        for _ in range(2):
+            for _ in range(4):
+                with pytest.warns(SkippedStepWarning):
+                    step(1e25)
+            step(1e-3)
+        for _ in range(4):
+            with pytest.warns(SkippedStepWarning):
+                step(1e25)
+        with pytest.raises(NonFiniteError, match=r"5th in a row.*lower lr"):
+            step(1e25)
+        assert vogn.skipped_steps == 13
+
+    def test_the_counts_are_saved(self) -> None:
+        vogn, other = self.overflowing(), self.overflowing()
+        for _ in range(4):
+            vogn.observe(torch.full((1, 1), 1e25), None)
+            with pytest.warns(SkippedStepWarning):
+                vogn.step()
+        other.load_state_dict(vogn.state_dict())
+        assert other.skipped_steps == 4
+        other.observe(torch.full((1, 1), 1e25), None)
+        with pytest.raises(NonFiniteError):
+            other.step()
 
 
 class TestMomentum:

@@ -36,13 +36,25 @@ def test_the_weights_are_the_mean_plus_sigma_times_the_generators_noise(
     model: nn.Module, make_vogn: Callable[..., VOGN]
 ) -> None:
     vogn = make_vogn(model, hess_init=0.24, prior_precision=1.0, generator=None)
-    shared = torch.Generator().manual_seed(5)
-    expected = [
-        p.detach() + torch.randn(p.shape, generator=shared, dtype=torch.float64) / 5.0 for p in model.parameters()
-    ]
+    sizes = [p.numel() for p in model.parameters()]
+    noise = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(5), dtype=torch.float64).split(sizes)
+    expected = [p.detach() + e.view(p.shape) / 5.0 for p, e in zip(model.parameters(), noise, strict=True)]
     with vogn.sampled_params(torch.Generator().manual_seed(5)):
         for p, w in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-14, atol=1e-14)
+
+
+def test_parameters_of_several_dtypes_and_empty_ones_are_drawn(make_vogn: Callable[..., VOGN]) -> None:
+    double = torch.zeros(4, dtype=torch.float64)
+    model = nn.ParameterList([torch.zeros(2, 3), double, torch.zeros(0, 5), torch.zeros(7)])
+    vogn = make_vogn(model, hess_init=0.24, prior_precision=1.0)
+    single = torch.Generator().manual_seed(2)
+    vectors = torch.randn(13, generator=single).split([6, 7])
+    noise = torch.randn(4, generator=single, dtype=torch.float64)
+    with vogn.sampled_params():
+        torch.testing.assert_close(model[0].detach(), vectors[0].view(2, 3) / 5)
+        torch.testing.assert_close(model[1].detach(), noise / 5)
+        torch.testing.assert_close(model[3].detach(), vectors[1] / 5)
 
 
 def test_without_a_generator_the_global_seed_decides(

@@ -12,7 +12,16 @@ from persample.errors import OptionError
 from persample.moments import Moments
 from persample.vogn.checks import check_settings
 
-KEYS = ("state", "param_groups", "data_size", "mc_samples", "observed", "generator")
+KEYS = (
+    "state",
+    "param_groups",
+    "data_size",
+    "mc_samples",
+    "skipped_steps",
+    "skipped_in_a_row",
+    "observed",
+    "generator",
+)
 
 
 def check_matches(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:

@@ -16,6 +16,9 @@ from persample.errors import OptionError, PersampleError
 # Measured on small convolutional networks: above this length of lr / (hess_init + λ/N), ReLUs die or training diverges.
 LONGEST_FIRST_STEP = 0.5
 
+# A single bad batch is passed over; so many in a row mean that the training has gone wrong.
+MOST_SKIPPED_STEPS = 5
+
 _SETTINGS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("a number >= 0", lambda v: v >= 0),
     "prior_precision": ("a number >= 0", lambda v: v >= 0),
@@ -29,8 +32,12 @@ class DangerousFirstStepWarning(UserWarning):
     """The first step of VOGN is long enough to kill ReLUs or to diverge."""
 
 
+class SkippedStepWarning(UserWarning):
+    """A step was skipped, because it would have made the mean or the curvature infinite or not a number."""
+
+
 class NonFiniteError(PersampleError, ArithmeticError):
-    """Gradients or updated parameters are infinite or not a number."""
+    """Several steps in a row would have made the mean or the curvature infinite or not a number."""
 
 
 def check_count(name: str, value: object) -> int:
@@ -111,23 +118,36 @@ def warn_of_first_step(settings: Mapping[str, Any], data_size: int) -> None:
         )
 
 
-def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Check that all `tensors`, keyed by the names of their parameters, are finite.
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with an entry that is infinite or not a number, None if there is none."""
+    # Norms are finite only if all entries are, and far cheaper to get than to look at each entry. Only if they are
+    # not, the single entries decide, because the norm of finite numbers may overflow.
+    norms = torch._foreach_norm(list(tensors.values()), 1) if tensors else ()
+    if not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).sum().isfinite()):
+        return None
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+
+
+def skip_step(name: str, skipped: int) -> None:
+    """Warn that a step was skipped, or raise if too many were skipped one after the other.
+
+    Args:
+        name: the parameter whose mean or curvature would have become infinite or not a number.
+        skipped: how many steps in a row were skipped, this one included.
 
     Raises:
-        NonFiniteError: one is not; `what` and the parameter are in the message.
+        NonFiniteError: `skipped` has reached `MOST_SKIPPED_STEPS`.
     """
-    # A sum is finite only if all its terms are, and far cheaper to get than to look at each. Only if the sum is not,
-    # the single numbers decide, because a sum of finite numbers may overflow.
-    sums = [tensor.sum() for tensor in tensors.values()]
-    if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).sum().isfinite()):
-        return
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise NonFiniteError(
-                f"{what} of {name!r} is infinite or not a number, so nothing was changed: look at the batch, lower lr, "
-                "or raise hess_init or prior_precision. zero_grad() forgets what was observed."
-            )
+    what = (
+        f"The step would have made the mean or the curvature of {name!r} infinite or not a number, so it was skipped: "
+        "nothing was changed, and what was observed for it is forgotten."
+    )
+    if skipped >= MOST_SKIPPED_STEPS:
+        raise NonFiniteError(
+            f"{what} It is the {skipped}th in a row: look at the batches, lower lr, or raise hess_init or "
+            "prior_precision."
+        )
+    warnings.warn(what, SkippedStepWarning, stacklevel=5)  # the line that called optimizer.step()
 
 
 def check_positive(curvature: Mapping[str, Tensor]) -> None:

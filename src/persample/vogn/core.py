@@ -22,7 +22,9 @@ Order: TypeAlias = Literal["printed", "updated"]
 
 def posterior_precision(curvature: Tensors, *, data_size: float, prior_precision: float) -> Tensors:
     """Precision of the Gaussian posterior over each weight: N s + λ."""
-    return torch._foreach_add(torch._foreach_mul(curvature, data_size), prior_precision)
+    precision = torch._foreach_mul(curvature, data_size)
+    torch._foreach_add_(precision, prior_precision)
+    return precision
 
 
 def posterior_scale(curvature: Tensors, *, data_size: float, prior_precision: float) -> Tensors:
@@ -30,13 +32,14 @@ def posterior_scale(curvature: Tensors, *, data_size: float, prior_precision: fl
 
     Every σ of the package comes from here: drawing, predicting, saving.
     """
-    precision = posterior_precision(curvature, data_size=data_size, prior_precision=prior_precision)
-    return torch._foreach_reciprocal(torch._foreach_sqrt(precision))
+    scale = posterior_precision(curvature, data_size=data_size, prior_precision=prior_precision)
+    torch._foreach_rsqrt_(scale)
+    return scale
 
 
 def update_curvature(curvature: Tensors, second_moment: Tensors, *, decay: float) -> Tensors:
     """Line 6: s_{t+1} = γ s_t + (1 − γ) h, with h = Σ g_i² / M."""
-    return torch._foreach_add(torch._foreach_mul(curvature, decay), second_moment, alpha=1 - decay)
+    return torch._foreach_lerp(curvature, second_moment, 1 - decay)
 
 
 def update_mean(
@@ -109,6 +112,6 @@ def average_gradient(
     Returns:
         (m_{t+1}, c_{t+1}, m̂).
     """
-    new_average = torch._foreach_add(torch._foreach_mul(average, momentum), gradient, alpha=1 - momentum)
+    new_average = torch._foreach_lerp(average, gradient, 1 - momentum)
     new_mass = [momentum * c + (1 - momentum) for c in mass]
     return new_average, new_mass, torch._foreach_div(new_average, new_mass)

@@ -23,10 +23,11 @@ from persample.vogn.checkpoint import (
 )
 from persample.vogn.checks import (
     check_count,
-    check_finite,
     check_positive,
     check_settings,
+    first_non_finite,
     name_params,
+    skip_step,
     warn_of_first_step,
 )
 from persample.vogn.prediction import class_probabilities
@@ -41,6 +42,8 @@ _COPIED = (
     "backend",
     "backend_options",
     "generator",
+    "skipped_steps",
+    "_skipped_in_a_row",
     "_observed",
 )
 
@@ -123,6 +126,8 @@ class VOGN(torch.optim.Optimizer):
         self.backend = backend
         self.backend_options = dict(backend_options or {})
         self.source = make_source(backend, model, loss_fn, **self.backend_options)
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
         self._observed: Moments | None = None
         self._drawn = False
         check_settings(defaults)
@@ -164,7 +169,6 @@ class VOGN(torch.optim.Optimizer):
 
         Raises:
             UsageError: called inside `sampled_params()`.
-            NonFiniteError: a moment of the gradients is infinite or not a number.
             PersampleError: whatever the source refuses.
 
         If it raises, what was observed before stays, and nothing is added to it.
@@ -183,10 +187,13 @@ class VOGN(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update mean and curvature from all that was observed since the last step, and forget it.
 
+        A step that would make a mean or a curvature infinite or not a number is skipped with a `SkippedStepWarning`:
+        nothing is changed, and what was observed is forgotten. `skipped_steps` counts them.
+
         Raises:
             UsageError: nothing was observed, a closure was given, or it is called inside `sampled_params()`.
             OptionError: a setting of a group has left its range since.
-            NonFiniteError: an updated parameter would be infinite or not a number.
+            NonFiniteError: the fifth step in a row would be skipped.
 
         If it raises, nothing is changed.
         """
@@ -199,9 +206,18 @@ class VOGN(torch.optim.Optimizer):
         if self._observed is None:
             raise UsageError("Nothing was observed since the last step: call optimizer.observe(inputs, targets) first.")
         params, means, states = self._update(self._observed)
-        torch._foreach_copy_(params, means)
-        self.state.update(zip(params, states, strict=True))
+        spoilt = first_non_finite(dict(zip(params, means, strict=True))) or first_non_finite(
+            {name: state["curvature"] for name, state in zip(params, states, strict=True)}
+        )
         self._observed = None
+        if spoilt is not None:
+            self.skipped_steps += 1
+            self._skipped_in_a_row += 1
+            skip_step(spoilt, self._skipped_in_a_row)
+            return
+        torch._foreach_copy_(list(params.values()), means)
+        self.state.update(zip(params.values(), states, strict=True))
+        self._skipped_in_a_row = 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step."""
@@ -254,9 +270,9 @@ class VOGN(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return everything beside the model that a run needs to go on bit for bit, as plain tensors and numbers.
 
-        To the entries of every PyTorch optimizer come `data_size`, `mc_samples`, `observed` (the moments that wait for
-        the next step, or None) and `generator` (its device and state; None if the global generator is used, whose state
-        is the caller's to save). It can be loaded with `torch.load(..., weights_only=True)`.
+        To the entries of every PyTorch optimizer come `data_size`, `mc_samples`, the counts of skipped steps,
+        `observed` (the moments that wait for the next step, or None) and `generator` (its device and state; None if
+        the global generator is used, whose state is the caller's to save). It can be loaded with `torch.load(..., weights_only=True)`.
 
         Raises:
             UsageError: called inside `sampled_params()`, where the model holds a draw.
@@ -266,6 +282,8 @@ class VOGN(torch.optim.Optimizer):
             **super().state_dict(),
             "data_size": self.data_size,
             "mc_samples": self.mc_samples,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "observed": pack_moments(self._observed),
             "generator": pack_generator(self.generator),
         }
@@ -290,6 +308,8 @@ class VOGN(torch.optim.Optimizer):
         self.state.update(unpack_states(state_dict, self.param_groups))
         self.data_size = state_dict["data_size"]
         self.mc_samples = state_dict["mc_samples"]
+        self.skipped_steps = state_dict["skipped_steps"]
+        self._skipped_in_a_row = state_dict["skipped_in_a_row"]
         self._observed = unpack_moments(state_dict["observed"], self._params())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -310,11 +330,10 @@ class VOGN(torch.optim.Optimizer):
         params = list(self._params().values())
         with restored(params) as saved:
             scale = self._scale()
-            mean = [m.to(s.dtype) for m, s in zip(saved, scale, strict=True)]
 
             def draw_weights() -> None:
                 with torch.no_grad():
-                    torch._foreach_copy_(params, draw(mean, scale, generator))
+                    torch._foreach_copy_(params, draw(saved, scale, generator))
 
             self._drawn = True
             try:
@@ -357,7 +376,7 @@ class VOGN(torch.optim.Optimizer):
         return scale
 
     def _own(self, moments: Moments) -> Moments:
-        """Those of `moments` that belong to trained parameters, checked to be finite, in at least float32.
+        """Those of `moments` that belong to trained parameters, in at least float32.
 
         A parameter that was frozen after the optimizer was made has no moments: it is still drawn, but not updated.
         """
@@ -366,11 +385,10 @@ class VOGN(torch.optim.Optimizer):
             raise UsageError("All parameters of the optimizer were frozen after it was made: nothing is left to train.")
         mean = {name: _at_least_float32(moments.mean[name]) for name in names}
         second_moment = {name: _at_least_float32(moments.second_moment[name]) for name in names}
-        check_finite("The second moment of the gradients", second_moment)  # if it is, so is their mean
         return Moments(moments.losses, mean, second_moment)
 
-    def _update(self, observed: Moments) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
-        """The observed parameters, with the mean and the state that the step gives them. Changes nothing."""
+    def _update(self, observed: Moments) -> tuple[dict[str, Tensor], list[Tensor], list[dict[str, Any]]]:
+        """The observed parameters by name, with the mean and the state that the step gives them. Changes nothing."""
         params: dict[str, Tensor] = {}
         means: list[Tensor] = []
         states: list[dict[str, Any]] = []
@@ -393,8 +411,7 @@ class VOGN(torch.optim.Optimizer):
             params |= named
             means += new_means
             states += new_states
-        check_finite("The updated mean", dict(zip(params, means, strict=True)))
-        return list(params.values()), means, states
+        return params, means, states
 
 
 def _named(group: Mapping[str, Any]) -> dict[str, Tensor]:

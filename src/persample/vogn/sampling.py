@@ -12,18 +12,28 @@ from persample.vogn.core import Tensors
 
 
 def draw(mean: Tensors, scale: Tensors, generator: torch.Generator | None) -> Tensors:
-    """Return w = μ + σ ∘ ε with ε ~ N(0, I).
+    """Return w = μ + σ ∘ ε with ε = `standard_noise(scale, generator)`, in the dtypes of the scale."""
+    return torch._foreach_addcmul(mean, scale, standard_noise(scale, generator))
 
-    The noise comes tensor by tensor, in order, from `generator` on its own device, or from PyTorch's global generator
-    of the tensor's device: whatever computes gradients afterwards, the same seed gives the same weights.
+
+def standard_noise(like: Tensors, generator: torch.Generator | None) -> list[Tensor]:
+    """Return ε ~ N(0, I) for each tensor of `like`, in its shape, dtype and device.
+
+    All tensors of one dtype and device share one call of `torch.randn`, which gives a vector that is cut in their
+    order. It comes from `generator`, on its own device, or from PyTorch's global generator of the tensors' device:
+    whatever computes gradients afterwards, the same seed gives the same noise.
     """
-    noise = [
-        torch.randn(s.shape, dtype=s.dtype, device=generator.device if generator else s.device, generator=generator).to(
-            s.device
-        )
-        for s in scale
-    ]
-    return torch._foreach_addcmul(mean, scale, noise)
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, tensor in enumerate(like):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(index)
+    noise: list[Tensor] = [torch.empty(0)] * len(like)
+    for (dtype, device), indices in kinds.items():
+        sizes = [like[index].numel() for index in indices]
+        source = generator.device if generator is not None else device
+        vector = torch.randn(sum(sizes), dtype=dtype, device=source, generator=generator).to(device)
+        for index, piece in zip(indices, vector.split(sizes), strict=True):
+            noise[index] = piece.view(like[index].shape)
+    return noise
 
 
 @contextmanager
