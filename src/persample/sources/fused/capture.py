@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +25,8 @@ from persample.sources.fused import operations
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
 from persample.sources.fused.layout import Layout, batch_first, carried, permuted
+from persample.sources.fused.places import place_of
+from persample.sources.fused.trial import place_by_trial
 
 Build = Callable[..., Contribution]
 
@@ -67,6 +70,11 @@ class Capture(TorchFunctionMode):
             if followed:
                 self._carry(func, args, kwargs, followed, result)
             return result
+        if self.forward_pass and any(t.grad_fn is not None and t not in self.layouts for t in tensors):
+            raise UnsupportedModelError(
+                f"{_name(func)} was called with a parameter and with a result that backend 'fused' did not see come "
+                "into being (a custom torch.autograd.Function): use backend 'vmap' or 'loop'."
+            )
         if followed or not self.forward_pass:
             return self._use(func, args, kwargs)
         return self._express(func, args, kwargs, used)
@@ -187,10 +195,19 @@ class Capture(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any
     ) -> None:
         """Follow the samples from the operands into the result of an operation that uses no parameter."""
-        for output in tensors_in((result,)):
+        for position, output in enumerate(tensors_in((result,))):
             if output in self.layouts:
                 continue
-            self.layouts[output] = self._layout_after(func, args, kwargs, followed, output)
+            layout = self._layout_after(func, args, kwargs, followed, output)
+            unknown = layout is None and self.forward_pass
+            if unknown and operations.may_be_tried(func, kwargs, output, self.batch_size):
+                layout = self._layout_by_trial(func, args, kwargs, output, position)
+            if layout is not None or not self._takes_no_values(func, args):
+                self.layouts[output] = layout
+
+    def _takes_no_values(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether an operation takes from the samples no more than their shape, dtype or device."""
+        return func in operations.CREATES or (func in operations.CONVERTS and args[0] not in self.layouts)
 
     def _layout_after(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], output: Tensor
@@ -206,29 +223,55 @@ class Capture(TorchFunctionMode):
         if func in operations.PERMUTES:
             order = operations.PERMUTES[func](source, *args[1:], **operations.without_input(kwargs))
             return permuted(layout, source.shape, order)
+        if func is torch.einsum:
+            return None  # shapes that agree by chance say nothing of where its letters go
         if output.shape == source.shape:
             return layout
         return carried(layout, source.shape, output.shape, behind_first=operations.adds_in_front(func, args, kwargs))
+
+    def _layout_by_trial(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, position: int
+    ) -> Layout | None:
+        """The layout of the result at `position`, found by running the operation for one sample."""
+        alone = {}
+        for tensor in tensors_in((args, kwargs)):
+            if tensor in self.layouts:
+                layout = self.layouts[tensor]
+                place = place_of(layout, tensor.shape) if layout is not None else None
+                if place is None:
+                    return None
+                alone[id(tensor)] = place.sample_first(tensor.detach(), self.batch_size)[-1]
+
+        def run_alone() -> Any:
+            replaced = substitute((args, kwargs), alone)
+            return next(islice(tensors_in((func(*replaced[0], **replaced[1]),)), position, None))
+
+        place = place_by_trial(output, run_alone, self.batch_size)
+        return place.layout(output.shape, self.batch_size) if place is not None else None
 
     def _express(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], used: list[Tensor]) -> Any:
         """Run an operation on parameters and constants, and remember what its result is made of."""
         sources = [self.expressions[id(t)][1] for t in used]
         replaced = substitute((args, kwargs), {id(t): self.expressions[id(t)][1].graph for t in used})
+        versions = [source.graph._version for source in sources]
         with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
             result = func(*replaced[0], **replaced[1])
-        if not any(isinstance(r, Tensor) and r.requires_grad for r in tensors_in((result,))):
-            return result
-        if any(r is source.graph for r in tensors_in((result,)) for source in sources):
+        if [source.graph._version for source in sources] != versions:
             raise UnsupportedModelError(
                 f"{_name(func)} changes a parameter, or a tensor computed from parameters, in place, which backend "
                 "'fused' cannot follow: use the operation that returns a new tensor."
             )
+        if not any(isinstance(r, Tensor) and r.requires_grad for r in tensors_in((result,))):
+            return result
+        unchanged = {id(source.graph): t for source, t in zip(sources, used, strict=True)}
         parameters = {name: p for source in sources for name, p in source.parameters.items()}
         reorders = len(sources) == 1 and sources[0].reorders and operations.reorders(func, args, kwargs)
 
         def express(output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return output
+            if id(output) in unchanged:  # `contiguous`, `to` and others return what they are given if that will do
+                return unchanged[id(output)]
             expanded = sources[0] if operations.expands(func, used[0], output) else None
             value = output.detach()
             self.expressions[id(value)] = (value, Expression(value, output, parameters, reorders, expanded))

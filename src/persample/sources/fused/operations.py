@@ -14,7 +14,7 @@ from persample.sources.fused.rules.convolution import convolutions, transposed_c
 from persample.sources.fused.rules.embedding import embedding
 from persample.sources.fused.rules.fallback import fallback as fallback
 from persample.sources.fused.rules.fallback import no_rule as no_rule
-from persample.sources.fused.rules.linear import linear, matmul
+from persample.sources.fused.rules.linear import addmm, linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from persample.sources.module_calls import is_range
 
@@ -26,6 +26,8 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     Tensor.__matmul__: matmul,
     torch.mm: matmul,
     Tensor.mm: matmul,
+    torch.addmm: addmm,
+    Tensor.addmm: addmm,
     **convolutions,
     **transposed_convolutions,
     F.embedding: embedding,
@@ -175,6 +177,29 @@ def moves_rows(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], sour
     return any(d % source.dim() == 0 for d in chosen)
 
 
+#: Operations that take from their operand no more than its shape, dtype or device.
+CREATES = {
+    getattr(owner, name)
+    for owner, names in (
+        (Tensor, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
+        (torch, ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like")),
+    )
+    for name in names
+}
+
+
+#: Operations that take no more than that from their second operand.
+CONVERTS = {Tensor.to, Tensor.type_as}
+
+
+def may_be_tried(func: Any, kwargs: Mapping[str, Any], output: Tensor, batch: int) -> bool:
+    """Whether to run an operation once more for a single sample, to see where the samples are in its result."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
+    picking = name in _PICKING or func is Tensor.__getitem__
+    return not in_place and not picking and output.dim() > 0 and output.numel() % batch == 0
+
+
 _BROADCASTING = {
     "add",
     "sub",
@@ -233,9 +258,9 @@ def reorders(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> boo
 
 
 def expands(func: Any, operand: Tensor, result: Tensor) -> bool:
-    """Whether the result of an operation is `operand` repeated along a leading dimension."""
+    """Whether the result of an operation is `operand` over and over along dim 0, and the same otherwise."""
     if func not in (Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat):
         return False
-    if result.dim() == operand.dim() + 1:
-        return result.shape[1:] == operand.shape
-    return result.dim() == operand.dim() and operand.shape[0] == 1 and result.shape[1:] == operand.shape[1:]
+    first, *others = [1] * (result.dim() - operand.dim()) + list(operand.shape)
+    tiled = func is Tensor.repeat or first == 1
+    return tiled and first > 0 and result.shape[0] % first == 0 and result.shape[1:] == torch.Size(others)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.contributions import Terms
+from persample.sources.contributions import Contribution, Terms
 from persample.sources.fused.expressions import Expression
 from persample.sources.fused.layout import Layout
+from persample.sources.fused.own_rows import OwnRows
+from persample.sources.fused.places import Place
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
@@ -24,8 +26,8 @@ def add(capture: Capture, x: Any, other: Any, *, alpha: float = 1, **others: Any
     if attached is None:
         return capture.fall_back(torch.add, (x, other), {"alpha": alpha, **others})
 
-    def contribution(delta: Tensor) -> Terms:
-        return attached.terms(delta)
+    def contribution(delta: Tensor) -> Contribution:
+        return attached.contribution(delta)
 
     result = torch.add(capture.value(x), capture.value(other))
     return capture.tap(result, attached.layout, [(attached.expression, contribution)])
@@ -37,8 +39,8 @@ def multiply(capture: Capture, x: Any, other: Any, **others: Any) -> Any:
     if attached is None:
         return capture.fall_back(torch.mul, (x, other), others)
 
-    def contribution(delta: Tensor, samples: Tensor) -> Terms:
-        return attached.terms(delta * samples)
+    def contribution(delta: Tensor, samples: Tensor) -> Contribution:
+        return attached.contribution(delta * samples)
 
     result = torch.mul(capture.value(x), capture.value(other))
     return capture.tap(result, attached.layout, [(attached.expression, contribution)], (attached.samples,))
@@ -60,14 +62,19 @@ class _Attached:
     layout: Layout
     dim: int
 
-    def terms(self, terms: Tensor) -> Terms:
+    def contribution(self, terms: Tensor) -> Contribution:
         """Sum what has the result's shape to the parameter's, for each sample."""
         shape = self.expression.value.shape
         by_sample = terms.movedim(self.dim, 0)
         # One entry for each dimension of the result but the sample's; the parameter's own first ones may be missing.
         aligned = [1] * (terms.dim() - len(shape)) + list(shape)
-        del aligned[self.dim]
-        return Terms(summed_to(by_sample, aligned).reshape(len(by_sample), 1, *shape))
+        own = aligned.pop(self.dim)
+        summed = summed_to(by_sample, aligned)
+        if own == 1:
+            return Terms(summed.reshape(len(summed), 1, *shape))
+        own_dim = self.dim - terms.dim() + len(shape)
+        rows = summed.reshape(len(summed), *shape[:own_dim], 1, *shape[own_dim + 1 :])
+        return OwnRows(rows, Place(own_dim), len(summed))
 
 
 def _attached(capture: Capture, x: Any, other: Any) -> _Attached | None:
@@ -84,8 +91,6 @@ def _attached(capture: Capture, x: Any, other: Any) -> _Attached | None:
     own_dim = dim - samples.dim() + p.dim()
     if own_dim == 0 and expression.expanded is not None and expression.expanded.value.dim() == p.dim():
         expression = expression.expanded
-    elif own_dim >= 0 and p.shape[own_dim] != 1:
-        return None
     return _Attached(expression, samples, layout, dim)
 
 
@@ -113,22 +118,21 @@ def concatenate(capture: Capture, tensors: Sequence[Tensor], dim: int = 0, **oth
     for tensor in tensors:
         expression = capture.expression(tensor)
         if expression is not None:
-            if expression.expanded is None and capture.batch_size != 1:
-                raise UnsupportedModelError(
-                    "torch.cat puts a parameter beside the samples that has an entry for each of them: expand it from "
-                    "one entry (parameter.expand(len(x), -1, -1)), or use backend 'vmap' or 'loop'."
-                )
-            operands.append(_part(expression.expanded or expression, dim, start, tensor.shape[dim]))
+            operands.append(_part(expression, dim, start, tensor.shape[dim]))
         start += tensor.shape[dim]
     return capture.tap(result, capture.batch_first(result), operands)
 
 
-def _part(expression: Expression, dim: int, start: int, length: int) -> tuple[Expression, Callable[..., Terms]]:
-    def contribution(delta: Tensor) -> Terms:
-        part = delta.narrow(dim, start, length)
-        return Terms(part.reshape(len(part), 1, *expression.value.shape))
+def _part(expression: Expression, dim: int, start: int, length: int) -> tuple[Expression, Callable[..., Contribution]]:
+    one = expression.expanded
 
-    return expression, contribution
+    def contribution(delta: Tensor) -> Contribution:
+        part = delta.narrow(dim, start, length)
+        if one is None:
+            return OwnRows(part.unsqueeze(1), Place(0), len(part))
+        return Terms(part.reshape(len(part), 1, *one.value.shape))
+
+    return one or expression, contribution
 
 
 def kwargs_dim(others: dict[str, Any], dim: int) -> int:

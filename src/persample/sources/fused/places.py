@@ -1,0 +1,54 @@
+"""The dimension of a tensor in which the samples are, perhaps folded together with others, and how to take them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from persample.sources.fused.layout import Layout
+
+
+@dataclass(frozen=True)
+class Place:
+    """The samples are in dimension `dim` of a tensor, which has `before · B · after` entries there."""
+
+    dim: int
+    before: int = 1
+    after: int = 1
+
+    @property
+    def folded(self) -> int:
+        """The size of that dimension in a batch of one."""
+        return self.before * self.after
+
+    def sample_first(self, x: Tensor, batch: int) -> Tensor:
+        """Return `x` as `(B, *shape in a batch of one)`."""
+        parts: Tensor = x.unflatten(self.dim, (self.before, batch, self.after)).movedim(self.dim + 1, 0)
+        return parts.flatten(self.dim + 1, self.dim + 2)
+
+    def put_back(self, parts: Tensor) -> Tensor:
+        """Return what `sample_first` made `parts` of."""
+        folded: Tensor = parts.unflatten(self.dim + 1, (self.before, self.after)).movedim(0, self.dim + 1)
+        return folded.flatten(self.dim, self.dim + 2)
+
+    def layout(self, shape: Sequence[int], batch: int) -> Layout:
+        """Return the same as a layout."""
+        before, after = math.prod(shape[: self.dim]), math.prod(shape[self.dim + 1 :])
+        return Layout(before * self.before, batch, after * self.after)
+
+
+def place_of(layout: Layout, shape: Sequence[int]) -> Place | None:
+    """Return where the samples are in a tensor of `shape`; None if they are in no single dimension."""
+    found = layout.dim(shape)
+    return Place(*found) if found is not None else None
+
+
+def place_of_rows(shape: Sequence[int], batch: int, samples: Iterable[Place]) -> Place | None:
+    """Return where an operand of `shape` has an entry for each sample, if it has, in the manner of the `samples`."""
+    for place in samples:
+        if place.dim < len(shape) and shape[place.dim] == batch * place.folded:
+            return place
+    return None
