@@ -11,5 +11,7 @@ from persample.sources import backends as backends
 from persample.sources import make_source as make_source
 from persample.sources import register_backend as register_backend
 from persample.vogn import VOGN as VOGN
+from persample.vogn import Posterior as Posterior
+from persample.vogn import Prior as Prior
 
 __version__ = "0.1.0"

@@ -46,7 +46,7 @@ def trajectory(backend: str) -> list[torch.Tensor]:
         vogn.step()
         states += [p.detach().clone() for p in model.parameters()]
         states += [vogn.state[p]["curvature"].clone() for p in model.parameters()]
-    return [*states, vogn.predict(x, samples=4)]
+    return [*states, vogn.predict(x, samples=4).probabilities]
 
 
 @pytest.fixture(scope="module")

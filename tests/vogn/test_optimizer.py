@@ -430,6 +430,6 @@ def test_training_learns() -> None:
     for _ in range(30):
         vogn.observe(x, y)
         vogn.step()
-    probabilities = vogn.predict(x)
+    probabilities = vogn.predict(x).probabilities
     assert (probabilities.argmax(1) == y).float().mean() > 0.95
     assert -probabilities[torch.arange(64), y].log().mean() < 0.3

@@ -62,10 +62,10 @@ def test_without_a_generator_the_global_seed_decides(
 ) -> None:
     vogn = make_vogn(model, generator=None)
     torch.manual_seed(3)
-    first = vogn.predict(batch[0], samples=2)
+    first = vogn.predict(batch[0], samples=2).probabilities
     torch.manual_seed(3)
-    assert torch.equal(vogn.predict(batch[0], samples=2), first)
-    assert not torch.equal(vogn.predict(batch[0], samples=2), first)
+    assert torch.equal(vogn.predict(batch[0], samples=2).probabilities, first)
+    assert not torch.equal(vogn.predict(batch[0], samples=2).probabilities, first)
 
 
 class TestTheMeanIsBack:
@@ -195,7 +195,7 @@ class TestNestedUse:
 class TestPredict:
     def test_averages_the_probabilities_of_draws(self, model: nn.Module, vogn: VOGN, batch: Batch) -> None:
         generator, again = (torch.Generator().manual_seed(7) for _ in range(2))
-        predicted = vogn.predict(batch[0], samples=5, generator=generator)
+        predicted = vogn.predict(batch[0], samples=5, generator=generator).probabilities
         each = []
         for _ in range(5):
             with vogn.sampled_params(again), torch.no_grad():
@@ -205,7 +205,7 @@ class TestPredict:
 
     def test_takes_tuples_and_dicts_and_keeps_the_mode(self, vogn: VOGN, model: nn.Module, batch: Batch) -> None:
         predictions = [
-            vogn.predict(inputs, samples=2, generator=torch.Generator().manual_seed(1))
+            vogn.predict(inputs, samples=2, generator=torch.Generator().manual_seed(1)).probabilities
             for inputs in (batch[0], (batch[0],), {"input": batch[0]})
         ]
         assert torch.equal(predictions[0], predictions[1])
@@ -214,7 +214,7 @@ class TestPredict:
 
     def test_works_in_inference_mode(self, vogn: VOGN, model: nn.Module, batch: Batch, train: Train) -> None:
         with torch.inference_mode():
-            assert vogn.predict(batch[0] + 0, samples=2).shape == (6, 2)
+            assert vogn.predict(batch[0] + 0, samples=2).probabilities.shape == (6, 2)
             with vogn.sampled_params():
                 model(batch[0])
         assert not vogn.state[model[0].weight]["curvature"].is_inference()
@@ -222,7 +222,7 @@ class TestPredict:
 
     def test_gives_float32_for_half_precision(self, make_vogn: Callable[..., VOGN], batch: Batch) -> None:
         vogn = make_vogn(nn.Linear(3, 2).bfloat16())
-        predicted = vogn.predict(batch[0].bfloat16(), samples=3)
+        predicted = vogn.predict(batch[0].bfloat16(), samples=3).probabilities
         assert predicted.dtype == torch.float32
         torch.testing.assert_close(predicted.sum(1), torch.ones(6))
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from persample.errors import DataError, OptionError
-from persample.experiments.files import replacing
 from persample.experiments.metrics import Metrics
 from persample.experiments.records import Record
 from persample.experiments.run import Run
+from persample.files import replacing
 
 _KEYS = {"config", "epoch", "model", "optimizer", "records"}
 

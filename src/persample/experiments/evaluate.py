@@ -68,5 +68,5 @@ def predict_averaged(optimizer: VOGN, inputs: Tensor, draws: int, seed: int, epo
         seed: The run's seed.
         epoch: With the seed, what the draws are derived from.
     """
-    chunks = inputs.split(_CHUNK)
-    return torch.cat([optimizer.predict(chunk, draws, make_generator(seed, "evaluation", epoch)) for chunk in chunks])
+    generator = make_generator(seed, "evaluation", epoch)
+    return optimizer.predict(inputs, samples=draws, generator=generator, rows_at_once=_CHUNK).probabilities

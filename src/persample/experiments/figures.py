@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from persample.errors import OptionError
 from persample.experiments.extras import require
-from persample.experiments.files import replacing
 from persample.experiments.records import Prediction, Record, Split
+from persample.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from persample.experiments.files import replacing
 from persample.experiments.metrics import Metrics
+from persample.files import replacing
 
 OptimizerName = Literal["adam", "vogn"]
 Split = Literal["train", "test"]

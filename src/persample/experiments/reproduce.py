@@ -19,11 +19,11 @@ from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_TITLES, load_dataset
 from persample.experiments.extras import require
 from persample.experiments.figures import figure2
-from persample.experiments.files import replacing
 from persample.experiments.models import MODEL_OF_DATASET, MODEL_TITLES
 from persample.experiments.records import Record, write_csv
 from persample.experiments.run import start
 from persample.experiments.train import Watcher, train
+from persample.files import replacing
 
 _PACKAGES = ("persample", "torch", "numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
 

@@ -28,13 +28,13 @@ def posterior_precision(curvature: Tensors, *, data_size: float, prior_precision
 
 
 def posterior_scale(curvature: Tensors, *, data_size: float, prior_precision: float) -> Tensors:
-    """Standard deviation of the posterior over each weight: σ = 1 / sqrt(N s + λ).
+    """Standard deviation of the posterior over each weight: σ = 1 / sqrt(N s + λ)."""
+    return precision_to_scale(posterior_precision(curvature, data_size=data_size, prior_precision=prior_precision))
 
-    Every σ of the package comes from here: drawing, predicting, saving.
-    """
-    scale = posterior_precision(curvature, data_size=data_size, prior_precision=prior_precision)
-    torch._foreach_rsqrt_(scale)
-    return scale
+
+def precision_to_scale(precision: Tensors) -> Tensors:
+    """Standard deviation σ = 1 / sqrt(precision). Every σ of the package comes from here."""
+    return torch._foreach_rsqrt(precision)
 
 
 def update_curvature(curvature: Tensors, second_moment: Tensors, *, decay: float) -> Tensors:

@@ -30,9 +30,11 @@ from persample.vogn.checks import (
     skip_step,
     warn_of_first_step,
 )
-from persample.vogn.prediction import class_probabilities
+from persample.vogn.posterior import Posterior
+from persample.vogn.prior import Prior
 from persample.vogn.sampling import draw, restored
 from persample.vogn.update import update_group
+from persample.vogn.with_posterior import WithPosterior
 
 _COPIED = (
     "model",
@@ -48,7 +50,7 @@ _COPIED = (
 )
 
 
-class VOGN(torch.optim.Optimizer):
+class VOGN(WithPosterior, torch.optim.Optimizer):
     """Variational online Gauss-Newton: trains the mean and the variance of a Gaussian posterior over the weights.
 
         w ~ N(μ_t, 1 / (N s_t + λ))
@@ -177,7 +179,7 @@ class VOGN(torch.optim.Optimizer):
         with self._draws("observe()", self.generator) as draw_weights:
             for _ in range(self.mc_samples):
                 draw_weights()
-                moments = self._own(self.source.moments(inputs, targets))
+                moments = self._own_moments(self.source.moments(inputs, targets))
                 observed = moments if observed is None else merge_moments([observed, moments])
                 losses.append(moments.losses.mean())
         self._observed = observed
@@ -240,39 +242,38 @@ class VOGN(torch.optim.Optimizer):
             draw_weights()
             yield
 
-    def predict(self, inputs: Any, samples: int = 32, generator: torch.Generator | None = None) -> Tensor:
-        """Class probabilities averaged over draws of the weights: Σ_k softmax(model(inputs; w_k)) / K.
-
-        The model stays in the mode it is in: call `model.eval()` before, to predict without dropout.
-
-        Args:
-            inputs: as for `observe()`.
-            samples: K, the number of draws.
-            generator: source of the noise; None is the optimizer's own, whose later draws then differ from those of a
-                run without this prediction.
-
-        Returns:
-            Probabilities of shape `(B, C, …)`, the softmax over dim 1 of the outputs, in at least float32.
+    @property
+    def posterior(self) -> Posterior:
+        """The posterior as it is now, with tensors of its own and the optimizer's model.
 
         Raises:
-            OptionError: `samples` is below 1.
-            UsageError: called inside `sampled_params()`, or the model's output is not a tensor of shape `(B, C, …)`.
-            BatchError: `inputs` is neither a tensor, nor a tuple, nor a dict.
+            UsageError: inside `sampled_params()`, where the model holds a draw.
         """
-        check_count("samples", samples)
-        with torch.no_grad(), self._draws("predict()", generator or self.generator) as draw_weights:
-            total = torch.zeros((), device="cpu")  # without dimensions it adds to tensors of every device
-            for _ in range(samples):
-                draw_weights()
-                total = total + class_probabilities(self.model, inputs)
-            return total / samples
+        self._refuse_while_drawn("posterior")
+        precision = dict(zip(self._params(), self._precision(), strict=True))
+        with torch.no_grad():
+            mean = {name: p.detach().to(precision[name].dtype, copy=True) for name, p in self._params().items()}
+        return Posterior(mean, precision, self.model)
+
+    @property
+    def prior(self) -> Prior:
+        """The prior N(0, 1/λ) over the trained parameters."""
+        mean: dict[str, Tensor] = {}
+        precision: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            like = {name: self._state(p, group)["curvature"] for name, p in _named(group).items()}
+            part = Prior.isotropic(group["prior_precision"], like)
+            mean |= part.mean
+            precision |= part.precision
+        return Prior(mean, precision)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything beside the model that a run needs to go on bit for bit, as plain tensors and numbers.
 
         To the entries of every PyTorch optimizer come `data_size`, `mc_samples`, the counts of skipped steps,
         `observed` (the moments that wait for the next step, or None) and `generator` (its device and state; None if
-        the global generator is used, whose state is the caller's to save). It can be loaded with `torch.load(..., weights_only=True)`.
+        the global generator is used, whose state is the caller's to save). It can be loaded with
+        `torch.load(..., weights_only=True)`.
 
         Raises:
             UsageError: called inside `sampled_params()`, where the model holds a draw.
@@ -326,20 +327,24 @@ class VOGN(torch.optim.Optimizer):
     @contextmanager
     def _draws(self, call: str, generator: torch.Generator | None) -> Iterator[Callable[[], None]]:
         """Yield a function that gives the parameters a new draw; afterwards they have their mean again."""
-        self._refuse_while_drawn(call)
         params = list(self._params().values())
-        with restored(params) as saved:
-            scale = self._scale()
+        with self._lend_params(call), restored(params) as saved:
+            scale = core.precision_to_scale(self._precision())
 
             def draw_weights() -> None:
                 with torch.no_grad():
                     torch._foreach_copy_(params, draw(saved, scale, generator))
 
-            self._drawn = True
-            try:
-                yield draw_weights
-            finally:
-                self._drawn = False
+            yield draw_weights
+
+    @contextmanager
+    def _lend_params(self, call: str) -> Iterator[None]:
+        self._refuse_while_drawn(call)
+        self._drawn = True
+        try:
+            yield
+        finally:
+            self._drawn = False
 
     def _refuse_while_drawn(self, call: str) -> None:
         if self._drawn:
@@ -362,20 +367,20 @@ class VOGN(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         return state
 
-    def _scale(self) -> list[Tensor]:
-        """σ of all trained parameters, in the order of the groups."""
-        scale: list[Tensor] = []
+    def _precision(self) -> list[Tensor]:
+        """N s + λ of all trained parameters, in the order of the groups."""
+        precision: list[Tensor] = []
         for group in self.param_groups:
             curvature = {name: self._state(p, group)["curvature"] for name, p in _named(group).items()}
             prior_precision = group["prior_precision"]
             if prior_precision == 0:
                 check_positive(curvature)
-            scale += core.posterior_scale(
+            precision += core.posterior_precision(
                 list(curvature.values()), data_size=self.data_size, prior_precision=prior_precision
             )
-        return scale
+        return precision
 
-    def _own(self, moments: Moments) -> Moments:
+    def _own_moments(self, moments: Moments) -> Moments:
         """Those of `moments` that belong to trained parameters, in at least float32.
 
         A parameter that was frozen after the optimizer was made has no moments: it is still drawn, but not updated.

@@ -1,42 +1,126 @@
-"""Class probabilities of a model with the weights that it has."""
+"""Predictions averaged over draws of the weights, and how sure they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from persample.errors import BatchError, UsageError
+from persample.errors import OptionError, UsageError
+
+Likelihood: TypeAlias = Literal["categorical", "bernoulli"]
 
 
-def class_probabilities(model: nn.Module, inputs: Any) -> Tensor:
-    """Softmax over dim 1 of the model's outputs, in at least float32, shape `(B, C, …)`.
+@dataclass(frozen=True, eq=False)
+class ClassPrediction:
+    """What K draws of the weights say about classes. Without a trace of autograd, in at least float32.
 
-    Args:
-        model: the network.
-        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
+    With p_k the probabilities under draw k and H the entropy in nats (Depeweg et al., 2018):
 
-    Raises:
-        BatchError: `inputs` is something else.
-        UsageError: the output is not a tensor of logits of shape `(B, C, …)`.
+    Attributes:
+        probabilities: p̄ = Σ_k p_k / K. Categorical: of shape `(B, C, …)`, with sum 1 over dim 1. Bernoulli: of class
+            1, in the shape of the outputs.
+        entropy: H(p̄), the whole uncertainty, shape `(B, …)`; for Bernoulli that of each entry.
+        mutual_information: H(p̄) − Σ_k H(p_k) / K between target and weights, of the same shape: the part of the
+            uncertainty that more training data would remove (epistemic). The rest is in the data (aleatoric).
     """
-    if isinstance(inputs, Tensor):
-        logits = model(inputs)
-    elif isinstance(inputs, tuple):
-        logits = model(*inputs)
-    elif isinstance(inputs, Mapping):
-        logits = model(**inputs)
-    else:
-        raise BatchError(
-            f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict of "
-            "keyword arguments of the model."
+
+    probabilities: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrediction:
+    """What K draws of the weights say about real numbers. Each tensor has the shape of the outputs, `(B, …)`.
+
+    Attributes:
+        mean: f̄ = Σ_k f_k / K, with f_k the outputs under draw k.
+        epistemic_variance: Σ_k (f_k − f̄)² / (K − 1), which more training data would reduce.
+        aleatoric_variance: 1/β of the observations' noise, which stays.
+    """
+
+    mean: Tensor
+    epistemic_variance: Tensor
+    aleatoric_variance: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of a new observation: epistemic and aleatoric together."""
+        return self.epistemic_variance + self.aleatoric_variance
+
+
+class ClassSummary:
+    """Adds up what is needed for a `ClassPrediction`, draws by draws."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        if likelihood not in get_args(Likelihood):
+            raise OptionError(
+                f'likelihood={likelihood!r}: must be "categorical" or "bernoulli"; for real numbers there is '
+                "predict_gaussian()."
+            )
+        self._categorical = likelihood == "categorical"
+        self._draws = 0
+        self._probabilities = torch.zeros(())  # without dimensions it adds to tensors of every shape and device
+        self._entropies = torch.zeros(())
+
+    def add(self, logits: Tensor) -> None:
+        """Add the outputs of some draws, shape `(k, B, …)`."""
+        if self._categorical and logits.dim() < 3:
+            raise UsageError(
+                f"Class probabilities need logits of shape (B, C, …), but the model returned {tuple(logits.shape[1:])}:"
+                ' use likelihood="bernoulli" for logits of class 1 alone, predict_gaussian() for real numbers, or '
+                "average what you need over several `with optimizer.sampled_params():` blocks."
+            )
+        probabilities = logits.softmax(2) if self._categorical else logits.sigmoid()
+        self._draws += len(logits)
+        self._probabilities = self._probabilities + probabilities.sum(0)
+        self._entropies = self._entropies + self._entropy(probabilities, classes=2).sum(0)
+
+    def result(self) -> ClassPrediction:
+        """The prediction from all draws."""
+        probabilities = self._probabilities / self._draws
+        entropy = self._entropy(probabilities, classes=1)
+        # Entropy is concave, so the difference is at least 0; below lies only rounding.
+        information = (entropy - self._entropies / self._draws).clamp(min=0)
+        return ClassPrediction(probabilities, entropy, information)
+
+    def _entropy(self, probabilities: Tensor, *, classes: int) -> Tensor:
+        """Σ −p log p over the classes, which are in that dimension."""
+        terms: Tensor = torch.special.entr(probabilities)
+        return terms.sum(classes) if self._categorical else terms + torch.special.entr(1 - probabilities)
+
+
+class GaussianSummary:
+    """Adds up what is needed for a `GaussianPrediction`, draws by draws."""
+
+    def __init__(self, noise_precision: float) -> None:
+        if not 0 < noise_precision < math.inf:
+            raise OptionError(f"noise_precision={noise_precision!r}: must be a number > 0.")
+        self._noise_precision = noise_precision
+        self._draws = 0
+        self._mean = torch.zeros(())
+        self._squares = torch.zeros(())  # Σ (f_k − f̄)² so far
+
+    def add(self, outputs: Tensor) -> None:
+        """Add the outputs of some draws, shape `(k, B, …)` (Chan, Golub and LeVeque, 1983, for the squares)."""
+        old, new = self._draws, len(outputs)
+        mean = outputs.mean(0)
+        distance = mean - self._mean
+        self._draws = old + new
+        self._mean = self._mean + distance * (new / self._draws)
+        squares = (outputs - mean).square().sum(0)
+        self._squares = self._squares + squares + distance.square() * (old * new / self._draws)
+
+    def result(self) -> GaussianPrediction:
+        """The prediction from all draws."""
+        if self._draws < 2:
+            raise OptionError("samples=1 gives no variance over draws: use at least 2, better 32.")
+        return GaussianPrediction(
+            mean=self._mean,
+            epistemic_variance=self._squares / (self._draws - 1),
+            aleatoric_variance=torch.full_like(self._mean, 1 / self._noise_precision),
         )
-    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
-        what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(
-            "Class probabilities need logits of shape (B, C, …), but the model returned "
-            f"{what}: average what you need over several `with optimizer.sampled_params():` blocks."
-        )
-    return logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))

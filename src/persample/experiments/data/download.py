@@ -10,7 +10,7 @@ from persample.errors import DataError
 from persample.experiments.data.folders import missing_files
 from persample.experiments.data.published import PublishedDataset, PublishedFile
 from persample.experiments.extras import require
-from persample.experiments.files import replacing
+from persample.files import replacing
 
 _CHUNK = 2**16
 

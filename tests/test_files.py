@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from persample.experiments.files import replacing
+from persample.files import replacing
 
 
 def test_takes_the_place_of_the_old_file(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""A posterior as a file in the format safetensors: tensors and a header of text, nothing that could run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from persample.errors import DataError, MissingPackageError
+from persample.files import replacing
+
+_FORMAT = "persample posterior"
+_VERSION = "1"
+
+
+def write(path: Path, mean: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> None:
+    """Write mean and precision, whole or not at all.
+
+    The header has the format, its version, and the names of the parameters in their order, which safetensors does not
+    keep, and on which the noise of a draw depends.
+
+    Raises:
+        MissingPackageError: safetensors is not installed.
+        DataError: the file cannot be written.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingPackageError(_missing(error)) from error
+    tensors = {f"mean/{name}": _plain(value) for name, value in mean.items()}
+    tensors |= {f"precision/{name}": _plain(value) for name, value in precision.items()}
+    header = {"format": _FORMAT, "version": _VERSION, "parameters": json.dumps(list(mean))}
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, metadata=header))
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}; choose a file in a writable folder.") from error
+
+
+def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the mean and the precision that `write` wrote, on `device`.
+
+    Raises:
+        MissingPackageError: safetensors is not installed.
+        DataError: the file is missing, damaged, or not a posterior.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise MissingPackageError(_missing(error)) from error
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names = _names(path, file.metadata() or {}, set(file.keys()))
+            mean = {name: file.get_tensor(f"mean/{name}") for name in names}
+            precision = {name: file.get_tensor(f"precision/{name}") for name in names}
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: save a posterior there first, or correct the path.") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}): it is damaged, or no file of safetensors.") from error
+    for name in names:
+        _check_values(path, name, mean[name], precision[name])
+    return mean, precision
+
+
+def _names(path: Path, header: Mapping[str, str], keys: set[str]) -> list[str]:
+    """The names of the parameters, in order."""
+    if header.get("format") != _FORMAT:
+        raise DataError(f"{path} holds tensors, but no posterior: its header does not say format={_FORMAT!r}.")
+    if header.get("version") != _VERSION:
+        raise DataError(
+            f"{path} is a posterior in version {header.get('version')!r} of the format, and this version of persample "
+            f"reads {_VERSION!r}: update persample, or save the posterior anew."
+        )
+    try:
+        names = json.loads(header.get("parameters", ""))
+    except json.JSONDecodeError:
+        names = None
+    if not isinstance(names, list) or keys != {f"{part}/{name}" for name in names for part in ("mean", "precision")}:
+        raise DataError(f"{path} is a damaged posterior: its header and its tensors do not belong together.")
+    return names
+
+
+def _check_values(path: Path, name: str, mean: Tensor, precision: Tensor) -> None:
+    """Check what no posterior lacks: real numbers, of one shape, finite means, precisions above 0."""
+    if not mean.is_floating_point() or mean.dtype != precision.dtype or mean.shape != precision.shape:
+        raise DataError(f"{path} is a damaged posterior: mean and precision of {name!r} have other types or shapes.")
+    if not bool((mean.isfinite() & (precision > 0)).all()):
+        raise DataError(f"{path} is a damaged posterior: {name!r} has a mean that is not finite, or a precision <= 0.")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy that shares no memory with others, as the format wants it."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _missing(error: ImportError) -> str:
+    return f'Saving and loading a posterior needs safetensors ({error}); run: pip install "persample[safetensors]"'

@@ -1,0 +1,123 @@
+"""Predictions over draws, against NumPy on the outputs of each draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from persample import Posterior
+from persample.errors import OptionError
+from persample.vogn import VOGN
+
+from .draws_by_hand import broad_posterior, outputs_by_hand, seeded
+
+Train = Callable[..., None]
+Batch = tuple[Tensor, Tensor]
+
+
+class TestClasses:
+    @pytest.fixture
+    def logits(self, model: nn.Module, vogn: VOGN, batch: Batch, train: Train) -> np.ndarray[Any, Any]:
+        train(vogn)
+        return outputs_by_hand(model, vogn.posterior, batch[0], 7)
+
+    @pytest.mark.parametrize("draws_at_once", [1, 3, None])
+    def test_categorical(
+        self, draws_at_once: int | None, logits: np.ndarray[Any, Any], vogn: VOGN, batch: Batch
+    ) -> None:
+        predicted = vogn.predict(batch[0], samples=7, generator=seeded(), draws_at_once=draws_at_once)
+        p = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+        mean = p.mean(0)
+        entropy = -(mean * np.log(mean)).sum(1)
+        information = entropy + (p * np.log(p)).sum(2).mean(0)
+        np.testing.assert_allclose(predicted.probabilities.numpy(), mean, rtol=1e-12)
+        np.testing.assert_allclose(predicted.entropy.numpy(), entropy, rtol=1e-12)
+        np.testing.assert_allclose(predicted.mutual_information.numpy(), information, rtol=1e-8)
+
+    @pytest.mark.parametrize("draws_at_once", [1, 3, None])
+    def test_bernoulli(self, draws_at_once: int | None, logits: np.ndarray[Any, Any], vogn: VOGN, batch: Batch) -> None:
+        predicted = vogn.predict(
+            batch[0], likelihood="bernoulli", samples=7, generator=seeded(), draws_at_once=draws_at_once
+        )
+
+        def entropy(p: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
+        p = 1 / (1 + np.exp(-logits))
+        np.testing.assert_allclose(predicted.probabilities.numpy(), p.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(predicted.entropy.numpy(), entropy(p.mean(0)), rtol=1e-12)
+        information = entropy(p.mean(0)) - entropy(p).mean(0)
+        np.testing.assert_allclose(predicted.mutual_information.numpy(), information, rtol=1e-8)
+
+    def test_with_positions(self) -> None:
+        """Logits (B, C, d): the classes are in dim 1, and each position has an entropy of its own."""
+        model = nn.Conv1d(2, 3, 1).double()
+        x = torch.randn(4, 2, 5, generator=seeded(1), dtype=torch.float64)
+        predicted = broad_posterior(model).predict(x, samples=3)
+        assert predicted.probabilities.shape == (4, 3, 5)
+        assert predicted.entropy.shape == predicted.mutual_information.shape == (4, 5)
+        torch.testing.assert_close(predicted.probabilities.sum(1), torch.ones(4, 5, dtype=torch.float64))
+
+    def test_what_is_certain_has_no_entropy(self) -> None:
+        model = nn.Linear(1, 2).double()
+        posterior = broad_posterior(model).prune(1.0)
+        posterior = Posterior({**posterior.mean, "bias": torch.tensor([1e4, 0.0]).double()}, posterior.precision, model)
+        predicted = posterior.predict(torch.ones(3, 1, dtype=torch.float64), samples=4)
+        assert torch.equal(predicted.probabilities, torch.tensor([[1.0, 0.0]]).double().expand(3, 2))
+        assert not predicted.entropy.any()
+        assert not predicted.mutual_information.any()
+
+    def test_information_is_never_negative(self) -> None:
+        model = nn.Linear(2, 3)
+        tiny = Posterior(
+            {name: p.detach() for name, p in model.named_parameters()},
+            {name: torch.full_like(p, 1e12, requires_grad=False) for name, p in model.named_parameters()},
+            model,
+        )
+        assert (tiny.predict(torch.randn(500, 2), samples=8).mutual_information >= 0).all()
+
+    def test_refuses_an_unknown_likelihood(self, vogn: VOGN, batch: Batch) -> None:
+        with pytest.raises(OptionError, match="predict_gaussian"):
+            vogn.predict(batch[0], likelihood="gaussian")  # type: ignore[arg-type]
+
+
+class TestGaussian:
+    @pytest.mark.parametrize("draws_at_once", [1, 3, None])
+    def test_against_numpy(
+        self, draws_at_once: int | None, model: nn.Module, vogn: VOGN, batch: Batch, train: Train
+    ) -> None:
+        train(vogn)
+        outputs = outputs_by_hand(model, vogn.posterior, batch[0], 7) + 0
+        predicted = vogn.predict_gaussian(
+            batch[0], noise_precision=4.0, samples=7, generator=seeded(), draws_at_once=draws_at_once
+        )
+        np.testing.assert_allclose(predicted.mean.numpy(), outputs.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(predicted.epistemic_variance.numpy(), outputs.var(0, ddof=1), rtol=1e-10)
+        assert torch.equal(predicted.aleatoric_variance, torch.full((6, 2), 0.25, dtype=torch.float64))
+        torch.testing.assert_close(predicted.variance, predicted.epistemic_variance + 0.25)
+
+    def test_a_large_mean_does_not_swallow_the_variance(self) -> None:
+        model = nn.Linear(1, 1)
+        posterior = Posterior(
+            {"weight": torch.zeros(1, 1), "bias": torch.tensor([1e4])},
+            {"weight": torch.ones(1, 1), "bias": torch.full((1,), 1e6)},
+            model,
+        )
+        x = torch.ones(1, 1)
+        outputs = outputs_by_hand(model, posterior, x, 64)
+        predicted = posterior.predict_gaussian(x, samples=64, generator=seeded())
+        np.testing.assert_allclose(predicted.epistemic_variance.numpy(), outputs.var(0, ddof=1), rtol=1e-3)
+
+    @pytest.mark.parametrize("noise_precision", [0.0, -1.0, float("nan"), float("inf")])
+    def test_refuses_what_is_no_precision(self, noise_precision: float, vogn: VOGN, batch: Batch) -> None:
+        with pytest.raises(OptionError, match="noise_precision="):
+            vogn.predict_gaussian(batch[0], noise_precision=noise_precision)
+
+    def test_refuses_a_single_draw(self, vogn: VOGN, batch: Batch) -> None:
+        with pytest.raises(OptionError, match="samples=1"):
+            vogn.predict_gaussian(batch[0], samples=1)
