@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
-	$(PIP) --editable ".[opacus,safetensors,experiments,docs,dev]" einops unfoldNd
+	$(PIP) --editable ".[opacus,safetensors,experiments,real-models,docs,dev]" einops unfoldNd
 	$(PIP) --no-deps backpack-for-pytorch
 	touch $@
 

@@ -14,6 +14,7 @@ import persample
 from persample import losses
 from persample.errors import DisagreementError
 from persample.sources import registry
+from persample.sources.tolerances import tolerance
 
 #: Backends as a third party would write them, each wrong in its own way.
 WRONG_BACKENDS = '''
@@ -260,3 +261,26 @@ def test_right_results_of_any_size_pass(backend: str, dtype: torch.dtype, scale:
     source = persample.make_source(backend, model, loss_fn, check="always")
     source.moments(inputs, targets)
     source.per_sample(inputs, targets)
+
+
+class InFloat32(nn.Module):
+    """Normalises in float32, whatever its input is, as many language models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("method", ["moments", "per_sample"])
+def test_the_least_precise_number_of_a_model_counts(backend: str, method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 40), InFloat32(), nn.Linear(40, 40), InFloat32(), nn.Linear(40, 2)).double()
+    inputs, targets = 100 * torch.randn(16, 3).double(), torch.arange(16) % 2
+    getattr(persample.make_source(backend, model, losses.cross_entropy), method)(inputs, targets)
+
+
+def test_the_least_precise_number_of_a_graph_is_found() -> None:
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    assert tolerance(x) == tolerance(2 * x) == tolerance(x.detach()) == 1e-7
+    assert tolerance((2 * x).float()) == tolerance((2 * x).float().double() + x) == 1e-3
+    assert tolerance((2 * x).bfloat16().double()) == 5e-2

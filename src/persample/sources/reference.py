@@ -34,15 +34,14 @@ def sample_gradients(
     with buffers_restored(source.model):
         losses = source.losses(batch)
     if same_random_state(before, random_state(source.model)):
-        return losses, _gradients_alone(source, batch, losses.detach(), rows)
+        return losses, _gradients_alone(source, batch, losses.detach(), tolerance(losses), rows)
     return losses, _gradients_in_batch(source, losses, rows)
 
 
 def _gradients_alone(
-    source: PerSampleGradSource, batch: Batch, losses: Tensor, rows: Iterable[int]
+    source: PerSampleGradSource, batch: Batch, losses: Tensor, allowed: float, rows: Iterable[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """∇ℓ_i of the model applied to sample i alone."""
-    allowed = tolerance(losses)
+    """∇ℓ_i of the model applied to sample i alone, whose loss may be another one by the relative error `allowed`."""
     for i in rows:
         with buffers_restored(source.model):
             alone = losses_of_part(source, batch.rows([i]))[0]

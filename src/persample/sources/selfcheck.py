@@ -57,18 +57,19 @@ def verify(
         losses = source.losses(batch)
         total = gradient(losses.sum(), source)
         random = not same_random_state(before, random_state(source.model))
-    _verify_no_mixing(source, batch, losses.detach(), before, random)
+    rounding = tolerance(losses)
+    _verify_no_mixing(source, batch, losses.detach(), before, random, rounding)
     if random and not source.ordinary_random_stream:
         return  # its random numbers are other ones than these, so there is nothing to compare
     with buffers_restored(source.model), random_state_restored(source.model, before):
         if isinstance(result, Moments):
-            _verify_moments(source, batch, result, losses.detach(), total, before)
+            _verify_moments(source, batch, result, losses.detach(), total, before, rounding)
         else:
-            _verify_rows(source, batch, result, losses.detach(), total)
+            _verify_rows(source, batch, result, losses.detach(), total, rounding)
 
 
 def _verify_no_mixing(
-    source: PerSampleGradSource, batch: Batch, losses: Tensor, before: RandomState, random: bool
+    source: PerSampleGradSource, batch: Batch, losses: Tensor, before: RandomState, random: bool, rounding: float
 ) -> None:
     """Require that no sample's loss depends on the others, nor on how many there are."""
     if batch.size == 1:
@@ -79,24 +80,26 @@ def _verify_no_mixing(
     others = [i for i in range(batch.size) if i != first]
     with _replayed(source, before):
         exchanged = source.losses(batch.rows(rows)).detach()
-    _require_unmixed(exchanged[others], losses[others], f"when sample {first} is exchanged for another one")
+    _require_unmixed(exchanged[others], losses[others], rounding, f"when sample {first} is exchanged for another one")
     if random:
         # A smaller batch would draw other random numbers, but in eval mode there may be none left to draw.
         with _replayed(source, before), _in_eval_mode(source.model):
             losses = source.losses(batch).detach()
             if not same_random_state(before, random_state(source.model)):
                 return
-            _verify_halves(source, batch, losses, order)
+            _verify_halves(source, batch, losses, order, rounding)
     else:
         with _replayed(source, before):
-            _verify_halves(source, batch, losses, order)
+            _verify_halves(source, batch, losses, order, rounding)
 
 
-def _verify_halves(source: PerSampleGradSource, batch: Batch, losses: Tensor, order: list[int]) -> None:
+def _verify_halves(
+    source: PerSampleGradSource, batch: Batch, losses: Tensor, order: list[int], rounding: float
+) -> None:
     for half in (sorted(order[::2]), sorted(order[1::2])):
         with buffers_restored(source.model):
             alone = losses_of_part(source, batch.rows(half)).detach()
-        _require_unmixed(alone, losses[half], "in a smaller batch")
+        _require_unmixed(alone, losses[half], rounding, "in a smaller batch")
 
 
 @contextmanager
@@ -117,8 +120,8 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _require_unmixed(values: Tensor, expected: Tensor, when: str) -> None:
-    allowed = tolerance(expected) * (1 + expected.abs())
+def _require_unmixed(values: Tensor, expected: Tensor, rounding: float, when: str) -> None:
+    allowed = rounding * (1 + expected.abs())
     if bool(((values - expected).abs() > allowed).any()):
         raise UnsupportedModelError(
             f"The losses of other samples change {when}: the model or the loss mixes the samples (statistics over "
@@ -135,10 +138,11 @@ def _verify_moments(
     losses: Tensor,
     total: Mapping[str, Tensor],
     before: RandomState,
+    rounding: float,
 ) -> None:
-    _require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses})
+    _require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, rounding)
     mean = {name: g / batch.size for name, g in total.items()}
-    _require_close(source, "mean gradient", claimed.mean, mean, _largest(losses))
+    _require_close(source, "mean gradient", claimed.mean, mean, rounding, _largest(losses))
     if not source.exact:
         return
     few = batch.rows(_some_rows(batch))
@@ -151,7 +155,7 @@ def _verify_moments(
     # Compared as root mean squares, in the unit of the gradients, where the tolerance has a meaning.
     root = {name: torch.stack([g[name] for g in gradients]).square().mean(0).sqrt() for name in total}
     claimed_root = {name: s.sqrt() for name, s in claimed_few.second_moment.items()}
-    _require_close(source, "second moment", claimed_root, root, _largest(losses))
+    _require_close(source, "second moment", claimed_root, root, rounding, _largest(losses))
 
 
 def _verify_rows(
@@ -160,9 +164,10 @@ def _verify_rows(
     claimed: tuple[Tensor, dict[str, Tensor]],
     losses: Tensor,
     total: Mapping[str, Tensor],
+    rounding: float,
 ) -> None:
     claimed_losses, gradients = claimed
-    _require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses})
+    _require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, rounding)
     for name, p in source.parameters().items():
         shape = tuple(gradients[name].shape) if name in gradients else None
         if shape != (batch.size, *p.shape):
@@ -171,18 +176,19 @@ def _verify_rows(
                 f"{batch.size} samples of shape {tuple(p.shape)} were due. {_ADVICE}"
             )
     sums = {name: g.sum(0) for name, g in gradients.items()}
-    _require_close(source, "sum of the per-sample gradients", sums, total, len(losses) * _largest(losses))
+    _require_close(source, "sum of the per-sample gradients", sums, total, rounding, len(losses) * _largest(losses))
     # With random weights, any exchange of rows shows.
     weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
     with _replayed(source, random_state(source.model)):
         weighted = gradient((weights * source.losses(batch)).sum(), source)
     found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
-    _require_close(source, "weighted sum of the per-sample gradients", found, weighted, len(losses) * _largest(losses))
+    unit = len(losses) * _largest(losses)
+    _require_close(source, "weighted sum of the per-sample gradients", found, weighted, rounding, unit)
     few = _some_rows(batch)
     _, rows = sample_gradients(source, batch, few)
     for i, row in zip(few, rows, strict=True):
         claimed_row = {name: g[i] for name, g in gradients.items()}
-        _require_close(source, f"gradient of sample {i}", claimed_row, row, _largest(losses))
+        _require_close(source, f"gradient of sample {i}", claimed_row, row, rounding, _largest(losses))
 
 
 def _some_rows(batch: Batch) -> list[int]:
@@ -205,6 +211,7 @@ def _require_close(
     what: str,
     claimed: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
+    rounding: float,
     largest_loss: float = 0.0,
 ) -> None:
     if claimed.keys() != expected.keys():
@@ -215,9 +222,9 @@ def _require_close(
         )
     largest = max((_largest(e) for e in expected.values()), default=0.0)
     for name, value in expected.items():
-        allowed = tolerance(value) * _largest(value)
         # Gradients that vanish in exact arithmetic (a bias before a normalisation) consist of rounding alone.
-        allowed += 1e-2 * tolerance(value) * largest + 1e-4 * tolerance(value) * largest_loss
+        scale = _largest(value) + 1e-2 * largest + 1e-4 * largest_loss
+        allowed = max(rounding, tolerance(value)) * scale
         difference = _largest(claimed[name] - value)
         if not torch.equal(claimed[name].isnan(), value.isnan()):
             difference = float("inf")

@@ -117,6 +117,16 @@ def bias_of_windows(net: Net, h: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(windows, windows, windows, attn_mask=bias).flatten(1).view(len(h), -1)
 
 
+def learned_queries(net: Net, h: Tensor) -> Tensor:
+    """Queries that are parameters look at what each sample shows them: causally, and one of them at nothing."""
+    queries = net.matrix.view(1, 2, 4, 2).expand(len(h), -1, -1, -1)
+    keys = h.unflatten(-1, (2, 2)).transpose(1, 2)
+    causal = F.scaled_dot_product_attention(queries, keys, keys, is_causal=True, scale=0.3)
+    shown = torch.arange(4).unsqueeze(1) > torch.arange(4)
+    masked = F.scaled_dot_product_attention(queries, keys[:, :1], keys[:, :1], attn_mask=shown, enable_gqa=True)
+    return torch.cat([causal, masked], 1)
+
+
 def letters(net: Net, h: Tensor) -> Tensor:
     """Time-first products by letters, one of them with a constant that was expanded along the samples."""
     t = h.transpose(0, 1)
@@ -159,6 +169,7 @@ FUNCTIONS = [
     class_vector,
     for_all_heads,
     bias_of_windows,
+    learned_queries,
     letters,
     given_back,
     added_product,

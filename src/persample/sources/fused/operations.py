@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.sources.fused.rules.attached import add, concatenate, multiply
+from persample.sources.fused.rules.attention import attention
 from persample.sources.fused.rules.convolution import convolutions, transposed_convolutions
 from persample.sources.fused.rules.embedding import embedding
 from persample.sources.fused.rules.fallback import fallback as fallback
@@ -36,6 +37,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.rms_norm: rms_norm,
+    F.scaled_dot_product_attention: attention,
     torch.add: add,
     Tensor.add: add,
     Tensor.__add__: add,
