@@ -8,8 +8,9 @@ squaring. The formula printed in the paper squares first and so drops the cross 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ def precise(values: Tensor) -> Tensor:
     """Return `values` detached and in at least float32, in which all sums are taken; indices stay as they are."""
     values = values.detach()
     return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which those sums are taken: autocast is off."""
+    active = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 class Contribution(Protocol):
@@ -98,6 +105,9 @@ class Terms:
         return self.terms.sum(1)
 
     def sums(self) -> tuple[Tensor, Tensor]:
+        if self.terms.shape[1] == 1:  # the terms are the caller's: they must not be squared in place
+            g = self.terms.squeeze(1)
+            return g.sum(0), g.square().sum(0)
         g = self.per_sample()
         return g.sum(0), g.square_().sum(0)
 

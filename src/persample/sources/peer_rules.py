@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from persample.errors import UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import Batch
+from persample.sources.contributions import without_autocast
 from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -132,7 +133,7 @@ class PeerRulesSource(PerSampleGradSource):
             UnsupportedModelError: the package raised.
         """
         try:
-            with torch.no_grad(), torch.autocast(use.delta.device.type, enabled=False):
+            with torch.no_grad(), without_autocast(use.delta.device):
                 results = rule(use)
             results = {p: results[p] for p in trainable(use.layer)}
         except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):

@@ -15,22 +15,24 @@ def refuse_impossible(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it names the module, the reason, and what to do.
     """
-    for path, module in model.named_modules():
+    modules = list(model.named_modules())
+    for path, module in modules:
         reason = _reason(module)
         if reason:
             raise UnsupportedModelError(f"{describe(path, module)} {reason}")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            kind = "Parameter" if isinstance(tensor, UninitializedParameter) else "Buffer"
-            raise UnsupportedModelError(
-                f"{kind} {name!r} is not initialised yet (a lazy module): run one forward pass of the model first."
-            )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.is_complex():
-            raise UnsupportedModelError(
-                f"Parameter {name!r} is complex, and a squared gradient is not defined for it: hold its real and "
-                "imaginary parts as two real parameters."
-            )
+    for path, module in modules:
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{path}.{own}" if path else own
+            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                kind = "Parameter" if isinstance(tensor, UninitializedParameter) else "Buffer"
+                raise UnsupportedModelError(
+                    f"{kind} {name!r} is not initialised yet (a lazy module): run one forward pass of the model first."
+                )
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_complex():
+                raise UnsupportedModelError(
+                    f"Parameter {name!r} is complex, and a squared gradient is not defined for it: hold its real and "
+                    "imaginary parts as two real parameters."
+                )
 
 
 def describe(path: str, module: nn.Module) -> str:

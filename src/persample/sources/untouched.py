@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     inside. Inside, every `p.grad` is None. Buffers keep what one ordinary forward pass changed, unless an exception
     passes through.
     """
-    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
-    tables = [table for _, attributes in modules for table in _tables(attributes)]
-    parameters = [(p, p.grad, dict(vars(p))) for p in model.parameters()]
-    buffers = buffer_snapshot(model)
+    modules = list(model.modules())
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    tables = [table for _, saved in attributes for table in _tables(saved)]
+    parameters = [(p, p.grad, dict(vars(p))) for p in _distinct(module._parameters for module in modules)]
+    buffers = _buffer_snapshot(modules)
     for parameter, _, _ in parameters:
         parameter.grad = None
     failed = True
@@ -33,23 +35,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
         failed = False
     finally:
-        for live, attributes in modules:
-            _restore(live, attributes)
+        for live, saved in attributes:
+            _restore(live, saved)
         for name, live, entries in tables:
             # Buffers that the forward pass bound anew (`self.mean = …`) are among what it may change.
             if name != "_buffers" or failed:
                 _restore(live, entries)
-        for parameter, gradient, attributes in parameters:
+        for parameter, gradient, saved in parameters:
             parameter.grad = gradient
-            _restore(vars(parameter), attributes)
+            _restore(vars(parameter), saved)
         if failed:
             buffers()
 
 
 def buffer_snapshot(model: nn.Module) -> Callable[[], None]:
     """Return a function that puts the buffers of `model` back to what they are now."""
-    registries = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = _buffer_values(model)
+    return _buffer_snapshot(list(model.modules()))
+
+
+def _buffer_snapshot(modules: list[nn.Module]) -> Callable[[], None]:
+    registries = [(module._buffers, dict(module._buffers)) for module in modules]
+    values = [(buffer, buffer.detach().clone()) for buffer in _distinct(entries for _, entries in registries)]
 
     def put_back() -> None:
         for registry, entries in registries:
@@ -57,6 +63,11 @@ def buffer_snapshot(model: nn.Module) -> Callable[[], None]:
         _set_buffer_values(values)
 
     return put_back
+
+
+def _distinct(tables: Iterable[Mapping[str, Tensor | None]]) -> list[Any]:
+    """Return the tensors in `tables`, each once."""
+    return list({id(t): t for table in tables for t in table.values() if t is not None}.values())
 
 
 @contextmanager
@@ -115,13 +126,9 @@ def _restore(live: dict[Any, Any], saved: dict[Any, Any]) -> None:
     if not live and not saved:
         return
     # Compared by identity: tensors have no single answer to `==`.
-    if list(live) != list(saved) or list(map(id, live.values())) != list(map(id, saved.values())):
+    if list(live) != list(saved) or not all(map(is_, live.values(), saved.values())):
         live.clear()
         live.update(saved)
-
-
-def _buffer_values(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
 
 def _set_buffer_values(values: list[tuple[Tensor, Tensor]]) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield all tensors in nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        yield from tensors_in(tuple(tree.values()))
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    # On the way of every operation of a forward pass: no generator, and no look at what is most often there.
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else (tree,):
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list | dict) and item:
+            _collect(item, found)
 
 
 def substitute(tree: Any, replacements: Mapping[int, Tensor]) -> Any:

@@ -8,8 +8,9 @@ parameter; a tap at its result delivers δ to the contributions of the parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from types import FunctionType
 from typing import Any
@@ -17,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from persample.errors import UnsupportedModelError
-from persample.sources.contributions import Contribution, precise
+from persample.sources.contributions import Contribution, precise, without_autocast
 from persample.sources.fused import operations
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
-from persample.sources.fused.layout import Layout, batch_first, carried, permuted
+from persample.sources.fused.layout import Layout, Layouts, batch_first, carried, permuted
 from persample.sources.fused.places import place_of
 from persample.sources.fused.trial import place_by_trial
 
@@ -45,7 +45,7 @@ class Capture(TorchFunctionMode):
         self.batch_size = batch_size
         self.sink = sink
         self.forward_pass = True
-        self.layouts = WeakTensorKeyDictionary()
+        self.layouts = Layouts()
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
@@ -62,7 +62,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
         if not used:
@@ -113,8 +113,7 @@ class Capture(TorchFunctionMode):
                 "track of the samples: keep them in one dimension between the operations that reshape it, or use "
                 "backend 'vmap' or 'loop'."
             )
-        layout: Layout = found
-        return layout
+        return found
 
     def rows_of_sample(self, tensor: Tensor, operation: str) -> int:
         """Return R, where dim 0 of `tensor` has B·R entries, those of a sample side by side.
@@ -175,14 +174,43 @@ class Capture(TorchFunctionMode):
         self.layouts[tapped] = layout
         return tapped
 
+    def run(
+        self,
+        forward: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+        backward: Callable[..., tuple[Tensor | None, Sequence[Contribution]]],
+        x: Tensor,
+        layout: Layout,
+        operands: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Return the result of an operation whose own backward pass is the cheapest way to the contributions.
+
+        Args:
+            forward: returns the result and what is to be saved, from `x`.
+            backward: returns the gradient of `x` (or None, if its last argument says that nobody needs it) and a
+                contribution for each operand, from δ, what was saved, and that last argument.
+            x: the samples.
+            layout: where the samples are in the result.
+            operands: the expressions of parameters that take part; None and other tensors are passed over.
+        """
+        uses = [self.expression(operand) for operand in operands]
+        if self.forward_pass:
+            for expression in uses:
+                if expression is not None:
+                    self.sink.expect(expression)
+        result: Tensor = _Operation.apply(  # type: ignore[no-untyped-call]
+            x, self.anchor, self.sink, uses, forward, backward
+        )
+        return self.follow_as(result, layout)
+
     # Inner workings.
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation on samples and expressions of parameters."""
-        opened = _opened(func)
+        rule = operations.RULES.get(func)
+        opened = _opened(func) if rule is None else None
         try:
-            if func in operations.RULES:
-                return operations.RULES[func](self, *args, **kwargs)
+            if rule is not None:
+                return rule(self, *args, **kwargs)
             if opened is None:
                 return operations.fallback(self, func, args, kwargs)
         except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -213,7 +241,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], output: Tensor
     ) -> Layout | None:
         source = max(followed, key=lambda t: t.dim())
-        layout: Layout | None = self.layouts[source]
+        layout = self.layouts.get(source)
         if layout is None:
             return None
         if operations.moves_rows(func, args, kwargs, source):
@@ -236,7 +264,7 @@ class Capture(TorchFunctionMode):
         alone = {}
         for tensor in tensors_in((args, kwargs)):
             if tensor in self.layouts:
-                layout = self.layouts[tensor]
+                layout = self.layouts.get(tensor)
                 place = place_of(layout, tensor.shape) if layout is not None else None
                 if place is None:
                     return None
@@ -300,7 +328,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
-        with torch._C.DisableTorchFunction(), torch.autocast(delta.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             precise_delta = precise(delta)
             saved = tuple(map(precise, saved))
             for expression, build in ctx.uses:
@@ -308,6 +336,28 @@ class _Tap(torch.autograd.Function):
         grads: list[Any] = [None] * (4 + len(saved))
         grads[0] = delta
         return tuple(grads)
+
+
+class _Operation(torch.autograd.Function):
+    """An operation with its own backward pass, which gives the contributions of the uses, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, sink: Any, uses: Any, forward: Any, backward: Any) -> Tensor:
+        result: Tensor
+        result, saved = forward(x)
+        ctx.save_for_backward(*saved)
+        ctx.sink, ctx.uses, ctx.own_backward = sink, uses, backward
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        saved = _saved_tensors(ctx)
+        with torch._C.DisableTorchFunction():
+            gradient, contributions = ctx.own_backward(delta, *saved, ctx.needs_input_grad[0])
+            for expression, contribution in zip(ctx.uses, contributions, strict=True):
+                if expression is not None:
+                    ctx.sink.receive(expression, contribution)
+        return gradient, None, None, None, None, None
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -327,6 +377,7 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
+@cache
 def _opened(func: Any) -> Callable[..., Any] | None:
     """Return a function of `torch.nn.functional` so that its body, not its call, meets the mode; None for others.
 

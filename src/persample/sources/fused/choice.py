@@ -13,7 +13,7 @@ from torch import Tensor
 
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
-_TRIALS = 3
+_TRIALS = 4
 _chosen: dict[Hashable, str] = {}
 _lock = threading.Lock()
 _state = threading.local()
@@ -33,8 +33,8 @@ def deterministic_choice(deterministic: bool) -> Iterator[None]:
 def choose(key: Hashable, forms: Mapping[str, Callable[[], Result]]) -> Result:
     """Return the result of the fastest of `forms`, which all compute the same but for rounding.
 
-    On the first call with a key every form is timed; the winner serves all later calls. A form that raises, or
-    disagrees with the first, is out.
+    On the first call with a key every form is timed, in turns; the winner serves all later calls. A form that raises,
+    or disagrees with the first, is out.
     """
     if getattr(_state, "deterministic", False) or len(forms) == 1:
         return next(iter(forms.values()))()
@@ -43,23 +43,31 @@ def choose(key: Hashable, forms: Mapping[str, Callable[[], Result]]) -> Result:
     if chosen is not None:
         return forms[chosen]()
     with _lock:
-        seconds: dict[str, float] = {}
-        expected: Result | None = None
-        for name, form in forms.items():
-            try:
-                result = form()
-            except RuntimeError:
-                if expected is None:
-                    raise
-                continue
-            if expected is None:
-                expected = result
-            elif not _agree(result, expected):
-                continue
-            seconds[name] = min(_seconds(form) for _ in range(_TRIALS))
+        results = _those_that_agree(forms)
+        seconds = dict.fromkeys(results, float("inf"))
+        for trial in range(_TRIALS):
+            for name in list(seconds):
+                seconds[name] = min(seconds[name], _seconds(forms[name]))
+            if trial == 0:  # no more time for those that are out of the question
+                limit = 2 * min(seconds.values())
+                seconds = {name: took for name, took in seconds.items() if took <= limit}
         _chosen[key] = min(seconds, key=seconds.__getitem__)
-    assert expected is not None
-    return expected
+    return results[_chosen[key]]
+
+
+def _those_that_agree(forms: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
+    """Run each form once, and return the results that agree with that of the first."""
+    (first, form), *others = forms.items()
+    expected = form()
+    results = {first: expected}
+    for name, form in others:
+        try:
+            result = form()
+        except RuntimeError:  # a kernel that does not take these shapes
+            continue
+        if _agree(result, expected):
+            results[name] = result
+    return results
 
 
 def _seconds(form: Callable[[], Result]) -> float:

@@ -3,8 +3,10 @@
 All forms compute g_i = Σ_l δ_il [[x]]_ilᵀ for a few samples and add up g_i and g_i². They differ in what the processor
 is good at:
 
-- `patches`: the input's windows are copied out, then one batched matrix product (few channels, many pixels);
-- `products`: the same windows, one matrix product of oneDNN for each sample (many channels);
+- `patches`: the input's windows are copied out, then one batched matrix product (few channels);
+- `rows`: windows are copied out along all dimensions but the first; along the first they are views of the same copy
+  that begin one row later (few channels, large kernels);
+- `products`: the windows as in `patches`, one matrix product of oneDNN for each sample (many channels);
 - `grouped`: the weight gradient of a grouped convolution, in which each sample is a group;
 - `single`: the weight gradient of a convolution, for one sample after the other (large weights).
 """
@@ -12,7 +14,7 @@ is good at:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,54 +83,69 @@ class Convolution:
 
 def forms(convolution: Convolution) -> dict[str, Callable[[], Sums]]:
     """The forms worth trying, the one that suits most shapes first."""
-    geometry, batch = convolution.geometry, len(convolution.x) // convolution.images
-    # Windows or gradients of so many samples are made at a time; what fits the cache is quickly used up.
-    largest = max(math.prod(geometry.weight), _window_entries(convolution))
-    pieces = sorted({min(batch, max(1, budget // max(1, largest))) for budget in (2**17, 2**19, 2**21)})
+    c, batch = convolution, len(convolution.x) // convolution.images
+    gradient = math.prod(c.geometry.weight)
     found: dict[str, Callable[[], Sums]] = {
-        f"patches {rows}": partial(added_up, _patches, convolution, rows) for rows in pieces
+        f"patches {rows}": partial(_by_patches, c, rows)
+        for rows in _pieces(batch, max(gradient, _window_entries(c)), 2**17, 2**19)
     }
-    if convolution.images == 1 and convolution.x.numel() > 0:
-        found |= {
-            f"grouped {rows}": partial(added_up, _grouped, convolution, rows)
-            for rows in (16, 64, batch)
-            if rows <= batch
-        }
-        if product_for(convolution.x) is not None and geometry.groups == 1:
-            found |= {f"products {rows}": partial(_products, convolution, rows) for rows in pieces[:2]}
-        if math.prod(geometry.weight) > 2**15:
-            found["single"] = partial(added_up, _single, convolution, 1)
+    if c.images > 1 or c.x.numel() == 0:
+        return found
+    # oneDNN rounds the channels of each group up to multiples of 16, in memory that it takes beside the result.
+    outputs, channels, *kernel = c.geometry.weight
+    rounded = -(-outputs // c.geometry.groups // 16) * -(-channels // 16) * 256 * c.geometry.groups * math.prod(kernel)
+    found |= {f"grouped {rows}": partial(_by_groups, c, rows) for rows in _pieces(batch, rounded, 2**17, 2**18, 2**19)}
+    if c.geometry.groups == 1 and c.geometry.stride[0] == 1 and c.geometry.weight[2] > 1:
+        entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
+        found |= {f"rows {rows}": partial(_by_rows, c, rows) for rows in _pieces(batch, entries, 2**18, 2**19)}
+    if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
+        rows = _pieces(batch, max(gradient, _window_entries(c)), 2**18)[0]
+        found[f"products {rows}"] = partial(_by_products, c, rows)
+    if gradient > 2**15:
+        found["single"] = partial(_by_groups, c, 1)
     return found
 
 
-def added_up(form: Callable[[Convolution], Tensor], convolution: Convolution, rows: int) -> Sums:
-    """Return Σ_i g_i and Σ_i g_i², `rows` samples at a time."""
-    total = convolution.delta.new_zeros(convolution.geometry.weight)
-    squares = torch.zeros_like(total)
-    for start in range(0, len(convolution.x) // convolution.images, rows):
-        g = form(convolution.rows(slice(start, start + rows)))
-        if len(g) == 1:
-            total += g[0]
-            squares.addcmul_(g[0], g[0])
+def _pieces(batch: int, entries: int, *budgets: int) -> list[int]:
+    """How many samples to take at a time, so that what is made of them fits the cache: one number for each budget."""
+    return sorted({min(batch, max(1, budget // max(1, entries))) for budget in budgets})
+
+
+def _added_up(gradients: Iterable[Tensor], dim: int = 0) -> Sums:
+    """Return Σ_i g_i and Σ_i g_i² from pieces of the g_i, which may be overwritten; `dim` is that of the samples."""
+    pieces = iter(gradients)
+    first = next(pieces)  # a batch has samples
+    total, squares = first.sum(dim), first.square_().sum(dim)
+    for g in pieces:
+        if g.shape[dim] == 1:
+            total += g.select(dim, 0)
+            squares.addcmul_(g.select(dim, 0), g.select(dim, 0))
         else:
-            total += g.sum(0)
-            squares += g.square_().sum(0)
+            total += g.sum(dim)
+            squares += g.square_().sum(dim)
     return total, squares
 
 
-def _window_entries(convolution: Convolution) -> int:
-    geometry = convolution.geometry
-    return (
-        math.prod(geometry.weight[1:]) * geometry.groups * math.prod(convolution.delta.shape[2:]) * convolution.images
-    )
+def _parts(c: Convolution, rows: int) -> Iterator[Convolution]:
+    for start in range(0, len(c.x) // c.images, rows):
+        yield c.rows(slice(start, start + rows))
+
+
+def _window_entries(c: Convolution) -> int:
+    return math.prod(c.geometry.weight[1:]) * c.geometry.groups * math.prod(c.delta.shape[2:]) * c.images
+
+
+def _padded(c: Convolution) -> Tensor:
+    padding = c.geometry.padding
+    return F.pad(c.x, [p for p in reversed(padding) for _ in (0, 1)]) if any(padding) else c.x
 
 
 def _windows(c: Convolution) -> Tensor:
     """[[x]], `(B, G, C/G · K, L)`."""
     geometry = c.geometry
-    padded = F.pad(c.x, [p for p in reversed(geometry.padding) for _ in (0, 1)]) if any(geometry.padding) else c.x
-    kernel = geometry.weight[2:]
-    return unfold(padded, kernel, geometry.stride, geometry.dilation, geometry.groups, c.delta.shape[2:])
+    return unfold(
+        _padded(c), geometry.weight[2:], geometry.stride, geometry.dilation, geometry.groups, c.delta.shape[2:]
+    )
 
 
 def _patches(c: Convolution) -> Tensor:
@@ -137,45 +154,79 @@ def _patches(c: Convolution) -> Tensor:
     return g if c.images == 1 else g.unflatten(0, (-1, c.images)).sum(1)
 
 
-def _products(c: Convolution, rows: int) -> Sums:
+def _by_patches(c: Convolution, rows: int) -> Sums:
+    if c.geometry.groups > 1 or c.images > 1:
+        return _added_up(_patches(part) for part in _parts(c, rows))
+    # (C·K, L) (L, O): the larger factor first is the faster order.
+    transposed = _added_up(_windows(part).squeeze(1) @ part.delta.flatten(2).mT for part in _parts(c, rows))
+    return _transposed(transposed, c.geometry.weight)
+
+
+def _by_products(c: Convolution, rows: int) -> Sums:
     product = product_for(c.x)
     assert product is not None
     outputs = c.geometry.weight[0]
     total = c.delta.new_zeros(math.prod(c.geometry.weight[1:]), outputs)
     squares = torch.zeros_like(total)
-    for start in range(0, len(c.x), rows):
-        piece = c.rows(slice(start, start + rows))
-        for a, d in zip(_windows(piece).squeeze(1), piece.delta.flatten(2), strict=True):
-            g = product(a, d)  # (C·K, L) (L, O): the larger factor first is the faster order
+    for part in _parts(c, rows):
+        for a, d in zip(_windows(part).squeeze(1), part.delta.flatten(2), strict=True):
+            g = product(a, d)
             total += g
             squares.addcmul_(g, g)
-    return total.mT.reshape(c.geometry.weight), squares.mT.reshape(c.geometry.weight)
+    return _transposed((total, squares), c.geometry.weight)
+
+
+def _transposed(sums: Sums, weight: tuple[int, ...]) -> Sums:
+    """Sums of `(C·K, O)` as sums of the weight's shape."""
+    return sums[0].mT.reshape(weight), sums[1].mT.reshape(weight)
+
+
+def _by_rows(c: Convolution, rows: int) -> Sums:
+    """g_i[o, c, k₁, k₂] = Σ_{l₁ l₂} δ_i[o, l₁, l₂] x_i[c, l₁ + d k₁, l₂ + k₂]: along l₁ nothing needs to be copied."""
+    outputs, channels, first, *others = c.geometry.weight
+    total, squares = _added_up(_row_gradients(c, rows), dim=1)
+    order = (len(others) + 2, 1, 0, *range(2, 2 + len(others)))
+    shape = (first, channels, *others, outputs)
+    return total.reshape(shape).permute(order).contiguous(), squares.reshape(shape).permute(order).contiguous()
+
+
+def _row_gradients(c: Convolution, rows: int) -> Iterator[Tensor]:
+    """Per-sample gradients of each part, `(K₁, B, C · K₂, O)`."""
+    first, *others = c.geometry.weight[2:]
+    positions = c.delta.shape[2:]
+    width = math.prod(positions[1:])  # of a row of windows
+    for part in _parts(c, rows):
+        padded = _padded(part)
+        size = padded.shape[2]
+        windows = unfold(
+            padded, (1, *others), (1, *c.geometry.stride[1:]), (1, *c.geometry.dilation[1:]), 1, (size, *positions[1:])
+        ).squeeze(1)
+        delta = part.delta.flatten(2).mT
+        g = windows.new_empty(first, len(delta), windows.shape[1], delta.shape[2])
+        for k in range(first):
+            start = k * c.geometry.dilation[0] * width
+            torch.bmm(windows[:, :, start : start + delta.shape[1]], delta, out=g[k])
+        yield g
+
+
+def _by_groups(c: Convolution, rows: int) -> Sums:
+    return _added_up(_grouped(part) for part in _parts(c, rows))
 
 
 def _grouped(c: Convolution) -> Tensor:
-    batch, weight = len(c.x), c.geometry.weight
-    delta, x = c.delta.reshape(1, -1, *c.delta.shape[2:]), c.x.reshape(1, -1, *c.x.shape[2:])
-    g = _weight_gradient(delta, x, (batch * weight[0], *weight[1:]), c.geometry, batch * c.geometry.groups)
-    return g.reshape(batch, *weight)
-
-
-def _single(c: Convolution) -> Tensor:
-    return _weight_gradient(c.delta, c.x, c.geometry.weight, c.geometry, c.geometry.groups).unsqueeze(0)
-
-
-def _weight_gradient(delta: Tensor, x: Tensor, shape: tuple[int, ...], geometry: Geometry, groups: int) -> Tensor:
-    """Σ_i g_i of an ordinary convolution with a weight of `shape`, whose values do not matter."""
+    """g_i of all samples by one grouped convolution, in which the weight's values do not matter."""
+    batch, weight, geometry = len(c.x), c.geometry.weight, c.geometry
     gradient: Tensor = torch.ops.aten.convolution_backward(
-        delta,
-        x,
-        x.new_zeros(1).expand(shape),
+        c.delta.reshape(1, -1, *c.delta.shape[2:]),
+        c.x.reshape(1, -1, *c.x.shape[2:]),
+        c.x.new_empty(batch * weight[0], *weight[1:]),
         None,
         geometry.stride,
         geometry.padding,
         geometry.dilation,
         False,
         [0] * len(geometry.stride),
-        groups,
+        batch * geometry.groups,
         [False, True, False],
     )[1]
-    return gradient
+    return gradient.reshape(batch, *weight)

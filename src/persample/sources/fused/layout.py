@@ -12,6 +12,7 @@ A batch-first tensor has outer = 1; a time-first one, (T, B, D), has outer = T a
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,29 @@ class Layout:
                     return index, folded_before, folded_after
             before *= size
         return None
+
+
+class Layouts:
+    """The layouts of tensors, found by the tensor's identity; no tensor is kept alive by it.
+
+    A tensor can be known to depend on the batch without anybody knowing where the samples are in it: then its layout
+    is None.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], Layout | None]] = {}
+
+    def __setitem__(self, tensor: Tensor, layout: Layout | None) -> None:
+        self._entries[id(tensor)] = (weakref.ref(tensor), layout)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        entry = self._entries.get(id(tensor))
+        return entry is not None and entry[0]() is tensor  # another tensor may have its address by now
+
+    def get(self, tensor: Tensor) -> Layout | None:
+        """Return the layout of `tensor`, or None if it is not known."""
+        entry = self._entries.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
 
 
 def batch_first(x: Tensor, batch: int) -> Layout:

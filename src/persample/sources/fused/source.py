@@ -13,6 +13,7 @@ from persample.errors import UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
+from persample.sources.contributions import without_autocast
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
 from persample.sources.fused.uses import Moment, Rows
@@ -49,8 +50,8 @@ class FusedSource(PerSampleGradSource):
     def compute_moments(self, batch: Batch) -> Moments:
         parameters, sink = self.parameters(), Moment(batch.size)
         losses = self._backward(batch, parameters, sink)
-        for value in (*sink.total.values(), *sink.squares.values()):
-            value.div_(batch.size)
+        if sink.total:
+            torch._foreach_div_([*sink.total.values(), *sink.squares.values()], batch.size)
         return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
 
     def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
@@ -64,7 +65,7 @@ class FusedSource(PerSampleGradSource):
                 total = losses.sum()
                 with capture.during_backward():
                     self._run_backward(total, capture, parameters)
-            with torch.autocast(losses.device.type, enabled=False):
+            with without_autocast(losses.device):
                 sink.finish()
         return losses.detach()
 

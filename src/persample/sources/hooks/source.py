@@ -19,7 +19,7 @@ from persample.errors import OptionError
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
-from persample.sources.contributions import Contribution, precise
+from persample.sources.contributions import Contribution, precise, without_autocast
 from persample.sources.hooks.rules import RULES, modules_with_rules
 from persample.sources.module_calls import (
     ModuleCall,
@@ -120,7 +120,7 @@ class HooksSource(PerSampleGradSource):
         def on_gradient(call: ModuleCall, delta: Tensor) -> None:
             refuse_changed_inputs(call)
             a = precise(call.inputs[0])
-            with torch.autocast(delta.device.type, enabled=False):
+            with without_autocast(delta.device):
                 contributions = RULES[type(call.module)](call.module, a, precise(delta))
                 for local, name in used_parameters(call.module).items():
                     receive(name, contributions[local], uses[name])

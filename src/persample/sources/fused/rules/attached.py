@@ -85,7 +85,12 @@ def _attached(capture: Capture, x: Any, other: Any) -> _Attached | None:
         return None
     layout = capture.layouts.get(samples)
     found = layout.dim(samples.shape) if layout is not None else None
-    if found is None or found[1:] != (1, 1) or torch.broadcast_shapes(p.shape, samples.shape) != samples.shape:
+    if (
+        layout is None
+        or found is None
+        or found[1:] != (1, 1)
+        or torch.broadcast_shapes(p.shape, samples.shape) != samples.shape
+    ):
         return None
     dim = found[0]
     own_dim = dim - samples.dim() + p.dim()

@@ -36,11 +36,16 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
     ) -> Tensor:
         name = f"F.conv{dimensions}d"
         rows, after = _place(capture, name, input, dimensions)
-        result = function(input, capture.value(weight), capture.value(bias), stride, padding, dilation, groups)
         kernel = tuple(weight.shape[2:])
         strides, dilations = _each(stride, dimensions), _each(dilation, dimensions)
         sizes = padding if isinstance(padding, str) else _each(padding, dimensions)
         pairs = padding_pairs(sizes, kernel, dilations)
+        if set(kernel) == {1} and set(strides) != {1} and not any(map(any, pairs)):
+            # A pointwise convolution that jumps is one without jumps on every so many-th pixel, and cheaper so.
+            jumps = tuple(slice(None, None, s) for s in strides)
+            input = input[(slice(None), slice(None), *jumps)].contiguous()
+            stride, strides = 1, (1,) * dimensions
+        result = function(input, capture.value(weight), capture.value(bias), stride, padding, dilation, groups)
 
         def for_weight(delta: Tensor, x: Tensor) -> Any:
             sides = tuple(left for left, _ in pairs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,10 +55,52 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.group_norm`."""
+    values = capture.value(weight), capture.value(bias)
+    if all(v is None or v.dtype == input.dtype for v in values) and not torch.is_autocast_enabled(input.device.type):
+        return _by_kernel(capture, input, num_groups, weight, bias, eps)
     result = F.group_norm(input, num_groups, capture.value(weight), capture.value(bias), eps)
     return _channels(
         capture, "F.group_norm", input, result, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps)
     )
+
+
+def _by_kernel(
+    capture: Capture, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Group norm by its kernels, whose backward pass sums the gradients of scale and shift over the batch.
+
+    With the channels of all images side by side, (1, B·C, …) in B·G groups, that sum is over one image, so the
+    gradients of scale and shift that come with the gradient of x are those of the single images.
+    """
+    rows, images = capture.rows_of_sample(x, "F.group_norm"), len(x)
+    channels, pixels = x.shape[1], math.prod(x.shape[2:])
+    gamma, beta = capture.value(weight), capture.value(bias)
+
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x = x.contiguous()
+        result, mean, rstd = torch.native_group_norm(x, gamma, beta, images, channels, pixels, groups, eps)
+        return result, (x, mean, rstd)
+
+    def backward(
+        delta: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wanted: bool
+    ) -> tuple[Tensor | None, Sequence[Terms]]:
+        side_by_side = (1, images * channels, pixels)
+        gradient, scale, shift = torch.ops.aten.native_group_norm_backward(
+            delta.reshape(side_by_side),
+            x.view(side_by_side),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            None if gamma is None else gamma.repeat(images),
+            1,
+            images * channels,
+            pixels,
+            images * groups,
+            [wanted, True, True],
+        )
+        terms = [Terms(t.view(-1, rows, channels)) for t in (scale, shift)]
+        return gradient.view(x.shape) if wanted else None, terms
+
+    return capture.run(forward, backward, x, capture.layout(x, "F.group_norm"), (weight, bias))
 
 
 def batch_norm(
