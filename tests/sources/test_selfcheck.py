@@ -274,8 +274,9 @@ class InFloat32(nn.Module):
 @pytest.mark.parametrize("method", ["moments", "per_sample"])
 def test_the_least_precise_number_of_a_model_counts(backend: str, method: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 40), InFloat32(), nn.Linear(40, 40), InFloat32(), nn.Linear(40, 2)).double()
-    inputs, targets = 100 * torch.randn(16, 3).double(), torch.arange(16) % 2
+    middle = nn.Sequential(InFloat32(), nn.Linear(40, 40), nn.SiLU(), InFloat32())
+    model = nn.Sequential(nn.Linear(3, 40), middle, nn.Linear(40, 2)).double()
+    inputs, targets = torch.randn(16, 3).double(), torch.arange(16) % 2
     getattr(persample.make_source(backend, model, losses.cross_entropy), method)(inputs, targets)
 
 
