@@ -3,7 +3,9 @@
 from persample import losses as losses
 from persample.checks import benchmark as benchmark
 from persample.checks import crosscheck as crosscheck
+from persample.checks import fix as fix
 from persample.errors import PersampleError as PersampleError
+from persample.frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from persample.moments import Moments as Moments
 from persample.moments import merge_moments as merge_moments
 from persample.sources import PerSampleGradSource as PerSampleGradSource

@@ -49,6 +49,17 @@ def test_batch_norm_in_training_mode_is_refused(backend: str, name: str) -> None
         persample.make_source(backend, model, WITH_BATCH_NORM[name].loss).moments(inputs, None)
 
 
+@pytest.mark.parametrize("batch_norm", ["group_norm", "frozen"])
+@pytest.mark.parametrize("name", WITH_BATCH_NORM)
+def test_fused_is_exact_in_training_mode_once_fixed(
+    name: str, batch_norm: Any, per_sample_truth: Any, no_trace: Any
+) -> None:
+    model, inputs = made(WITH_BATCH_NORM[name], training=True)
+    fixed = persample.fix(model, batch_norm).model
+    truth = per_sample_truth(fixed, WITH_BATCH_NORM[name].loss, inputs, None, stream="batch")
+    assert_exact("fused", fixed, WITH_BATCH_NORM[name].loss, inputs, truth, no_trace)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_other_backends_are_exact_or_refuse(backend: str, name: str, per_sample_truth: Any, no_trace: Any) -> None:
     model, inputs = made(ALL[name], training=False)

@@ -1,6 +1,9 @@
-"""What users run to trust and to compare: agreement of the backends, and what they cost."""
+"""What users run to trust and to compare: agreement of the backends, what they cost, what they serve."""
 
 from persample.checks.benchmark import Cost as Cost
 from persample.checks.benchmark import benchmark as benchmark
 from persample.checks.crosscheck import Agreement as Agreement
 from persample.checks.crosscheck import crosscheck as crosscheck
+from persample.checks.fix import Change as Change
+from persample.checks.fix import Fixed as Fixed
+from persample.checks.fix import fix as fix

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import torch
 from backpack.extensions import BatchGrad, SumGradSquared
 from torch import Tensor, nn
 
+from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.peer_rules import LayerUse, PeerRulesSource, alteration, trainable
@@ -27,7 +29,10 @@ _KINDS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
+    FrozenBatchNorm,
 )
+#: What BackPACK knows a FrozenBatchNorm as, by the dimensions of its input.
+_BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 class BackpackSource(PeerRulesSource):
@@ -121,6 +126,8 @@ def _extended(extension: BatchGrad | SumGradSquared, use: LayerUse) -> dict[nn.P
     """Apply `extension` to one use, as BackPACK's backward hook would."""
     # A copy that shares the parameters, so that the attributes which BackPACK reads are not put on the user's module.
     layer = copy.copy(use.layer)
+    if isinstance(layer, FrozenBatchNorm):
+        layer.__class__ = _BATCH_NORMS[use.delta.dim()]
     layer.input0, layer.output = use.inputs[0], use.delta
     extension(layer, (None,), (use.delta,))
     return {p: vars(p).pop(extension.savefield) for p in trainable(layer)}

@@ -45,13 +45,14 @@ def _reason(module: nn.Module) -> str | None:
         if module.training:
             return (
                 "is in training mode: it normalises with statistics of the whole batch, so the gradient of a single "
-                "sample does not exist. Call .eval() on it to use its running statistics, or replace it by "
-                "nn.GroupNorm."
+                "sample does not exist. Call .eval() on it to use its running statistics, or let persample.fix(model) "
+                "replace it by nn.GroupNorm."
             )
         if module.running_mean is None:
             return (
                 "has track_running_stats=False: it normalises with statistics of the whole batch even in eval mode, "
-                "so the gradient of a single sample does not exist. Replace it by nn.GroupNorm."
+                "so the gradient of a single sample does not exist. Let "
+                "persample.fix(model) replace it by nn.GroupNorm."
             )
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         if module.max_norm is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from persample.errors import UnsupportedModelError
+from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.sources.contributions import Contribution
 from persample.sources.hooks.convolution import (
     CONVOLUTIONS,
@@ -37,6 +38,7 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm1d: batch_or_instance_norm,
     nn.BatchNorm2d: batch_or_instance_norm,
     nn.BatchNorm3d: batch_or_instance_norm,
+    FrozenBatchNorm: batch_or_instance_norm,
 }
 
 

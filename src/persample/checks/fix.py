@@ -1,0 +1,172 @@
+"""`fix`: a copy of a model without the BatchNorms that mix the samples."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from persample.errors import OptionError, UnsupportedModelError
+from persample.frozen_batch_norm import FrozenBatchNorm
+from persample.sources.refusals import describe
+
+Replacement = Literal["group_norm", "frozen"]
+
+_MOST_GROUPS = 32
+_FEWEST_CHANNELS = 4
+_KNOWN_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module that `fix` replaced.
+
+    Attributes:
+        paths: where it is in the model; several places if they hold the same module.
+        before: the BatchNorm, as PyTorch prints it.
+        after: what stands there now.
+    """
+
+    paths: tuple[str, ...]
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(path or 'the model' for path in self.paths)}: {self.before} → {self.after}"
+
+
+class Fixed(NamedTuple):
+    """What `fix` returns: `model, changes = persample.fix(model)`.
+
+    Attributes:
+        model: the copy.
+        changes: what was replaced in it, in the model's order.
+    """
+
+    model: nn.Module
+    changes: tuple[Change, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.changes)) or "nothing to change"
+
+
+def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int | None = None) -> Fixed:
+    """Return a copy of `model` in which no BatchNorm mixes the samples, and what was changed for that.
+
+    The given model is not changed. The copy keeps scales and shifts with their dtype, device and `requires_grad`,
+    hooks and training flags; a BatchNorm that is at two places is one module there, too.
+
+    Args:
+        model: the network.
+        batch_norm: what stands for each BatchNorm (1d, 2d, 3d, synchronised, or a subclass that computes the same).
+            `"group_norm"` is `nn.GroupNorm` (Wu and He, 2018, arXiv:1803.08494), which normalises each sample by
+            itself: another function, with which the model is to be trained. `"frozen"` is
+            `persample.FrozenBatchNorm`, which keeps using the running statistics, also in training mode: what a
+            trained model computes in eval mode.
+        groups: number of groups of each GroupNorm. If None, the largest number up to 32 that divides the channels
+            and leaves at least 4 of them in each group; one group if there is none.
+
+    Returns:
+        The copy and the list of changes.
+
+    Raises:
+        OptionError: `groups` does not divide the channels of a BatchNorm, or an option is not known.
+        UnsupportedModelError: a BatchNorm cannot be replaced: it is not initialised yet, has a forward or parameters
+            of its own, has no running statistics to freeze, or has a single feature, of which GroupNorm would make a
+            constant.
+
+    Example:
+        >>> import persample
+        >>> from torch import nn
+        >>> model, changes = persample.fix(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> type(model[1]).__name__, model[1].num_groups, changes[0].paths
+        ('GroupNorm', 2, ('1',))
+    """
+    if batch_norm not in get_args(Replacement):
+        known = ", ".join(map(repr, get_args(Replacement)))
+        raise OptionError(f"batch_norm={batch_norm!r} is not known: use one of {known}.")
+    if groups is not None and batch_norm != "group_norm":
+        raise OptionError(f"groups={groups!r} is for batch_norm='group_norm' only: leave it away.")
+    for module, paths in _batch_norms(model).items():
+        _refuse_unknown(module, paths[0])
+    fixed = copy.deepcopy(model)
+    changes = []
+    for module, paths in _batch_norms(fixed).items():
+        before = repr(module)
+        new = _frozen(module, paths[0]) if batch_norm == "frozen" else _group_norm(module, paths[0], groups)
+        for path in paths:
+            fixed = _put(fixed, path, new)
+        changes.append(Change(tuple(paths), before, repr(new)))
+    return Fixed(fixed, tuple(changes))
+
+
+def _batch_norms(model: nn.Module) -> dict[_BatchNorm, list[str]]:
+    """Return the BatchNorms that may be in training mode, each with all its places in the model."""
+    paths: dict[_BatchNorm, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
+            paths.setdefault(module, []).append(path)
+    return paths
+
+
+def _refuse_unknown(module: _BatchNorm, path: str) -> None:
+    """Raise if `module` does something that its replacement would not do."""
+    name = describe(path, module)
+    if isinstance(module, _LazyNormBase):
+        raise UnsupportedModelError(f"{name} is not initialised yet: run one forward pass of the model first.")
+    if type(module).forward not in _KNOWN_FORWARDS or "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{name} has a forward of its own, which its replacement would not have: replace it by hand, or call "
+            ".eval() on it."
+        )
+    if module._parameters.keys() != {"weight", "bias"}:
+        raise UnsupportedModelError(
+            f"{name} holds other parameters than its class says ({', '.join(sorted(module._parameters))}), as after "
+            "weight_norm or pruning: remove that first, or call .eval() on it."
+        )
+
+
+def _group_norm(module: _BatchNorm, path: str, groups: int | None) -> nn.GroupNorm:
+    channels = module.num_features
+    if channels == 1 and isinstance(module, nn.BatchNorm1d):
+        raise UnsupportedModelError(
+            f"{describe(path, module)} has a single feature, of which GroupNorm would make a constant: use "
+            "batch_norm='frozen', or leave the layer away."
+        )
+    if groups is None:
+        most = max(1, min(_MOST_GROUPS, channels // _FEWEST_CHANNELS))
+        groups = max(g for g in range(1, most + 1) if channels % g == 0)
+    if groups < 1 or channels % groups:
+        divisors = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
+        raise OptionError(
+            f"groups={groups} does not divide the {channels} channels of {describe(path, module)}: use one of "
+            f"{divisors}, or leave it away."
+        )
+    new = nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine)
+    new.weight, new.bias = module.weight, module.bias
+    new.training = module.training
+    vars(new).update({name: value for name, value in vars(module).items() if "_hook" in name})
+    return new
+
+
+def _frozen(module: _BatchNorm, path: str) -> FrozenBatchNorm:
+    if module.running_mean is None or module.running_var is None:
+        raise UnsupportedModelError(
+            f"{describe(path, module)} has no running statistics that could be frozen (track_running_stats=False): "
+            "use batch_norm='group_norm'."
+        )
+    new = FrozenBatchNorm.__new__(FrozenBatchNorm)
+    vars(new).update(vars(module))
+    return new.train()
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Return `model` with `module` at `path`."""
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+    return model
