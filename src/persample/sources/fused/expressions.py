@@ -8,11 +8,17 @@ squaring commutes with it, and sums can be pulled back in place of single sample
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from persample.errors import UnsupportedModelError
+from persample.sources.fused.arguments import substitute, tensors_in
+from persample.sources.fused.families import RESHAPES, SAME, functions
 
 
 @dataclass(frozen=True)
@@ -23,15 +29,27 @@ class Expression:
         value: θ', detached.
         graph: θ' with its autograd graph back to the parameters; the parameter itself where f is the identity.
         parameters: the parameters θ that it depends on, by name.
-        reorders: whether f only reorders, reshapes or leaves away entries of one parameter.
-        expanded: where θ' is another expression expanded along new samples, that other one.
+        moves: whether f only moves entries of one parameter, or leaves them away.
+        repeats: the dimensions along which θ' is the same over and over, with the length of what is repeated.
     """
 
     value: Tensor
     graph: Tensor
     parameters: Mapping[str, nn.Parameter]
-    reorders: bool
-    expanded: Expression | None = None
+    moves: bool
+    repeats: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def reorders(self) -> bool:
+        """Whether f only moves entries of one parameter, each to one place at most."""
+        return self.moves and not self.repeats
+
+    def once(self, dim: int) -> Expression:
+        """Return what is repeated along `dim`."""
+        length = self.repeats[dim]
+        graph = self.graph.narrow(dim, 0, length)
+        repeats = {d: size for d, size in self.repeats.items() if d != dim}
+        return Expression(graph.detach(), graph, self.parameters, self.moves, repeats)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,3 +88,89 @@ class Expression:
             is_grads_batched=batched,
         )
         return {name: g for name, g in zip(self.parameters, found, strict=True) if g is not None}
+
+
+def express(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sources: Mapping[int, Expression],
+    remember: Callable[[Expression], Tensor],
+) -> Any:
+    """Run an operation on parameters and constants alone.
+
+    Args:
+        func: the operation.
+        args: its positional arguments,
+        kwargs: and its keyword arguments.
+        sources: those of its operands that are expressions, by their id.
+        remember: is given each result that is an expression again, and returns what the model sees of it.
+
+    Raises:
+        UnsupportedModelError: the operation changes an expression in place.
+    """
+    name = getattr(func, "__name__", str(func))
+    new_args, new_kwargs = substitute((args, dict(kwargs)), {key: source.graph for key, source in sources.items()})
+    versions = [source.graph._version for source in sources.values()]
+    result = func(*new_args, **new_kwargs)
+    if [source.graph._version for source in sources.values()] != versions:
+        raise UnsupportedModelError(
+            f"{name} changes a parameter, or a tensor computed from parameters, in place, which backend 'fused' cannot "
+            "follow: use the operation that returns a new tensor."
+        )
+    # `contiguous`, `to` and others return what they are given if that will do.
+    unchanged = {id(source.graph): t for t in tensors_in((args, dict(kwargs))) if (source := sources.get(id(t)))}
+    parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
+    source = next(iter(sources.values()))
+
+    def expression(output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        if id(output) in unchanged:
+            return unchanged[id(output)]
+        repeats = _repeats(func, source, output)
+        moves = len(sources) == 1 and source.moves and _moves(func, source, args, kwargs)
+        return remember(Expression(output.detach(), output, parameters, moves, repeats))
+
+    if isinstance(result, tuple | list):
+        outputs = map(expression, result)
+        return type(result)(*outputs) if hasattr(result, "_fields") else type(result)(outputs)
+    return expression(result)
+
+
+_EXPANSIONS = functions("expand expand_as broadcast_to repeat tile")
+_COPIES = SAME - functions("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout prelu rrelu")
+_VIEWS = functions(
+    "permute transpose swapaxes swapdims movedim moveaxis t T mT narrow select chunk split unbind squeeze unsqueeze"
+)
+
+
+def _repeats(func: Any, source: Expression, output: Tensor) -> Mapping[int, int]:
+    """Return the dimensions along which the result of an operation on `source` is the same over and over."""
+    if func in _COPIES:
+        return source.repeats
+    missing = output.dim() - source.value.dim()
+    found = {d: 1 for d, size in enumerate(output.shape) if size > 1 and output.stride(d) == 0}
+    if func in _EXPANSIONS:
+        lengths = [1] * missing + list(source.value.shape)
+        found |= {d + missing: length for d, length in source.repeats.items()}
+        found |= {d: n for d, (n, size) in enumerate(zip(lengths, output.shape, strict=True)) if n != size}
+    return found
+
+
+def _moves(func: Any, source: Expression, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation on one parameter only moves its entries, and repeats them only as `_repeats` says."""
+    if func in _EXPANSIONS or func in _COPIES:
+        return all(d not in source.repeats for d in range(source.value.dim())) or func in _COPIES
+    # A view of entries repeated by a stride of zero shows that stride; other copies would not be noticed any more.
+    if any(source.value.stride(d) != 0 for d in source.repeats):
+        return False
+    if func in _VIEWS or (func in RESHAPES and not source.repeats):
+        return True
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(type(i) is int or isinstance(i, slice) or i is None or i is Ellipsis for i in index)
+    if func is F.embedding and isinstance(args[0], Tensor) and not source.repeats:
+        # Looking up each row at most once, as position embeddings do, is a slice in another order.
+        return len(args) == 2 and kwargs.get("padding_idx") is None and args[0].unique().numel() == args[0].numel()
+    return False

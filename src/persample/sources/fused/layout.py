@@ -1,43 +1,62 @@
-"""Where the sample is in a tensor: followed from the batch through every operation of the forward pass.
+"""Where the samples are in a tensor.
 
 A tensor that depends on the batch holds the samples along some dimension, perhaps folded together with others. In
-row-major order the entry with linear index n belongs to sample (n // inner) mod B, so two numbers say it all:
+row-major order the entry with linear index n belongs to row (n // inner) mod rows, so three numbers say it all:
 
-    numel = outer · B · inner
+    numel = outer · rows · inner
 
 A batch-first tensor has outer = 1; a time-first one, (T, B, D), has outer = T and inner = D; one of folded heads,
-(B·H, T, D), has outer = 1 and inner = H·T·D. A reshape changes neither number.
+(B·H, T, D), has outer = 1 and inner = H·T·D. A reshape changes none of them. Usually row i is sample i. Where rows
+were picked, sorted or packed, their owners are known one by one.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from persample.sources.fused.owners import NOBODY, Owners
+from persample.sources.fused.places import Place
 
-@dataclass(frozen=True)
-class Layout:
-    """The samples' place in a tensor of `outer · batch · inner` entries in row-major order."""
+Write = Callable[[Tensor], Tensor]
+
+
+class Layout(NamedTuple):
+    """The samples' place in a tensor of `outer · rows · inner` entries in row-major order.
+
+    Attributes:
+        outer: as many entries stand before the rows.
+        batch: B, the number of samples.
+        inner: as many entries stand behind the rows.
+        owners: whose the rows are; None where row i is sample i.
+    """
 
     outer: int
     batch: int
     inner: int
+    owners: Owners | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.batch if self.owners is None else len(self.owners.labels)
 
     def sample_first(self, x: Tensor, features: int) -> Tensor:
         """Return `x` as `(B, L, F)`, with F = `features` trailing entries and all else of a sample as positions.
+
+        Where samples have different numbers of positions, zeros fill up.
 
         Raises:
             ValueError: the samples are folded into the features.
         """
         self.require_features(features)
-        parts = x.reshape(self.outer, self.batch, self.inner // features, features)
-        if self.outer == 1:
-            return parts.squeeze(0)
-        return parts.transpose(0, 1).flatten(1, 2)
+        parts = x.reshape(self.outer, self.rows, self.inner // features, features)
+        parts = parts.squeeze(0) if self.outer == 1 else parts.transpose(0, 1).flatten(1, 2)
+        return parts if self.owners is None else self.owners.gather(parts)
 
     def require_features(self, *features: int) -> None:
         """Raise `ValueError` unless the trailing entries can be taken together, so many at a time."""
@@ -46,40 +65,46 @@ class Layout:
         if self.inner % features[0]:
             raise ValueError("the samples are not in the leading dimensions")
 
-    def dim(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
-        """Return the dimension of `shape` that holds the samples, and what is folded before and after them in it."""
+    def with_features(self, before: int, after: int) -> Layout:
+        """Return the layout after the trailing `before` features became `after`."""
+        return self._replace(inner=self.inner // before * after)
+
+    def place(self, shape: Sequence[int]) -> Place | None:
+        """Return the dimension of `shape` that holds the rows, or None if no single one does."""
         before = 1
         for index, size in enumerate(shape):
             after = math.prod(shape[index + 1 :])
             if after and self.outer % before == 0 and self.inner % after == 0:
                 folded_before, folded_after = self.outer // before, self.inner // after
-                if size == folded_before * self.batch * folded_after:
-                    return index, folded_before, folded_after
+                if size == folded_before * self.rows * folded_after:
+                    return Place(index, folded_before, folded_after)
             before *= size
         return None
 
+    def at(self, place: Place, shape: Sequence[int]) -> Layout:
+        """Return the layout of a tensor of `shape` with the rows of this one in `place`."""
+        before, after = math.prod(shape[: place.dim]), math.prod(shape[place.dim + 1 :])
+        return Layout(before * place.before, self.batch, after * place.after, self.owners)
 
-class Layouts:
-    """The layouts of tensors, found by the tensor's identity; no tensor is kept alive by it.
+    def by_sample(self, x: Tensor, place: Place) -> Tensor:
+        """Return `x`, which holds the rows in `place`, as `(B, L, *others)`; the other dimensions keep their order."""
+        moved = x.movedim(place.dim, 0)
+        if place.folded == 1:
+            rows = moved.unsqueeze(1)
+        else:
+            parts = moved.reshape(place.before, self.rows, place.after, *moved.shape[1:])
+            rows = parts.transpose(0, 1).flatten(1, 2)
+        return rows if self.owners is None else self.owners.gather(rows)
 
-    A tensor can be known to depend on the batch without anybody knowing where the samples are in it: then its layout
-    is None.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], Layout | None]] = {}
-
-    def __setitem__(self, tensor: Tensor, layout: Layout | None) -> None:
-        self._entries[id(tensor)] = (weakref.ref(tensor), layout)
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        entry = self._entries.get(id(tensor))
-        return entry is not None and entry[0]() is tensor  # another tensor may have its address by now
-
-    def get(self, tensor: Tensor) -> Layout | None:
-        """Return the layout of `tensor`, or None if it is not known."""
-        entry = self._entries.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
+    def labels(self, shape: Sequence[int], device: torch.device, write: Write = lambda rows: rows) -> Tensor:
+        """Return whose each entry of a tensor of `shape` is, as a tensor of that shape, in the numbers of `write`."""
+        rows = write(torch.arange(self.batch, device=device) if self.owners is None else self.owners.labels)
+        place = self.place(shape)
+        if place is None:
+            return rows.view(1, -1, 1).expand(self.outer, -1, self.inner).reshape(tuple(shape))
+        # An expanded vector, so that views of the labels cost nothing.
+        along = rows.view(1, -1, 1).expand(place.before, -1, place.after).reshape(-1)
+        return along.view([-1 if d == place.dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
 def batch_first(x: Tensor, batch: int) -> Layout:
@@ -87,42 +112,48 @@ def batch_first(x: Tensor, batch: int) -> Layout:
     return Layout(1, batch, x.numel() // batch)
 
 
-def permuted(layout: Layout, shape: Sequence[int], order: Sequence[int]) -> Layout | None:
-    """The layout after the dimensions of `shape` were put in `order`."""
-    found = layout.dim(shape)
-    if found is None:
-        return None
-    index, folded_before, folded_after = found
-    place = list(order).index(index)
-    before = math.prod(shape[d] for d in order[:place])
-    after = math.prod(shape[d] for d in order[place + 1 :])
-    return Layout(before * folded_before, layout.batch, folded_after * after)
+def rows_in(labels: Tensor) -> tuple[int, Tensor, int]:
+    """Return the entries of `labels`, which may not be empty, as (outer, rows, inner) with as few rows as possible."""
+    shape = labels.shape
+    # Behind the rows stand the trailing dimensions along which nothing changes, before them the leading ones.
+    last = len(shape)
+    while last > 0 and _constant(labels, last - 1):
+        last -= 1
+    first = 0
+    while first < last and _constant(labels, first):
+        first += 1
+    rows = labels[(0,) * first + (slice(None),) * (last - first) + (0,) * (len(shape) - last)]
+    return math.prod(shape[:first]), rows.reshape(-1), math.prod(shape[last:])
 
 
-def carried(
-    layout: Layout, shape: Sequence[int], result: Sequence[int], *, behind_first: bool = False
-) -> Layout | None:
-    """The layout after an operation that left either what stands before the sample, or what stands behind, alone.
+def of_rows(outer: int, rows: Tensor, inner: int, batch: int) -> Layout:
+    """Return the layout of a tensor of outer · rows · inner entries, where `rows` says whose the rows are.
 
-    Args:
-        layout: the layout before.
-        shape: the shape before.
-        result: the shape afterwards.
-        behind_first: whether the operation is one that adds dimensions in front (stacking, broadcasting).
-
-    Returns:
-        None where neither is the case, or where sizes agree by chance so that nobody can tell.
+    Rows that belong to nobody, such as padding, are given to the samples beside whose rows they are, if all other
+    rows say that the samples come in turn.
     """
-    found = layout.dim(shape)
-    if found is None or layout.inner == 0 or layout.outer == 0:
-        return None
-    index, size = found[0], math.prod(result)
-    candidates = []
-    if tuple(result[: index + 1]) == tuple(shape[: index + 1]):
-        candidates.append(Layout(layout.outer, layout.batch, size // (layout.outer * layout.batch)))
-    behind = len(shape) - index
-    if len(result) >= behind and tuple(result[len(result) - behind :]) == tuple(shape[index:]):
-        candidates.append(Layout(size // (layout.batch * layout.inner), layout.batch, layout.inner))
-    if behind_first:
-        candidates = candidates[-1:]
-    return candidates[0] if len(set(candidates)) == 1 else None
+    found = [after for after in _distances(rows, batch) if _in_turn(rows, after, batch)]
+    if len(found) == 1:
+        return Layout(outer * (len(rows) // (found[0] * batch)), batch, found[0] * inner)
+    return Layout(outer, batch, inner, Owners(rows.clone(), batch))
+
+
+def _distances(rows: Tensor, batch: int) -> Iterator[int]:
+    """Yield how many rows of one sample may stand side by side."""
+    if bool((rows != NOBODY).all()):
+        changes = (rows[1:] != rows[:-1]).nonzero()
+        yield int(changes[0]) + 1 if len(changes) else len(rows)
+    elif len(rows) % batch == 0:
+        yield from (after for after in range(1, len(rows) // batch + 1) if len(rows) // batch % after == 0)
+
+
+def _in_turn(rows: Tensor, after: int, batch: int) -> bool:
+    if len(rows) % (after * batch):
+        return False
+    turns = rows.view(-1, batch, after)
+    due = torch.arange(batch, device=rows.device).view(-1, 1)
+    return bool(((turns == due) | (turns == NOBODY)).all())
+
+
+def _constant(labels: Tensor, dim: int) -> bool:
+    return labels.shape[dim] <= 1 or labels.stride(dim) == 0 or bool((labels == labels.narrow(dim, 0, 1)).all())

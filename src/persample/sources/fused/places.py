@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from persample.sources.fused.layout import Layout
 
-
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The samples are in dimension `dim` of a tensor, which has `before · B · after` entries there."""
 
     dim: int
@@ -33,17 +29,6 @@ class Place:
         """Return what `sample_first` made `parts` of."""
         folded: Tensor = parts.unflatten(self.dim + 1, (self.before, self.after)).movedim(0, self.dim + 1)
         return folded.flatten(self.dim, self.dim + 2)
-
-    def layout(self, shape: Sequence[int], batch: int) -> Layout:
-        """Return the same as a layout."""
-        before, after = math.prod(shape[: self.dim]), math.prod(shape[self.dim + 1 :])
-        return Layout(before * self.before, batch, after * self.after)
-
-
-def place_of(layout: Layout, shape: Sequence[int]) -> Place | None:
-    """Return where the samples are in a tensor of `shape`; None if they are in no single dimension."""
-    found = layout.dim(shape)
-    return Place(*found) if found is not None else None
 
 
 def place_of_rows(shape: Sequence[int], batch: int, samples: Iterable[Place]) -> Place | None:

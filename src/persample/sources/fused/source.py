@@ -16,8 +16,12 @@ from persample.sources.batch import Batch
 from persample.sources.contributions import without_autocast
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
+from persample.sources.fused.opened import opened
 from persample.sources.fused.uses import Moment, Rows
-from persample.sources.reference import reentrant_refused
+from persample.sources.reference import gradient, reentrant_refused
+
+# The mode is active meanwhile, but this call is not the model's.
+_grad = opened(torch.autograd.grad) or torch.autograd.grad
 
 
 class FusedSource(PerSampleGradSource):
@@ -43,16 +47,27 @@ class FusedSource(PerSampleGradSource):
         self.deterministic = deterministic
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.size == 1:
+            losses, alone = self._of_one(batch)
+            return losses, {name: g.unsqueeze(0) for name, g in alone.items()}
         parameters, sink = self.parameters(), Rows()
         losses = self._backward(batch, parameters, sink)
         return losses, _complete(parameters, sink.gradients, batch.size)
 
     def compute_moments(self, batch: Batch) -> Moments:
+        if batch.size == 1:
+            losses, alone = self._of_one(batch)
+            return Moments(losses, alone, {name: g.square() for name, g in alone.items()})
         parameters, sink = self.parameters(), Moment(batch.size)
         losses = self._backward(batch, parameters, sink)
         if sink.total:
             torch._foreach_div_([*sink.total.values(), *sink.squares.values()], batch.size)
         return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
+
+    def _of_one(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of a single sample is the ordinary one."""
+        losses = self.losses(batch)
+        return losses.detach(), gradient(losses.sum(), self)
 
     def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
         capture = Capture(parameters, batch.size, sink)
@@ -61,6 +76,7 @@ class FusedSource(PerSampleGradSource):
         with deterministic_choice(self.deterministic):
             with capture:
                 losses = self.losses(batch)
+            losses = capture.finish(losses)
             if losses.requires_grad:
                 total = losses.sum()
                 with capture.during_backward():
@@ -72,9 +88,9 @@ class FusedSource(PerSampleGradSource):
     def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
         # The anchor makes every tap part of the graph; parameters are among the inputs so that an unseen use shows.
         with reentrant_refused():
-            _, *unseen = torch.autograd.grad(total, [capture.anchor, *parameters.values()], allow_unused=True)
-        for name, gradient in zip(parameters, unseen, strict=True):
-            if gradient is not None:
+            _, *unseen = _grad(total, [capture.anchor, *parameters.values()], allow_unused=True)
+        for name, part in zip(parameters, unseen, strict=True):
+            if part is not None:
                 raise UnsupportedModelError(
                     f"Parameter {name!r} is used by an operation that backend 'fused' cannot see (a custom "
                     "torch.autograd.Function, or compiled code): use backend 'vmap' or 'loop'."

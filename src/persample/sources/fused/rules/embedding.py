@@ -9,7 +9,6 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import Lookups
-from persample.sources.fused.layout import Layout
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
@@ -33,7 +32,7 @@ def embedding(
         )
     layout = capture.layout(input, "F.embedding")
     count, width = weight.shape
-    after = Layout(layout.outer, layout.batch, layout.inner * width)
+    after = layout.with_features(1, width)
     result = F.embedding(input, capture.value(weight), padding_idx)
 
     def contribution(delta: Tensor, indices: Tensor) -> Lookups:

@@ -1,10 +1,13 @@
-"""Operations without a rule of their own: their vector-Jacobian product, mapped over the samples by `torch.func`."""
+"""Operations without a rule of their own.
+
+An operand that has an entry for each sample becomes samples itself, and the operation runs as it is. For one that is
+the same for all samples, the operation's vector-Jacobian product is mapped over the samples by `torch.func`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,59 +17,36 @@ from persample.errors import UnsupportedModelError
 from persample.sources.contributions import Contribution
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
-from persample.sources.fused.own_rows import OwnRows
-from persample.sources.fused.places import Place, place_of, place_of_rows
-from persample.sources.fused.trial import place_by_trial
+from persample.sources.fused.families import is_in_place
+from persample.sources.fused.following import Call, after
+from persample.sources.fused.layout import Layout
+from persample.sources.fused.opened import opened
+from persample.sources.fused.places import Place
+from persample.sources.fused.rules.copies import copied
+from persample.sources.tolerances import tolerance
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
 
+# As many numbers of per-sample gradients are made at a time.
+_PIECE = 2**20
 
-@dataclass(frozen=True)
-class Mapped:
-    """g_i = (∂ operation(θ, x_i) / ∂θ)ᵀ δ_i for one operand θ.
 
-    Attributes:
-        operation: `operation(theta, *samples)` of one sample, in the shapes that a batch of one has.
-        theta: the operand, the same for all samples; or, with the sample as an additional dim 0, its part for each.
-        shared: whether it is the same for all samples.
-        samples: what else the operation takes of the samples, each with the sample as an additional dim 0.
-        delta: δ, in the same way.
-        name: the operation's name, for errors.
-    """
-
-    operation: Any
-    theta: Tensor
-    shared: bool
-    samples: tuple[Tensor, ...]
-    delta: Tensor
-    name: str
-
-    def rows(self, rows: slice) -> Mapped:
-        theta = self.theta if self.shared else self.theta[rows]
-        samples = tuple(x[rows] for x in self.samples)
-        return Mapped(self.operation, theta, self.shared, samples, self.delta[rows], self.name)
-
-    def per_sample(self) -> Tensor:
-        def one(theta: Tensor, delta: Tensor, *samples: Tensor) -> Tensor:
-            result, pull, *_ = torch.func.vjp(lambda theta: self.operation(theta, *samples), theta)
-            gradient: Tensor = pull(delta.to(result.dtype))[0]
-            return gradient
-
-        dims = (None if self.shared else 0, 0, *(0 for _ in self.samples))
-        try:
-            with torch.enable_grad():
-                gradients: Tensor = torch.func.vmap(one, in_dims=dims)(self.theta, self.delta, *self.samples)
-                return gradients
-        except RuntimeError as error:
-            raise no_rule(self.name, str(error)) from error
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        g = self.per_sample()
-        return g.sum(0), g.square().sum(0)
-
-    def printed_second_moment_sum(self) -> Tensor:
-        raise no_rule(self.name, "the printed formula is defined for layers only")
+def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run `func`, which has no rule, on samples and parameters."""
+    rows = _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
+    if rows:
+        return capture.again(func, args, kwargs, rows)
+    inside = opened(func)
+    if inside is not None:
+        return capture.again(inside, args, kwargs, {})
+    try:
+        return _mapped(capture, func, args, kwargs)
+    except UnsupportedModelError:
+        rows = _rows(capture, func, args, kwargs, lambda expression, dim: True)
+        if not rows:
+            raise
+        return capture.again(func, args, kwargs, rows)
 
 
 def no_rule(name: str, reason: str) -> UnsupportedModelError:
@@ -77,104 +57,137 @@ def no_rule(name: str, reason: str) -> UnsupportedModelError:
     )
 
 
+def _rows(
+    capture: Capture,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    wanted: Callable[[Expression, int], bool],
+) -> dict[int, Tensor]:
+    """Return, as samples, the operands made of parameters that have entries for the samples where others have them.
+
+    None if the operation would mix the samples then: those entries are as many as the samples by chance.
+    """
+    operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
+    samples = capture.samples_in(args, kwargs)
+    known = [(layout, layout.place(operands[key].shape)) for key, layout in samples.items()]
+    places = {}
+    for key, operand in operands.items():
+        expression = capture.expression(operand)
+        for layout, place in known:
+            if expression is None or place is None or place.dim >= operand.dim():
+                continue
+            if operand.shape[place.dim] == layout.rows * place.folded and wanted(expression, place.dim):
+                places[key] = layout, place
+    if not places:
+        return {}
+    rows = {id(operands[key]): layout.at(place, operands[key].shape) for key, (layout, place) in places.items()}
+    if not all(
+        isinstance(where, Layout) for where in after(Call(func, args, kwargs, samples | rows, capture.batch_size))
+    ):
+        return {}
+    return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in places.items()}
+
+
 @dataclass(frozen=True)
-class _Operand:
-    """How an operand computed from parameters is seen by a single sample.
+class Mapped:
+    """g_i = (∂ operation(θ, x_i) / ∂θ)ᵀ δ_i for one operand θ.
 
     Attributes:
-        source: the expression whose contribution is asked for.
-        place: where it has an entry for each sample; None if it is the same for all of them.
+        operation: `operation(theta, *samples)` of one sample, in the shapes that a batch of one has.
+        theta: the operand, the same for all samples.
+        samples: what the operation takes of the samples, each with the sample as an additional dim 0.
+        delta: δ, in the same way.
+        name: the operation's name, for errors.
     """
 
-    source: Expression
-    place: Place | None = None
+    operation: Any
+    theta: Tensor
+    samples: tuple[Tensor, ...]
+    delta: Tensor
+    name: str
 
-    def for_samples(self, batch: int) -> Tensor:
-        """Return it as it is, or with the sample as an additional dim 0."""
-        return self.place.sample_first(self.source.value, batch) if self.place else self.source.value
+    def rows(self, rows: slice) -> Mapped:
+        samples = tuple(x[rows] for x in self.samples)
+        return Mapped(self.operation, self.theta, samples, self.delta[rows], self.name)
 
-    def of_last_sample(self, batch: int) -> Tensor:
-        """Return it as the last sample sees it."""
-        return self.for_samples(batch)[-1] if self.place else self.source.value
+    def per_sample(self) -> Tensor:
+        def one(delta: Tensor, *samples: Tensor) -> Tensor:
+            result, pull, *_ = torch.func.vjp(lambda theta: self.operation(theta, *samples), self.theta)
+            gradient: Tensor = pull(delta.to(result.dtype))[0]
+            return gradient
+
+        try:
+            with torch.enable_grad():
+                gradients: Tensor = torch.func.vmap(one)(self.delta, *self.samples)
+                return gradients
+        except RuntimeError as error:
+            raise no_rule(self.name, str(error)) from error
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        total, squares = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        rows = max(1, _PIECE // max(1, self.theta.numel()))
+        for start in range(0, len(self.delta), rows):
+            g = self.rows(slice(start, start + rows)).per_sample()
+            total += g.sum(0)
+            squares += g.square().sum(0)
+        return total, squares
+
+    def printed_second_moment_sum(self) -> Tensor:
+        raise no_rule(self.name, "the printed formula is defined for layers only")
 
 
-def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run `func`, which has no rule, and tap its result."""
-    name = getattr(func, "__name__", str(func))
-    if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__"):
+def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Run `func`, and tap its result."""
+    name, batch = getattr(func, "__name__", str(func)), capture.batch_size
+    if is_in_place(func):
         raise no_rule(name, "it changes a tensor in place; use the operation that returns a new one")
-    batch = capture.batch_size
-    expressions: dict[int, Expression] = {}
-    samples: dict[int, Tensor] = {}
-    places: dict[int, Place] = {}
-    for leaf in tensors_in((args, kwargs)):
-        expression = capture.expression(leaf)
-        if expression is not None:
-            expressions[id(leaf)] = expression
-        elif leaf in capture.layouts or (not capture.forward_pass and leaf.shape[:1] == (batch,)):
-            place = place_of(capture.layout(leaf, name), leaf.shape)
-            if place is None:
-                raise no_rule(name, "the samples are not in one dimension")
-            samples[id(leaf)], places[id(leaf)] = leaf, place
+    operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
+    expressions = {key: e for key, t in operands.items() if (e := capture.expression(t)) is not None}
+    samples = capture.samples_in(args, kwargs)
+    places = {}
+    for key, layout in samples.items():
+        place = layout.place(operands[key].shape)
+        if place is None or layout.owners is not None:
+            raise no_rule(name, "the samples are not in one dimension, or not in their order")
+        places[key] = place
 
     def run(given: Mapping[int, Tensor]) -> Any:
-        replaced = substitute((args, kwargs), given)
+        replaced = substitute((args, dict(kwargs)), given)
         return func(*replaced[0], **replaced[1])
 
-    result = run({key: e.value for key, e in expressions.items()})
-    if not isinstance(result, Tensor) or result.dim() == 0:
-        raise no_rule(name, "its result is not a tensor that holds the samples")
-    if not result.requires_grad and not result.is_floating_point():
-        return result
-    last = {key: places[key].sample_first(x.detach(), batch)[-1] for key, x in samples.items()}
-    for operands in _ways(expressions, list(places.values()), batch):
-        given = last | {key: operand.of_last_sample(batch) for key, operand in operands.items()}
-        at = place_by_trial(result, partial(run, given), batch)
-        if at is not None:
-            break
-    else:
+    values = {key: e.value for key, e in expressions.items()}
+    result = run(values)
+    if not isinstance(result, Tensor):
+        raise no_rule(name, "its result is not a tensor")
+    args_of_values, kwargs_of_values = substitute((args, dict(kwargs)), values)
+    where = after(Call(func, args_of_values, kwargs_of_values, samples, batch, [result]))[0]
+    layout = capture.known(where, name, result.shape)
+    at = layout.place(result.shape)
+    last = {key: places[key].sample_first(operands[key].detach(), batch)[-1] for key in places}
+    if at is None or layout.owners is not None or not _is_part(result, at, batch, lambda: run(values | last)):
         raise no_rule(name, "its result for a sample alone is not that sample's part of its result for the batch")
-    return capture.tap(
-        result.clone(),
-        at.layout(result.shape, batch),
-        [_contribution_of(key, operands, run, places, at, batch, name) for key in operands],
-        tuple(samples.values()),
-    )
+
+    def contribution_of(key: int) -> Callable[..., Contribution]:
+        def operation(theta: Tensor, *parts: Tensor) -> Any:
+            return run(values | {key: theta} | dict(zip(places, parts, strict=True)))
+
+        def contribution(delta: Tensor, *saved: Tensor) -> Contribution:
+            parts = tuple(place.sample_first(x, batch) for place, x in zip(places.values(), saved, strict=True))
+            return Mapped(operation, values[key], parts, at.sample_first(delta, batch), name)
+
+        return contribution
+
+    uses = [(expression, contribution_of(key)) for key, expression in expressions.items()]
+    return capture.tap(result.clone(), layout, uses, tuple(operands[key] for key in places))
 
 
-def _ways(expressions: Mapping[int, Expression], places: list[Place], batch: int) -> Iterator[dict[int, _Operand]]:
-    """Yield the ways in which a single sample may see the operands: the first that gives the right result is taken."""
-    yield {key: _Operand(e) for key, e in expressions.items()}
-    # As they were before they were expanded along the samples; with entries of their own for the samples.
-    yield {key: _Operand(e.expanded or e) for key, e in expressions.items()}
-    yield {key: _Operand(e, place_of_rows(e.value.shape, batch, places)) for key, e in expressions.items()}
-
-
-def _contribution_of(
-    key: int,
-    operands: Mapping[int, _Operand],
-    run: Callable[[Mapping[int, Tensor]], Any],
-    places: Mapping[int, Place],
-    at: Place,
-    batch: int,
-    name: str,
-) -> tuple[Expression, Callable[..., Contribution]]:
-    """Return an operand and what makes its contribution, for a tap."""
-    own = operands[key]
-    shared = {k: o.source.value for k, o in operands.items() if k != key and o.place is None}
-    rows = {k: o for k, o in operands.items() if k != key and o.place is not None}
-
-    def operation(theta: Tensor, *parts: Tensor) -> Any:
-        return run(shared | {key: theta} | dict(zip((*rows, *places), parts, strict=True)))
-
-    def contribution(delta: Tensor, *saved: Tensor) -> Contribution:
-        parts = (
-            *(operand.for_samples(batch) for operand in rows.values()),
-            *(place.sample_first(x, batch) for place, x in zip(places.values(), saved, strict=True)),
-        )
-        mapped = Mapped(
-            operation, own.for_samples(batch), own.place is None, parts, at.sample_first(delta, batch), name
-        )
-        return mapped if own.place is None else OwnRows(mapped.per_sample(), own.place, batch)
-
-    return own.source, contribution
+def _is_part(result: Tensor, at: Place, batch: int, run_alone: Callable[[], Tensor]) -> bool:
+    """Whether the last sample alone gives its part of the result for the batch."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[result.device] if result.is_cuda else []):
+            alone = run_alone()
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    part, allowed = at.sample_first(result.detach(), batch)[-1], tolerance(result)
+    return alone.shape == part.shape and torch.allclose(alone, part, rtol=allowed, atol=allowed, equal_nan=True)

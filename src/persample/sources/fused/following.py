@@ -1,0 +1,301 @@
+"""Where the samples are after an operation that uses no parameter.
+
+Three ways, the quickest first: what is known of the operation by its name and of where each dimension goes
+(`families`); the same operation on labels, if it only moves entries; or a trial (`trial`). What is found is remembered
+for the same operation on the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from persample.sources.fused import families
+from persample.sources.fused.arguments import tensors_in
+from persample.sources.fused.layout import Layout, Write, of_rows, rows_in
+from persample.sources.fused.owners import NOBODY
+from persample.sources.fused.trial import ALL, SEVERAL, Arguments, marked, moved, on_copies, touched, unmarked
+
+
+class Lost(NamedTuple):
+    """Nobody can tell where the samples are in a tensor that depends on the batch.
+
+    Attributes:
+        reason: why, for the error message.
+        mixed: whether samples met there, rather than that the operation tells the same to all of them (a maximum over
+            the batch, which is subtracted from it) or left no trace.
+    """
+
+    reason: str
+    mixed: bool = False
+
+
+Where = Layout | Lost | None
+"""Where the samples are in a tensor; None if it holds none."""
+
+_NO_TRACE = Lost("its results do not show what they depend on")
+
+_found: dict[Hashable, list[Where]] = {}
+_MOST_FOUND = 10_000
+
+
+class Unknown(Exception):  # noqa: N818 - no error, but the answer of one way, and the next is tried
+    """This way does not lead to the answer."""
+
+
+class Call(NamedTuple):
+    """An operation.
+
+    Attributes:
+        func: the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        samples: the layouts of its operands that hold samples, by their id.
+        batch: B.
+        outputs: what it returned or wrote into; None if it has not run yet.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    samples: Mapping[int, Layout]
+    batch: int
+    outputs: list[Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """The operation's name, for errors."""
+        return getattr(self.func, "__name__", str(self.func))
+
+    def operands(self) -> list[Tensor]:
+        """The operands that hold samples."""
+        return [t for t in tensors_in((self.args, dict(self.kwargs))) if id(t) in self.samples]
+
+    def run(self, arguments: Arguments) -> list[Tensor]:
+        """Run it on other arguments."""
+        args, kwargs = arguments
+        return outputs_of(self.func, args, self.func(*args, **kwargs))
+
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the outputs."""
+        outputs = self.outputs if self.outputs is not None else on_copies(self.run, (self.args, dict(self.kwargs)))
+        return [output.shape for output in outputs]
+
+
+def after(call: Call) -> list[Where]:
+    """Return where the samples are in the outputs of `call`, of which at least one operand has a layout."""
+    key = _key(call)
+    found = _found.get(key) if key is not None else None
+    if found is None:
+        found, by_values = _find(call)
+        if key is not None and not by_values:
+            if len(_found) >= _MOST_FOUND:
+                _found.clear()
+            _found[key] = found
+    return found
+
+
+def outputs_of(func: Any, args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """Return the tensors that an operation returned or wrote into."""
+    return [args[0]] if func is Tensor.__setitem__ else tensors_in(result)
+
+
+def _find(call: Call) -> tuple[list[Where], bool]:
+    """Return where the samples are in the outputs, and whether that depends on values, not on shapes alone."""
+    try:
+        return _by_family(call), False
+    except Unknown:
+        pass
+    try:
+        return _by_labels(call)
+    except Unknown:
+        pass
+    try:
+        return _by_nan(call), call.func in families.VALUES_MATTER
+    except Unknown:
+        return [_NO_TRACE for _ in call.shapes()], True
+
+
+# By family.
+
+
+def _by_family(call: Call) -> list[Where]:
+    func, operands = call.func, call.operands()
+    if func in families.POINTWISE or func in families.COMPARISONS:
+        return _agreed(call, operands, aligned)
+    if func in families.PRODUCTS:
+        return _agreed(call, operands, _before_the_last_two)
+    if func in families.JOINING:
+        return _agreed(call, operands, _joined(call))
+    first = call.args[0] if call.args else None
+    if not isinstance(first, Tensor) or id(first) not in call.samples:
+        raise Unknown
+    if func in families.LEADING:
+        return _agreed(call, [first], _leading(call))
+    if func in families.ALONG:
+        # Indices of one dimension hold no entry for each sample.
+        return _agreed(call, [t for t in operands if t.dim() == first.dim()], _along(call))
+    raise Unknown
+
+
+DimAfter = Callable[[Tensor, int, int], int]
+"""Where dimension d of an operand is in a result of so many dimensions."""
+
+
+def _agreed(call: Call, operands: list[Tensor], dim_after: DimAfter) -> list[Where]:
+    return [agreed(call.samples, operands, shape, dim_after) for shape in call.shapes()]
+
+
+def agreed(samples: Mapping[int, Layout], operands: list[Tensor], shape: Sequence[int], dim_after: DimAfter) -> Layout:
+    """Return the layout of a result of `shape` on which all operands that hold samples agree.
+
+    Raises:
+        Unknown: they do not.
+    """
+    found = set()
+    for operand in operands:
+        layout = samples[id(operand)]
+        place = layout.place(operand.shape)
+        if place is None:
+            raise Unknown
+        dim = dim_after(operand, place.dim, len(shape))
+        if not 0 <= dim < len(shape) or shape[dim] != operand.shape[place.dim]:
+            raise Unknown
+        found.add(layout.at(place._replace(dim=dim), shape))
+    if len(found) != 1:
+        raise Unknown
+    return found.pop()
+
+
+def aligned(operand: Tensor, dim: int, ndim: int) -> int:
+    """Operands are broadcast to each other, last dimension to last dimension."""
+    return dim + ndim - operand.dim()
+
+
+def _before_the_last_two(operand: Tensor, dim: int, ndim: int) -> int:
+    if dim >= operand.dim() - 2:
+        raise Unknown
+    return aligned(operand, dim, ndim)
+
+
+def _leading(call: Call) -> DimAfter:
+    trailing = families.LEADING[call.func]
+    if isinstance(trailing, str):
+        trailing = len(call.kwargs.get(trailing, call.args[1] if len(call.args) > 1 else ()))
+
+    def dim_after(operand: Tensor, dim: int, ndim: int) -> int:
+        if dim >= operand.dim() - trailing:
+            raise Unknown
+        return dim
+
+    return dim_after
+
+
+def _along(call: Call) -> DimAfter:
+    dims = families.dims_of(call.func, call.args, call.kwargs)
+    if dims is None or dims is families.ALL:
+        raise Unknown
+
+    def dim_after(operand: Tensor, dim: int, ndim: int) -> int:
+        acted = {d % operand.dim() for d in dims}
+        if dim in acted:
+            raise Unknown
+        return dim if ndim == operand.dim() else dim - sum(d < dim for d in acted)
+
+    return dim_after
+
+
+def _joined(call: Call) -> DimAfter:
+    new = families.JOINING[call.func]
+    joined = call.kwargs.get("dim", call.kwargs.get("axis", call.args[1] if len(call.args) > 1 else 0))
+
+    def dim_after(operand: Tensor, dim: int, ndim: int) -> int:
+        if not new and dim == joined % ndim:
+            raise Unknown
+        return dim + (new and joined % ndim <= dim)
+
+    return dim_after
+
+
+# By labels, and by trial.
+
+
+def _by_labels(call: Call) -> tuple[list[Where], bool]:
+    if call.func not in families.MOVES:
+        raise Unknown
+    indices = {id(t) for t in tensors_in(families.index_arguments(call.func, call.args, call.kwargs))}
+    labels = _labels(call, marked, leave=indices)
+    if not labels:
+        raise Unknown
+    if families.is_in_place(call.func):
+        labels = {key: label.clone(memory_format=torch.contiguous_format) for key, label in labels.items()}
+    try:
+        with torch.no_grad():
+            results = moved(call.run, (call.args, dict(call.kwargs)), labels, indices)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise Unknown from error
+    where = [_where(call, result, lambda rows: unmarked(rows, call.batch), nobody=None) for result in results]
+    operands = tensors_in((call.args, dict(call.kwargs)))
+    return where, any(not t.is_floating_point() and id(t) not in labels for t in operands)
+
+
+def _by_nan(call: Call) -> list[Where]:
+    try:
+        owners = touched(call.run, (call.args, dict(call.kwargs)), _labels(call), call.batch)
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        raise Unknown from error
+    # Indices that come with values (topk, max) belong to the samples of the values.
+    by_shape = {owner.shape: owner for owner in owners if owner is not None}
+    return [_where(call, by_shape[shape]) if shape in by_shape else _NO_TRACE for shape in call.shapes()]
+
+
+def _labels(call: Call, write: Write = lambda rows: rows, leave: Collection[int] = ()) -> dict[int, Tensor]:
+    return {id(t): call.samples[id(t)].labels(t.shape, t.device, write) for t in call.operands() if id(t) not in leave}
+
+
+def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: Where = _NO_TRACE) -> Where:
+    if labels.numel() == 0:
+        return None
+    outer, rows, inner = rows_in(labels)
+    rows = read(rows)
+    if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and len(call.operands()) > 1):
+        return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True)
+    if bool((rows == ALL).any()):
+        return Lost(f"{call.name} makes an entry of its result from all of them")
+    if not bool((rows != NOBODY).any()):
+        return nobody
+    return of_rows(outer, rows, inner, call.batch)
+
+
+# Remembering.
+
+
+def _key(call: Call) -> Hashable | None:
+    """What the answer depends on, but for values; None where whose single rows are matters."""
+    if any(layout.owners is not None for layout in call.samples.values()):
+        return None
+    try:
+        return call.func, call.batch, _described(call.args, call), _described(call.kwargs, call)
+    except Unknown:
+        return None
+
+
+def _described(tree: Any, call: Call) -> Hashable:
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.dtype, call.samples.get(id(tree))
+    if isinstance(tree, tuple | list):
+        return tuple(_described(item, call) for item in tree)
+    if isinstance(tree, Mapping):
+        return tuple((name, _described(item, call)) for name, item in tree.items())
+    if isinstance(tree, slice):
+        if any(isinstance(end, Tensor) for end in (tree.start, tree.stop, tree.step)):
+            raise Unknown
+        return slice, tree.start, tree.stop, tree.step
+    try:
+        hash(tree)
+    except TypeError:
+        raise Unknown from None
+    return type(tree), tree

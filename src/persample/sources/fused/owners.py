@@ -1,0 +1,49 @@
+"""Whose the rows of a tensor are, where they are not the samples 0, 1, 2 … in turn: picked, sorted or packed rows."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+NOBODY = -1  # the owner of an entry that belongs to no sample, such as padding
+
+
+class Owners:
+    """The sample to which each row belongs.
+
+    Args:
+        labels: the samples, or `NOBODY`; shape `(rows,)`.
+        batch: B.
+    """
+
+    def __init__(self, labels: Tensor, batch: int) -> None:
+        self.labels = labels
+        self.batch = batch
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every row belongs to a sample."""
+        return not bool((self.labels == NOBODY).any())
+
+    @cached_property
+    def most(self) -> int:
+        """K, the largest number of rows that a sample has."""
+        return int(self.labels.bincount(minlength=self.batch).max())
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot of each row among K slots for each sample, shape `(rows,)`."""
+        order = self.labels.argsort(stable=True)
+        owner = self.labels[order]
+        start = owner.bincount(minlength=self.batch).cumsum(0).roll(1)
+        start[0] = 0
+        slots = torch.empty_like(order)
+        slots[order] = owner * self.most + torch.arange(len(order), device=order.device) - start[owner]
+        return slots
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return `(rows, L, *others)` as `(B, K·L, *others)`, filled up with zeros."""
+        slots = rows.new_zeros(self.batch * self.most, *rows.shape[1:]).index_copy(0, self.slots, rows)
+        return slots.view(self.batch, self.most * rows.shape[1], *rows.shape[2:])

@@ -1,0 +1,152 @@
+"""A copy of a parameter for each sample, for operations that combine it with samples entry by entry, and for others.
+
+Where an operation takes θ for all samples, it may as well take θ_1, …, θ_B, one for each, all equal to θ. Then autograd
+gives δ_i, the gradient of θ_i, and g_i = δ_i. The copies are expanded, so they take no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from persample.sources.contributions import Contribution, Terms
+from persample.sources.fused.arguments import substitute, tensors_in
+from persample.sources.fused.expressions import Expression
+from persample.sources.fused.families import JOINING
+from persample.sources.fused.following import Call, Unknown, after, agreed, aligned
+from persample.sources.fused.layout import Layout
+from persample.sources.fused.own_rows import OwnRows
+from persample.sources.fused.places import Place
+
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
+
+
+def entry_by_entry(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Operations entry by entry on operands that are broadcast to each other."""
+    operands = tensors_in((args, dict(kwargs)))
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    samples = capture.samples_in(args, kwargs)
+    try:
+        layout = agreed(samples, [t for t in operands if id(t) in samples], shape, aligned)
+    except Unknown:
+        values, named = capture.values((args, dict(kwargs)))
+        where = after(Call(func, values, named, samples, capture.batch_size))[0]
+        layout = capture.known(where, getattr(func, "__name__", ""), shape)
+    place = _place(layout, shape)
+    copies = {
+        id(t): copied(capture, t, len(shape), layout, place) for t in operands if capture.expression(t) is not None
+    }
+    replaced = substitute((args, dict(kwargs)), copies)
+    result = func(*replaced[0], **replaced[1])
+    for output in tensors_in(result):
+        capture.follow_as(output, layout)
+    return result
+
+
+def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`torch.cat` and `torch.stack`: expanded parameters beside samples, such as a class token."""
+    tensors = args[0] if args else kwargs["tensors"]
+    beside = next(t for t in tensors if capture.expression(t) is None and id(t) in capture.samples_in(args, kwargs))
+    layout = capture.layout(beside, "torch.cat")
+    place = _place(layout, beside.shape)
+    dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    if not JOINING[func] and dim % beside.dim() == place.dim:
+        raise ValueError("it puts a parameter beside whole samples")
+    copies = {
+        id(t): copied(capture, t, beside.dim(), layout, place) for t in tensors if capture.expression(t) is not None
+    }
+    return capture.again(func, args, kwargs, copies)
+
+
+def attended(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`F.scaled_dot_product_attention` with learned queries, keys or values, or with a learned bias as its mask."""
+    operands = tensors_in((args, dict(kwargs)))
+    samples = capture.samples_in(args, kwargs)
+    largest = max((t for t in operands if id(t) in samples), key=Tensor.dim)
+    layout = samples[id(largest)]
+    place = _place(layout, largest.shape)
+    if place.dim >= largest.dim() - 2:
+        raise ValueError("the samples are in the last two dimensions")
+    copies = {
+        id(t): copied(capture, t, largest.dim(), layout, place) for t in operands if capture.expression(t) is not None
+    }
+    return capture.again(func, args, kwargs, copies)
+
+
+def written_into(capture: Capture, x: Tensor, index: Any, value: Tensor) -> None:
+    """`x[index] = parameter`."""
+    if capture.expression(x) is not None:
+        raise ValueError("it writes samples into a parameter, or into a tensor computed from parameters")
+    shape = x.detach()[index].shape
+    where = after(Call(Tensor.__getitem__, (x, index), {}, capture.samples_in((x,), {}), capture.batch_size))[0]
+    layout = capture.known(where, "__setitem__", shape)
+    copies = copied(capture, value, len(shape), layout, _place(layout, shape))
+    capture.again(Tensor.__setitem__, (x, index, copies), {}, {})
+
+
+def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: Place) -> Tensor:
+    """Return `operand`, which is made of parameters, with an entry for each sample, followed.
+
+    Args:
+        capture: sees the operation.
+        operand: has size 1 where the samples are, or no such dimension, or an entry for each sample already.
+        ndim: its dimensions are the last of so many.
+        layout: where the samples are in another operand, with so many dimensions,
+        place: and in which of them.
+
+    Raises:
+        ValueError: the operand has another size there.
+    """
+    expression = capture.expressions[id(operand)][1]
+    missing = ndim - operand.dim()
+    own = place._replace(dim=place.dim - missing)
+    size = layout.rows * place.folded
+    if own.dim < 0 or operand.shape[own.dim] == 1:
+        shape = [1] * missing + list(operand.shape)
+        values = expression.value.reshape(shape)
+        shape[place.dim] = size
+        where = layout.at(place, shape)
+        return capture.copies(values.expand(shape), where, expression, _of_all(expression, layout, place))
+    if operand.shape[own.dim] != size:
+        raise ValueError("it has neither one entry nor one for each sample where the samples are")
+    where = layout.at(own, operand.shape)
+    length = expression.repeats.get(own.dim)
+    if length is not None and own.before == 1 and own.after % length == 0:
+        once = expression.once(own.dim)
+        return capture.copies(expression.value, where, once, _of_repeated(once, layout, own))
+    if layout.owners is not None:
+        raise ValueError("it has an entry of its own for each row of samples that were picked or sorted")
+
+    def of_own_rows(delta: Tensor) -> Contribution:
+        return OwnRows(own.sample_first(delta, layout.batch), own, layout.batch)
+
+    return capture.copies(expression.value, where, expression, of_own_rows)
+
+
+def _of_all(expression: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+    def contribution(delta: Tensor) -> Terms:
+        parts = layout.by_sample(delta, place)
+        return Terms(parts.reshape(*parts.shape[:2], *expression.value.shape))
+
+    return contribution
+
+
+def _of_repeated(once: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+    length = once.value.shape[place.dim]
+
+    def contribution(delta: Tensor) -> Terms:
+        parts = layout.by_sample(delta, place).unflatten(1, (-1, length))
+        return Terms(parts.movedim(2, 2 + place.dim))
+
+    return contribution
+
+
+def _place(layout: Layout, shape: torch.Size) -> Place:
+    place = layout.place(shape)
+    if place is None:
+        raise ValueError("the samples are not in one dimension")
+    return place
