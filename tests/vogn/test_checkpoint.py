@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 from persample.errors import OptionError
 from persample.losses import cross_entropy
-from persample.vogn import VOGN
+from persample.vogn import VOGN, MeanFieldVI, Vadam
 
 Make = Callable[..., VOGN]
 Train = Callable[..., None]
@@ -85,6 +85,33 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
     assert all(vogn.state[p]["step"] == 6 for p in model.parameters())
 
 
+@pytest.mark.parametrize("rule", [Vadam, MeanFieldVI])
+def test_the_siblings_resume_bit_for_bit(rule: Any, batch: Batch, mean_of: MeanOf, same: Same) -> None:
+    def build() -> tuple[nn.Module, Any]:
+        model = fresh(torch.float64)
+        generator = torch.Generator().manual_seed(2)
+        return model, rule(model, cross_entropy, data_size=100, mc_samples=2, lr=0.01, generator=generator)
+
+    def go_on(optimizer: Any) -> None:
+        for _ in range(3):
+            optimizer.observe(*batch)
+            optimizer.step()
+
+    model, optimizer = build()
+    go_on(optimizer)
+    optimizer.observe(*batch)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    go_on(optimizer)
+    ended = mean_of(model), optimizer._precision()
+    model, optimizer = build()
+    go_on(optimizer)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    go_on(optimizer)
+    assert same(mean_of(model), ended[0])
+    assert same(optimizer._precision(), ended[1])
+
+
 def test_a_state_dict_does_not_change_while_training_goes_on(vogn: VOGN, train: Train, batch: Batch) -> None:
     train(vogn)
     vogn.observe(*batch)
@@ -94,7 +121,9 @@ def test_a_state_dict_does_not_change_while_training_goes_on(vogn: VOGN, train: 
     train(vogn)
     assert torch.equal(state["state"][0]["curvature"], copied["state"][0]["curvature"])
     assert state["state"][0]["step"] == copied["state"][0]["step"]
-    assert torch.equal(state["observed"]["mean"]["0.weight"], copied["observed"]["mean"]["0.weight"])
+    assert torch.equal(
+        state["observations"]["parts"][0]["mean"]["0.weight"], copied["observations"]["parts"][0]["mean"]["0.weight"]
+    )
     assert torch.equal(state["generator"]["state"], copied["generator"]["state"])
 
 
@@ -184,10 +213,13 @@ class TestRefused:
         assert after["param_groups"] == before["param_groups"]
         assert torch.equal(after["state"][0]["curvature"], before["state"][0]["curvature"])
         assert torch.equal(after["generator"]["state"], before["generator"]["state"])
-        assert torch.equal(after["observed"]["losses"], before["observed"]["losses"])
+        assert torch.equal(after["observations"]["parts"][0]["losses"], before["observations"]["parts"][0]["losses"])
 
     def test_the_state_of_another_optimizer(self, vogn: VOGN, model: nn.Module, changed: dict[str, Any]) -> None:
         self.refuse(vogn, torch.optim.Adam(model.parameters()).state_dict(), "not the state of a VOGN")
+
+    def test_the_state_of_another_rule(self, vogn: VOGN, model: nn.Module, changed: dict[str, Any]) -> None:
+        self.refuse(vogn, Vadam(model, cross_entropy, data_size=10).state_dict(), "state of a Vadam")
 
     def test_other_groups(self, vogn: VOGN, changed: dict[str, Any]) -> None:
         changed["param_groups"][0]["params"].pop()
@@ -198,7 +230,7 @@ class TestRefused:
         self.refuse(vogn, changed, r"\(5, 5\).*2\.weight")
 
     def test_other_moments(self, vogn: VOGN, changed: dict[str, Any]) -> None:
-        changed["observed"]["mean"]["7.weight"] = torch.ones(5)
+        changed["observations"]["parts"][0]["mean"]["7.weight"] = torch.ones(5)
         self.refuse(vogn, changed, "moments")
 
     def test_settings_out_of_range(self, vogn: VOGN, changed: dict[str, Any]) -> None:

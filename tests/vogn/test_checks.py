@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from persample.errors import OptionError
 from persample.losses import cross_entropy
-from persample.vogn import VOGN, DangerousFirstStepWarning
+from persample.vogn import VOGN, DangerousFirstStepWarning, MeanFieldVI, Vadam
 
 Make = Callable[..., VOGN]
 Train = Callable[..., None]
@@ -26,6 +26,14 @@ OUT_OF_RANGE = [
     *(("hess_init", value) for value in (-0.1, NAN, INFINITY, None)),
     *(("momentum", value) for value in (-0.1, 1.0, NAN, None)),
     *(("order", value) for value in ("new", None, 1)),
+    *(("prior_mean", value) for value in (NAN, INFINITY, "1")),
+    *(("damping", value) for value in (-0.1, NAN)),
+    *(("temperature", value) for value in (0.0, -1.0, INFINITY)),
+    *(("temperature_start", value) for value in (0.0, -1.0)),
+    *(("temperature_steps", value) for value in (-1, 0.5)),
+    *(("max_update", value) for value in (0.0, -1.0, NAN)),
+    *(("bias_correction", value) for value in (None, 1)),
+    *(("average_prior", value) for value in (None, "no")),
 ]
 
 
@@ -55,6 +63,27 @@ def test_settings_that_leave_their_range_are_refused_at_the_step(
 def test_counts_must_be_whole_and_positive(name: str, value: Any, model: nn.Module, make_vogn: Make) -> None:
     with pytest.raises(OptionError, match=f"{name}=.*whole number >= 1"):
         make_vogn(model, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("augmentation", 0.0), ("augmentation", -1), ("max_grad_norm", 0.0)])
+def test_numbers_must_be_positive(name: str, value: Any, model: nn.Module, make_vogn: Make) -> None:
+    with pytest.raises(OptionError, match=f"{name}=.*number > 0"):
+        make_vogn(model, **{name: value})
+
+
+@pytest.mark.parametrize("rule", [Vadam, MeanFieldVI])
+@pytest.mark.parametrize(
+    ("name", "value"), [("betas", (0.9, 1.0)), ("betas", (0.9,)), ("lr", -1.0), ("temperature", 0.0)]
+)
+def test_the_siblings_check_their_settings(rule: Any, name: str, value: Any, model: nn.Module) -> None:
+    with pytest.raises(OptionError, match=f"{name}=.*must be"):
+        rule(model, cross_entropy, data_size=10, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps", -1.0), ("scale_init", 0.0)])
+def test_mean_field_checks_its_own(name: str, value: Any, model: nn.Module) -> None:
+    with pytest.raises(OptionError, match=f"{name}=.*must be"):
+        MeanFieldVI(model, cross_entropy, data_size=10, **{name: value})
 
 
 def test_a_posterior_without_precision_is_refused(model: nn.Module, make_vogn: Make) -> None:
@@ -125,6 +154,12 @@ class TestFirstStepWarning:
             warnings.simplefilter("error")
             vogn.observe(*batch)
             vogn.step()
+
+    def test_names_damping_and_temperature(self, model: nn.Module, make_vogn: Make, train: Train) -> None:
+        settings = {"damping": 0.01, "temperature": 0.2, "lr": 0.1, "hess_init": 0.05, "prior_precision": 5.0}
+        formula = "(hess_init + damping + 0.2 * prior_precision / data_size) = 0.1 / (0.05 + 0.01 + 0.2 * 5 / 100)"
+        with pytest.warns(DangerousFirstStepWarning, match=re.escape(formula)):
+            train(make_vogn(model, **settings), steps=1)
 
     @pytest.mark.parametrize("advice", [{"hess_init": 0.15}, {"lr": 0.05}])
     def test_following_it_is_enough(

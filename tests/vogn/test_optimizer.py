@@ -13,7 +13,16 @@ from torch.optim import lr_scheduler
 
 from persample import losses, make_source
 from persample.errors import OptionError, UnknownBackendError, UsageError
-from persample.vogn import VOGN, NonFiniteError, SkippedStepWarning
+from persample.vogn import (
+    OGN,
+    VOGN,
+    MeanFieldVI,
+    NonFiniteError,
+    Prior,
+    SkippedStepWarning,
+    Vadam,
+    VariationalOptimizer,
+)
 
 Same = Callable[[list[Tensor], list[Tensor]], bool]
 MeanOf = Callable[[nn.Module], list[Tensor]]
@@ -57,7 +66,7 @@ class TestObserve:
         vogn = make_vogn(model, mc_samples=2)
         vogn.observe(x[:1], y[:1])
         vogn.observe(x[1:], y[1:])
-        waiting = vogn.state_dict()["observed"]
+        waiting = vogn.state_dict()["observations"]["parts"][0]
 
         source, again = make_source("loop", model, losses.cross_entropy), torch.Generator().manual_seed(2)
         rows: list[dict[str, Tensor]] = []
@@ -71,6 +80,109 @@ class TestObserve:
             torch.testing.assert_close(
                 waiting["second_moment"][name], gradients.square().mean(0), rtol=1e-12, atol=1e-15
             )
+
+
+class TestAccumulation:
+    """Uneven parts of a batch at the same draws are the batch."""
+
+    @pytest.mark.parametrize("rule", [VOGN, OGN, Vadam, MeanFieldVI])
+    @pytest.mark.parametrize("own_generator", [True, False])
+    def test_is_exact(self, rule: type[VariationalOptimizer], own_generator: bool, batch: Batch) -> None:
+        x, y = batch
+
+        def train(parts: list[slice]) -> list[Tensor]:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+            optimizer = rule(
+                model,
+                losses.cross_entropy,
+                data_size=100,
+                lr=0.01,
+                mc_samples=3,
+                generator=torch.Generator().manual_seed(2) if own_generator else None,
+                **({"backend": "loop"} if issubclass(rule, VOGN) else {}),  # type: ignore[arg-type]
+            )
+            for _ in range(4):
+                for part in parts:
+                    optimizer.observe(x[part], y[part], redraw=False)
+                optimizer.step()
+            return [*(p.detach() for p in model.parameters()), *optimizer._precision(), torch.randn(2)]
+
+        whole, parted = train([slice(0, 6)]), train([slice(0, 1), slice(1, 5), slice(5, 6)])
+        for expected, actual in zip(whole, parted, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-10)
+
+    def test_draws_anew_unless_told_otherwise(self, vogn: VOGN, batch: Batch) -> None:
+        first = vogn.observe(*batch)
+        again = vogn.observe(*batch, redraw=False)
+        anew = vogn.observe(*batch)
+        torch.testing.assert_close(again, first, rtol=1e-12, atol=0)
+        assert abs(anew - first) > 1e-6
+        torch.testing.assert_close(vogn.observe(*batch, redraw=False), anew, rtol=1e-12, atol=0)
+
+    def test_a_step_begins_with_a_new_draw(self, make_vogn: Make, model: nn.Module, batch: Batch) -> None:
+        vogn = make_vogn(model, lr=0.0, decay=1.0)
+        first = vogn.observe(*batch, redraw=False)
+        vogn.step()
+        assert abs(vogn.observe(*batch, redraw=False) - first) > 1e-6
+
+    def test_dropout_is_not_drawn_again(self, batch: Batch) -> None:
+        """With the global generator, the noise is drawn again, but not what the model draws."""
+        model = nn.Sequential(nn.Linear(3, 64), nn.Dropout(), nn.Linear(64, 2)).double()
+        vogn = VOGN(model, losses.cross_entropy, data_size=100, hess_init=1e12, backend="loop")
+        assert abs(vogn.observe(*batch) - vogn.observe(*batch, redraw=False)) > 1e-6
+
+    def test_goes_on_after_loading(self, make_vogn: Make, model: nn.Module, batch: Batch) -> None:
+        vogn, other = make_vogn(model), make_vogn(model)
+        first = vogn.observe(*batch)
+        other.load_state_dict(vogn.state_dict())
+        torch.testing.assert_close(other.observe(*batch, redraw=False), first, rtol=1e-12, atol=0)
+
+    def test_needs_as_many_draws_as_before(self, vogn: VOGN, batch: Batch) -> None:
+        vogn.observe(*batch)
+        vogn.mc_samples = 2
+        with pytest.raises(UsageError, match="mc_samples was 1 and is now 2"):
+            vogn.observe(*batch, redraw=False)
+
+
+class TestPriors:
+    def test_one_for_each_weight_is_found_by_name_and_group(self, make_vogn: Make, model: nn.Module) -> None:
+        precision = {name: torch.rand_like(p) + 0.5 for name, p in model.named_parameters()}
+        groups = [{"params": model[2].parameters()}, {"params": model[0].parameters(), "prior_precision": 7.0}]
+        vogn = make_vogn(model, params=groups, hess_init=1e-30, prior_precision=precision)
+        found = dict(zip(vogn._params(), vogn._precision(), strict=True))
+        torch.testing.assert_close(found["2.weight"], precision["2.weight"].detach())
+        torch.testing.assert_close(found["0.bias"], torch.full_like(found["0.bias"], 7.0))
+
+    def test_an_object_with_mean_and_precision(self, make_vogn: Make, model: nn.Module, train: Train) -> None:
+        """Far from the data, and sure: the posterior goes there."""
+
+        precision = {name: torch.full_like(p, 1e6) for name, p in model.named_parameters()}
+        prior = Prior({name: torch.full_like(value, 3.0) for name, value in precision.items()}, precision)
+        vogn = make_vogn(model, prior=prior, lr=1.0)
+        train(vogn)
+        assert torch.equal(vogn.prior.mean["2.bias"], prior.mean["2.bias"])
+        assert torch.equal(vogn.prior.precision["2.bias"], prior.precision["2.bias"])
+        for p in model.parameters():
+            torch.testing.assert_close(p.detach(), torch.full_like(p, 3.0), rtol=0, atol=1e-2)
+
+    def test_are_copied_saved_and_loaded(self, make_vogn: Make, model: nn.Module, train: Train) -> None:
+        prior_mean = {name: torch.full_like(p, 3.0) for name, p in model.named_parameters()}
+        vogn = make_vogn(model, prior_mean=prior_mean)
+        prior_mean["0.weight"].zero_()
+        other = make_vogn(model)
+        other.load_state_dict(vogn.state_dict())
+        assert torch.equal(other.param_groups[0]["prior_mean"][0], torch.full_like(model[0].weight, 3.0))
+        train(other)
+
+    def test_must_fit(self, make_vogn: Make, model: nn.Module) -> None:
+        fitting = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        with pytest.raises(OptionError, match=r"prior_mean.*'2\.bias'.*lacks it"):
+            make_vogn(model, prior_mean={name: t for name, t in fitting.items() if name != "2.bias"})
+        with pytest.raises(OptionError, match=r"prior_precision.*'0\.bias'.*shape \(3,\)"):
+            make_vogn(model, prior_precision=fitting | {"0.bias": torch.ones(3)})
+        with pytest.raises(OptionError, match=r"prior_precision=\{…\}: must be a number >= 0, or a tensor"):
+            make_vogn(model, prior_precision=fitting | {"0.bias": -torch.ones(4)})
 
 
 class TestStep:
@@ -160,9 +272,7 @@ class TestStepsThatAreSkipped:
             model.weight.fill_(60_000.0)
         vogn = make_vogn(model, lr=0.04, prior_precision=1e-9, hess_init=0.1)
         vogn.observe(torch.ones(1, 1).half(), torch.tensor([0]))
-        observed = vogn._observed
-        assert observed is not None
-        observed.mean["weight"].fill_(-1e6)
+        vogn._observations.gradient()["weight"].fill_(-1e6)
         with pytest.warns(SkippedStepWarning, match="'weight'"):
             vogn.step()
         assert model.weight.tolist() == [[60_000.0], [60_000.0]]
@@ -248,7 +358,7 @@ class TestParameters:
         for _ in range(3):
             grouped.observe(*batch)
             for whole in wholes:
-                whole._observed = grouped._observed
+                whole._observations = grouped._observations
                 whole.step()
             grouped.step()
         for layer, whole in zip((0, 2), wholes, strict=True):
@@ -346,6 +456,19 @@ class TestParameters:
         assert vogn.state[model.weight]["curvature"].dtype == torch.float32
         assert vogn.state[model.weight]["momentum_buffer"].dtype == torch.float32
 
+    def test_the_model_may_be_cast_while_training(self, make_vogn: Make, batch: Batch, train: Train) -> None:
+        model = nn.Linear(3, 2).double()
+        vogn = make_vogn(
+            model, momentum=0.9, prior_mean={name: torch.ones_like(p) for name, p in model.named_parameters()}
+        )
+        train(vogn)
+        model.float()
+        for _ in range(2):
+            vogn.observe(batch[0].float(), batch[1])
+            vogn.step()
+        assert vogn.state[model.weight]["curvature"].dtype == torch.float32
+        assert vogn.state[model.weight]["step"] == 5
+
     def test_the_model_may_be_cast_before_the_first_use(self, make_vogn: Make, batch: Batch, train: Train) -> None:
         model = nn.Linear(3, 2)
         vogn = make_vogn(model)
@@ -377,7 +500,7 @@ class TestSchedulers:
             for _ in range(6):
                 vogn.param_groups[0]["momentum"] = 0.0  # one-cycle moves it too
                 vogn.observe(*batch)
-                gradient, before = vogn.state_dict()["observed"]["mean"]["0.weight"], mean_of(model)[0]
+                gradient, before = vogn.state_dict()["observations"]["parts"][0]["mean"]["0.weight"], mean_of(model)[0]
                 rates.append(vogn.param_groups[0]["lr"])
                 vogn.step()
                 moved = before - model[0].weight.detach()

@@ -133,12 +133,12 @@ class TestTheMeanIsBack:
         train(vogn)
         vogn.observe(*batch)
         model[0].register_forward_hook(on_forward)
-        before, waiting = mean_of(model), vogn.state_dict()["observed"]
+        before, waiting = mean_of(model), vogn.state_dict()["observations"]["parts"][0]
         broken = True
         with pytest.raises(LossError if fails == "source" else ZeroDivisionError):
             vogn.observe(*batch)
         assert same(mean_of(model), before)
-        after = vogn.state_dict()["observed"]
+        after = vogn.state_dict()["observations"]["parts"][0]
         assert torch.equal(after["losses"], waiting["losses"])
         assert same(list(after["mean"].values()), list(waiting["mean"].values()))
         broken = False

@@ -1,11 +1,15 @@
-"""VOGN: natural-gradient variational inference for neural networks, as a PyTorch optimizer, and its posterior."""
+"""Variational training of neural networks, as PyTorch optimizers: VOGN and its siblings, and their posterior."""
 
 from persample.vogn.checks import DangerousFirstStepWarning as DangerousFirstStepWarning
 from persample.vogn.checks import NonFiniteError as NonFiniteError
 from persample.vogn.checks import SkippedStepWarning as SkippedStepWarning
 from persample.vogn.elbo import Elbo as Elbo
-from persample.vogn.optimizer import VOGN as VOGN
+from persample.vogn.optimizer import VariationalOptimizer as VariationalOptimizer
 from persample.vogn.posterior import Posterior as Posterior
 from persample.vogn.prediction import ClassPrediction as ClassPrediction
 from persample.vogn.prediction import GaussianPrediction as GaussianPrediction
 from persample.vogn.prior import Prior as Prior
+from persample.vogn.rules.mean_field import MeanFieldVI as MeanFieldVI
+from persample.vogn.rules.ogn import OGN as OGN
+from persample.vogn.rules.vadam import Vadam as Vadam
+from persample.vogn.rules.vogn import VOGN as VOGN

@@ -1,38 +1,35 @@
-"""What VOGN saves beside PyTorch's own entries, as plain tensors and numbers, and the way back."""
+"""What the optimizers save beside PyTorch's own entries, as plain tensors and numbers, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from persample.errors import OptionError
-from persample.moments import Moments
-from persample.vogn.checks import check_settings
+from persample.vogn.settings import check_settings
 
-KEYS = (
-    "state",
-    "param_groups",
-    "data_size",
-    "mc_samples",
-    "skipped_steps",
-    "skipped_in_a_row",
-    "observed",
-    "generator",
-)
+_KEYS = ("state", "param_groups", "rule", "observations", "generator")
 
 
-def check_matches(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Check that `saved` is the state of a VOGN with parameters like those of `groups`, position by position.
+def check_matches(saved: Mapping[str, Any], rule: str, names: Iterable[str], groups: list[dict[str, Any]]) -> None:
+    """Check that `saved` is the state of such an optimizer with parameters like those of `groups`, one by one.
+
+    Args:
+        saved: what `state_dict()` returned.
+        rule: the rule of this optimizer.
+        names: what it saves beside `_KEYS`.
+        groups: its parameter groups.
 
     Raises:
         OptionError: it is not; the message says where they differ.
     """
-    missing = [key for key in KEYS if key not in saved]
-    if missing:
-        raise OptionError(f"This is not the state of a VOGN: {', '.join(missing)} is missing.")
+    if missing := [key for key in (*_KEYS, *names) if key not in saved]:
+        raise OptionError(f"This is not the state of a {rule}: {', '.join(missing)} is missing.")
+    if saved["rule"] != rule:
+        raise OptionError(f"This is the state of a {saved['rule']}, which means other things than that of a {rule}.")
     saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
     own_sizes = [len(group["params"]) for group in groups]
     if saved_sizes != own_sizes:
@@ -45,14 +42,14 @@ def check_matches(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> Non
         check_settings(saved_group)
         for index, name, param in zip(saved_group["params"], group["param_names"], group["params"], strict=True):
             shapes[name] = param.shape
-            state = saved["state"].get(index)
-            if state and state["curvature"].shape != param.shape:
-                raise OptionError(
-                    f"The saved state has shape {tuple(state['curvature'].shape)} where this optimizer has {name} of "
-                    f"shape {tuple(param.shape)}: it belongs to another model."
-                )
-    if saved["observed"]:
-        for moment in (saved["observed"]["mean"], saved["observed"]["second_moment"]):
+            for value in saved["state"].get(index, {}).values():
+                if isinstance(value, Tensor) and value.shape != param.shape:
+                    raise OptionError(
+                        f"The saved state has shape {tuple(value.shape)} where this optimizer has {name} of "
+                        f"shape {tuple(param.shape)}: it belongs to another model."
+                    )
+    for part in saved["observations"]["parts"]:
+        for moment in (part["mean"], part["second_moment"]):
             if any(shapes.get(name) != value.shape for name, value in moment.items()):
                 raise OptionError("The saved moments belong to other parameters: call step() before saving.")
 
@@ -67,28 +64,6 @@ def unpack_states(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> dic
         for saved_group, group in zip(saved["param_groups"], groups, strict=True)
         for index, param in zip(saved_group["params"], group["params"], strict=True)
     }
-
-
-def pack_moments(moments: Moments | None) -> dict[str, Any] | None:
-    """Return `moments` as a dict of tensors and dicts of tensors."""
-    if moments is None:
-        return None
-    return {
-        "losses": moments.losses,
-        "mean": dict(moments.mean),
-        "second_moment": dict(moments.second_moment),
-    }
-
-
-def unpack_moments(packed: Mapping[str, Any] | None, params: Mapping[str, Tensor]) -> Moments | None:
-    """Undo `pack_moments`, on the devices of the parameters `params`."""
-    if packed is None:
-        return None
-    return Moments(
-        losses=packed["losses"].to(next(iter(params.values())).device),
-        mean={name: value.to(params[name].device) for name, value in packed["mean"].items()},
-        second_moment={name: value.to(params[name].device) for name, value in packed["second_moment"].items()},
-    )
 
 
 def pack_generator(generator: torch.Generator | None) -> dict[str, Any] | None:
@@ -111,7 +86,7 @@ def unpack_generator(packed: Mapping[str, Any] | None, generator: torch.Generato
     elif generator.device.type != torch.device(packed["device"]).type:
         raise OptionError(
             f"The saved noise came from a generator on {packed['device']}, this optimizer's is on "
-            f"{generator.device}: give VOGN a generator on the same kind of device, or none."
+            f"{generator.device}: give it a generator on the same kind of device, or none."
         )
     generator.set_state(packed["state"].cpu())
     return generator

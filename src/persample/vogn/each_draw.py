@@ -15,8 +15,8 @@ from persample.errors import BatchError, OptionError, UsageError
 from persample.sources.batch import take_rows
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import buffers_restored
-from persample.vogn.checks import check_count
 from persample.vogn.sampling import draw, restored
+from persample.vogn.settings import check_count
 
 if TYPE_CHECKING:
     from persample.vogn.posterior import Posterior

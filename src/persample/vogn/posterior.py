@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from persample.errors import OptionError, UsageError
 from persample.vogn import core, posterior_file
-from persample.vogn.checks import check_count
 from persample.vogn.each_draw import DrawOptions, for_each_draw
 from persample.vogn.elbo import Elbo, LikelihoodTable
 from persample.vogn.prediction import ClassPrediction, ClassSummary, GaussianPrediction, GaussianSummary, Likelihood
 from persample.vogn.prior import Prior, check_same_shapes
 from persample.vogn.sampling import draw
+from persample.vogn.settings import check_count
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,18 @@
-"""Draws from the Gaussian posterior, and the way back to the mean."""
+"""Draws from the Gaussian posterior, their noise, and the way back to the mean."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from persample.vogn.core import Tensors
+
+#: The state of the generators that noise comes from, by their names: "own", or the device of a global one.
+NoiseState: TypeAlias = dict[str, Tensor]
 
 
 def draw(mean: Tensors, scale: Tensors, generator: torch.Generator | None) -> Tensors:
@@ -34,6 +38,37 @@ def standard_noise(like: Tensors, generator: torch.Generator | None) -> list[Ten
         for index, piece in zip(indices, vector.split(sizes), strict=True):
             noise[index] = piece.view(like[index].shape)
     return noise
+
+
+def noise_state(generator: torch.Generator | None, devices: Iterable[torch.device]) -> NoiseState:
+    """Return the state of `generator`, or of PyTorch's global generators of `devices` if it is None."""
+    if generator is not None:
+        return {"own": generator.get_state()}
+    return {
+        str(device): torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        for device in devices
+    }
+
+
+@contextmanager
+def noise_from(state: NoiseState, generator: torch.Generator | None) -> Iterator[None]:
+    """Draw as from `state` inside the context, and go on afterwards as if nothing had been drawn."""
+    present = noise_state(generator, map(torch.device, state.keys() - {"own"}))
+    _set_noise_state(state, generator)
+    try:
+        yield
+    finally:
+        _set_noise_state(present, generator)
+
+
+def _set_noise_state(state: NoiseState, generator: torch.Generator | None) -> None:
+    for name, value in state.items():
+        if generator is not None:
+            generator.set_state(value)
+        elif torch.device(name).type == "cuda":
+            torch.cuda.set_rng_state(value, name)
+        else:
+            torch.set_rng_state(value)
 
 
 @contextmanager

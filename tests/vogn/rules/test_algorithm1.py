@@ -10,7 +10,7 @@ s_{t+1} = γ s_t + (1 − γ) Σ g_i² / M
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,59 +18,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import nn
 
 from persample import losses
 from persample.vogn import VOGN, DangerousFirstStepWarning
 
-Array = NDArray[np.float64]
-Batch = tuple[Array, Any]
+from .problems import PROBLEMS, Array, Batch, Noise, Problem, as_tensors, shared_noise, weights_of
+
 STEPS = 30
-
-
-def softmax_regression(w: list[Array], x: Array, y: Array) -> list[Array]:
-    """g_i for −log softmax(W x + b)[y]: δ = softmax − one-hot."""
-    weight, bias = w
-    logits = x @ weight.T + bias
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    delta = p / p.sum(1, keepdims=True) - np.eye(len(bias))[y]
-    return [delta[:, :, None] * x[:, None, :], delta]
-
-
-def linear_regression(w: list[Array], x: Array, y: Array) -> list[Array]:
-    """g_i for ½ ‖y − W x − b‖² + constant."""
-    weight, bias = w
-    delta = x @ weight.T + bias - y
-    return [delta[:, :, None] * x[:, None, :], delta]
-
-
-def tanh_network(w: list[Array], x: Array, y: Array) -> list[Array]:
-    """g_i for ½ ‖y − W₂ tanh(W₁ x + b₁) − b₂‖² + constant."""
-    w1, b1, w2, b2 = w
-    h = np.tanh(x @ w1.T + b1)
-    delta2 = h @ w2.T + b2 - y
-    delta1 = (delta2 @ w2) * (1 - h**2)
-    return [delta1[:, :, None] * x[:, None, :], delta1, delta2[:, :, None] * h[:, None, :], delta2]
-
-
-PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[..., list[Array]], bool]] = {
-    "softmax regression": (lambda: nn.Linear(3, 4), losses.cross_entropy, softmax_regression, True),
-    "linear regression": (lambda: nn.Linear(2, 2), losses.gaussian, linear_regression, False),
-    "tanh network": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
-        losses.gaussian,
-        tanh_network,
-        False,
-    ),
-}
 
 
 def algorithm1(
     mu: list[Array],
     minibatches: list[list[Batch]],
-    gradients: Callable[..., list[Array]],
-    noise: Callable[[int], Array],
+    problem: Problem,
+    noise: Noise,
     *,
     data_size: int,
     lr: float,
@@ -89,10 +51,8 @@ def algorithm1(
         for x, y in parts:
             for _ in range(mc_samples):
                 sigma = [1 / np.sqrt(data_size * s_k + prior_precision) for s_k in s]
-                ends = np.cumsum([m.size for m in mu])
-                epsilon = np.split(noise(ends[-1]), ends[:-1])
-                w = [m + sd * e.reshape(m.shape) for m, sd, e in zip(mu, sigma, epsilon, strict=True)]
-                for collected, g in zip(rows, gradients(w, x, y), strict=True):
+                w = [m + sd * e for m, sd, e in zip(mu, sigma, noise(), strict=True)]
+                for collected, g in zip(rows, problem.gradients(w, x, y), strict=True):
                     collected.extend(g)
         g_hat = [sum(g) / len(g) for g in rows]
         h = [sum(g_i**2 for g_i in g) / len(g) for g in rows]
@@ -124,34 +84,15 @@ def settings_of_vogn(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def random_batch(rng: np.random.Generator, size: int, model: nn.Module, labels: bool) -> Batch:
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    inputs, outputs = linears[0].in_features, linears[-1].out_features
-    targets = rng.integers(0, outputs, size) if labels else rng.standard_normal((size, outputs))
-    return rng.standard_normal((size, inputs)), targets
-
-
-def compare(problem: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int) -> None:
+def compare(name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int) -> None:
     """Train with VOGN and with the transcription, and compare μ and s after every step."""
-    make_model, loss_fn, gradients, labels = PROBLEMS[problem]
-    torch.manual_seed(seed)
-    model = make_model().double()
-    rng = np.random.default_rng(seed)
-    minibatches = [[random_batch(rng, size, model, labels) for size in step] for step in sizes]
-    start = [p.detach().numpy().copy() for p in model.parameters()]
-
-    shared = torch.Generator().manual_seed(seed)
-    truth = algorithm1(
-        start,
-        minibatches,
-        gradients,
-        lambda size: torch.randn(size, generator=shared, dtype=torch.float64).numpy(),
-        **chosen,
-    )
-    vogn = VOGN(model, loss_fn, backend="loop", generator=torch.Generator().manual_seed(seed), **chosen)
+    problem = PROBLEMS[name]
+    model, minibatches = problem.model(seed), problem.batches(sizes, seed)
+    truth = algorithm1(weights_of(model), minibatches, problem, shared_noise(model, seed), **chosen)
+    vogn = VOGN(model, problem.loss_fn, backend="loop", generator=torch.Generator().manual_seed(seed), **chosen)
     for parts, (mu, s) in zip(minibatches, truth, strict=True):
-        for x, y in parts:
-            vogn.observe(torch.from_numpy(x), torch.from_numpy(y))
+        for part in parts:
+            vogn.observe(*as_tensors(part))
         vogn.step()
         for p, mu_p, s_p in zip(model.parameters(), mu, s, strict=True):
             np.testing.assert_allclose(p.detach().numpy(), mu_p, rtol=1e-9, atol=1e-11)

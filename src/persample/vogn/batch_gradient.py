@@ -1,0 +1,51 @@
+"""The ordinary gradient of a batch, for the rules that need no gradients of single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persample.losses import as_per_sample, check_losses
+from persample.moments import Moments
+from persample.sources.batch import as_batch
+from persample.sources.untouched import untouched
+
+
+class BatchGradient:
+    """Gives `Moments` without second moments, by one ordinary backward pass.
+
+    Samples may be mixed (BatchNorm in training mode): only the gradient of the whole batch is asked for.
+
+    Args:
+        model: the network. Neither it nor its parameters are changed.
+        loss_fn: the loss of each sample, as for `persample.make_source`.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Any]) -> None:
+        self.model = model
+        self.loss_fn = as_per_sample(loss_fn)
+
+    def moments(self, inputs: Any, targets: Any) -> Moments:
+        """Return losses and mean gradient, and no second moment.
+
+        Arguments and keys are those of `PerSampleGradSource.moments`.
+
+        Raises:
+            BatchError: inputs and targets are not a mini-batch.
+            LossError: the loss is not a finite vector of length B.
+        """
+        batch = as_batch(inputs, targets)
+        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with untouched(self.model), torch.enable_grad():
+            losses = check_losses(self.loss_fn(self.model(*batch.args, **batch.kwargs), batch.targets), batch.size)
+            gradients: tuple[Tensor | None, ...] = (None,) * len(params)
+            if params and losses.requires_grad:
+                gradients = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
+        mean = {
+            name: torch.zeros_like(p, requires_grad=False) if g is None else g.to_dense()
+            for (name, p), g in zip(params.items(), gradients, strict=True)
+        }
+        return Moments(losses.detach(), mean, {})

@@ -1,0 +1,104 @@
+"""The parameters of one group with their states and settings: what a rule works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.vogn.core import Tensors
+from persample.vogn.settings import temperature_at
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one group, and what a rule must know of them.
+
+    Attributes:
+        settings: the settings of the group.
+        names: the names of the parameters.
+        mean: the parameters μ, in at least float32.
+        states: the state of each.
+        data_size: N, with the factor for augmented data.
+        prior_precision: λ, a number or one tensor for each parameter.
+        prior_mean: m₀, likewise.
+        temperature: τ at this step.
+    """
+
+    settings: Mapping[str, Any]
+    names: list[str]
+    mean: list[Tensor]
+    states: list[dict[str, Any]]
+    data_size: float
+    prior_precision: float | Tensors
+    prior_mean: float | Tensors
+    temperature: float
+
+    def state(self, key: str) -> list[Any]:
+        """Return one entry of the state of each parameter."""
+        return [state[key] for state in self.states]
+
+    def of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return those of `values`, keyed by names, that belong to the parameters."""
+        return [values[name] for name in self.names]
+
+    def per_weight(self, value: float | Tensors) -> dict[str, Tensor]:
+        """Return a setting as one tensor for each parameter, by name."""
+        if isinstance(value, list | tuple):
+            return dict(zip(self.names, value, strict=True))
+        return {name: torch.full_like(mean, value) for name, mean in zip(self.names, self.mean, strict=True)}
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the prior has precision 0 somewhere."""
+        if isinstance(self.prior_precision, list | tuple):
+            return any(bool((precision == 0).any()) for precision in self.prior_precision)
+        return self.prior_precision == 0
+
+
+def make_part(
+    group: Mapping[str, Any],
+    state_of: Callable[[Tensor, Mapping[str, Any]], dict[str, Any]],
+    *,
+    data_size: float,
+    step: int,
+    names: Iterable[str],
+) -> Part:
+    """Return the parameters called `names` of a group.
+
+    Args:
+        group: a parameter group of the optimizer.
+        state_of: gives the state of a parameter of a group.
+        data_size: N.
+        step: how many steps were taken.
+        names: names of parameters; those that are not in the group are passed over.
+    """
+    wanted = set(names)
+    places = [place for place, name in enumerate(group["param_names"]) if name in wanted]
+    params = [group["params"][place] for place in places]
+    mean = [at_least_float32(p.detach()) for p in params]
+
+    def of_weights(setting: str) -> Any:
+        value = group[setting]
+        if not isinstance(value, list):
+            return value
+        return [value[place].to(m) for place, m in zip(places, mean, strict=True)]
+
+    return Part(
+        settings=group,
+        names=[group["param_names"][place] for place in places],
+        mean=mean,
+        states=[state_of(p, group) for p in params],
+        data_size=data_size,
+        prior_precision=of_weights("prior_precision"),
+        prior_mean=of_weights("prior_mean"),
+        temperature=temperature_at(group, step),
+    )
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return `tensor` in its dtype, but at least float32, in which everything but the model itself is kept."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

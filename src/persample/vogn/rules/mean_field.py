@@ -1,0 +1,179 @@
+"""Mean-field variational inference by reparameterised weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from persample.vogn import core
+from persample.vogn.batch_gradient import BatchGradient
+from persample.vogn.core import Tensors
+from persample.vogn.observed import Observed
+from persample.vogn.optimizer import MomentSource, VariationalOptimizer
+from persample.vogn.part import Part
+from persample.vogn.prior import Prior
+
+
+class MeanFieldVI(VariationalOptimizer):
+    """Mean-field variational inference: Adam on the mean and on the width of the posterior ("Bayes by backprop").
+
+        w = μ + σ ∘ ε,   σ = log(1 + exp(ρ)),   ε ~ N(0, I)
+        objective = E[mean loss at w] + τ KL(N(μ, σ²) ‖ N(m₀, 1/λ)) / N
+        gradient by μ:   ĝ + τ λ (μ − m₀) / N
+        gradient by ρ:   (ĝ ∘ ε + τ (λ σ − 1/σ) / N) ∘ σ'(ρ),   σ'(ρ) = 1 / (1 + exp(−ρ))
+
+    with ĝ the gradient of the batch's mean loss at w, and both averages over the draws. μ and ρ are updated by Adam,
+
+        m_{t+1} = β₁ m_t + (1 − β₁) g,   v_{t+1} = β₂ v_t + (1 − β₂) g²
+        x_{t+1} = x_t − α (m_{t+1} / (1 − β₁^{t+1})) / (sqrt(v_{t+1} / (1 − β₂^{t+1})) + e)
+
+    Sources: Blundell et al., "Weight Uncertainty in Neural Networks", ICML 2015, section 3.2, with the divergence from
+    the Gaussian prior in closed form; Kingma and Ba, "Adam", ICLR 2015.
+
+    Args:
+        model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
+        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        data_size: N, the number of training samples.
+        lr: α.
+        betas: β₁ and β₂.
+        eps: e.
+        prior_precision: λ of the prior; a number, or a mapping from the names of parameters to tensors.
+        prior_mean: m₀, likewise.
+        prior: in place of the two before, a `Prior`.
+        scale_init: σ at the start.
+        temperature: τ.
+        temperature_start: see `VOGN`.
+        temperature_steps: see `VOGN`.
+        max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; ĝ ∘ ε is not.
+        augmentation: see `VOGN`.
+        mc_samples: draws of the weights in each `observe()`.
+        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
+        params: as for `VOGN`.
+
+    Raises:
+        OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
+    """
+
+    rule: ClassVar[str] = "MeanFieldVI"
+    keeps_draws_apart: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        data_size: int,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        prior_precision: float | Mapping[str, Tensor] = 1.0,
+        prior_mean: float | Mapping[str, Tensor] = 0.0,
+        prior: Prior | None = None,
+        scale_init: float = 0.01,
+        temperature: float = 1.0,
+        temperature_start: float = 0.01,
+        temperature_steps: int = 0,
+        max_grad_norm: float | None = None,
+        augmentation: float = 1.0,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        params: Iterable[Any] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "prior_precision": prior_precision,
+            "prior_mean": prior_mean,
+            "scale_init": scale_init,
+            "temperature": temperature,
+            "temperature_start": temperature_start,
+            "temperature_steps": temperature_steps,
+        }
+        super().__init__(
+            model,
+            loss_fn,
+            defaults,
+            data_size=data_size,
+            augmentation=augmentation,
+            mc_samples=mc_samples,
+            max_grad_norm=max_grad_norm,
+            prior=prior,
+            generator=generator,
+            params=params,
+        )
+
+    def _make_source(self) -> MomentSource:
+        return BatchGradient(self.model, self.loss_fn)
+
+    def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "rho": torch.full_like(param, math.log(math.expm1(settings["scale_init"]))),
+            **{key: torch.zeros_like(param) for key in _AVERAGES},
+            "masses": (0.0, 0.0),
+        }
+
+    def _part_precision(self, part: Part) -> Tensors:
+        return torch._foreach_pow(_scale(part), -2)
+
+    def _update(
+        self, part: Part, gradient: list[Tensor], observed: list[Observed]
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        objective: dict[str, Any] = {"data_size": part.data_size, "temperature": part.temperature}
+        by_mean = core.add_prior(
+            gradient, part.mean, prior_precision=part.prior_precision, prior_mean=part.prior_mean, **objective
+        )
+        scale = _scale(part)
+        by_scale = core.add_prior(
+            _mean_products(part, observed), scale, prior_precision=part.prior_precision, **objective
+        )
+        # The entropy's part of the divergence, − log σ.
+        torch._foreach_addcdiv_(
+            by_scale, [torch.ones_like(s) for s in scale], scale, value=-part.temperature / part.data_size
+        )
+        by_rho = torch._foreach_mul(by_scale, torch._foreach_sigmoid(part.state("rho")))
+        mean, of_mean, masses = _adam(part, part.mean, by_mean, "mean")
+        rho, of_rho, masses = _adam(part, part.state("rho"), by_rho, "rho")
+        rows = zip(rho, *of_mean, *of_rho, masses, strict=True)
+        return mean, [dict(zip(("rho", *_AVERAGES, "masses"), row, strict=True)) for row in rows]
+
+
+# The averages of Adam: first and second moment of the gradient, by the mean and by ρ.
+_AVERAGES = ("mean_first", "mean_second", "rho_first", "rho_second")
+
+
+def _scale(part: Part) -> Tensors:
+    """σ = log(1 + exp(ρ))."""
+    return [torch.nn.functional.softplus(rho) for rho in part.state("rho")]
+
+
+def _mean_products(part: Part, observed: list[Observed]) -> Tensors:
+    """ĝ ∘ ε of each draw, averaged over the draws by the numbers of their samples."""
+    total = sum(draw.moments.batch_size for draw in observed)
+    products = [torch.zeros_like(m) for m in part.mean]
+    for draw in observed:
+        assert draw.noise is not None
+        gradient, noise = part.of(draw.moments.mean), part.of(draw.noise)
+        torch._foreach_addcmul_(products, gradient, noise, value=draw.moments.batch_size / total)
+    return products
+
+
+def _adam(
+    part: Part, values: Tensors, gradient: Tensors, which: str
+) -> tuple[Tensors, tuple[Tensors, Tensors], list[tuple[float, float]]]:
+    """One step of Adam: the new values, the new averages, and the new masses of both."""
+    beta1, beta2 = part.settings["betas"]
+    first_mass, second_mass = zip(*part.state("masses"), strict=True)
+    first, new_first_mass, corrected_first = core.running_average(
+        part.state(f"{which}_first"), first_mass, gradient, decay=beta1
+    )
+    second, new_second_mass, corrected_second = core.running_average(
+        part.state(f"{which}_second"), second_mass, torch._foreach_mul(gradient, gradient), decay=beta2
+    )
+    denominator = torch._foreach_add(torch._foreach_sqrt(corrected_second), part.settings["eps"])
+    new_values = core.update_mean(values, corrected_first, denominator, lr=part.settings["lr"])
+    return new_values, (first, second), list(zip(new_first_mass, new_second_mass, strict=True))

@@ -1,0 +1,157 @@
+"""Vadam: Adam with perturbed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from persample.vogn import core
+from persample.vogn.batch_gradient import BatchGradient
+from persample.vogn.core import Tensors
+from persample.vogn.observed import Observed
+from persample.vogn.optimizer import MomentSource, VariationalOptimizer
+from persample.vogn.part import Part
+from persample.vogn.prior import Prior
+
+
+class Vadam(VariationalOptimizer):
+    """Variational Adam: a Gaussian posterior from ordinary gradients of batches, at perturbed weights.
+
+        w ~ N(μ_t, 1 / (N s_t + λ))
+        ĝ = the gradient of the batch's mean loss at w
+        m_{t+1} = β₁ m_t + (1 − β₁) (ĝ + λ μ_t / N)        m̂ = m_{t+1} / (1 − β₁^{t+1})
+        s_{t+1} = β₂ s_t + (1 − β₂) ĝ²                      ŝ = s_{t+1} / (1 − β₂^{t+1})
+        μ_{t+1} = μ_t − α m̂ / (sqrt(ŝ) + λ / N)
+
+    Source: Khan et al., "Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam", ICML 2018, figure 1.
+    The square of a batch's gradient takes the place of the mean square of the samples' gradients: cheaper, and the
+    posterior becomes too wide as batches grow. Of several draws, ĝ and ĝ² are averaged, each by itself.
+
+    With temperature τ and prior mean m₀ the prior's terms are τ λ (μ − m₀) / N and τ λ / N, and σ² = τ / (N s + τ λ),
+    as for `VOGN`.
+
+    Args:
+        model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
+        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        data_size: N, the number of training samples.
+        lr: α.
+        betas: β₁ and β₂.
+        prior_precision: λ of the prior N(m₀, 1/λ); a number, or a mapping from the names of parameters to tensors.
+        prior_mean: m₀, likewise.
+        prior: in place of the two before, a `Prior`.
+        hess_init: s_0. The initial posterior has precision N s_0 + λ.
+        temperature: τ.
+        temperature_start: see `VOGN`.
+        temperature_steps: see `VOGN`.
+        max_grad_norm: see `VOGN`.
+        augmentation: see `VOGN`.
+        mc_samples: draws of the weights in each `observe()`.
+        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
+        params: as for `VOGN`.
+
+    Raises:
+        OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
+    """
+
+    rule: ClassVar[str] = "Vadam"
+    keeps_draws_apart: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        data_size: int,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        prior_precision: float | Mapping[str, Tensor] = 1.0,
+        prior_mean: float | Mapping[str, Tensor] = 0.0,
+        prior: Prior | None = None,
+        hess_init: float = 0.0,
+        temperature: float = 1.0,
+        temperature_start: float = 0.01,
+        temperature_steps: int = 0,
+        max_grad_norm: float | None = None,
+        augmentation: float = 1.0,
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        params: Iterable[Any] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "prior_precision": prior_precision,
+            "prior_mean": prior_mean,
+            "hess_init": hess_init,
+            "temperature": temperature,
+            "temperature_start": temperature_start,
+            "temperature_steps": temperature_steps,
+        }
+        super().__init__(
+            model,
+            loss_fn,
+            defaults,
+            data_size=data_size,
+            augmentation=augmentation,
+            mc_samples=mc_samples,
+            max_grad_norm=max_grad_norm,
+            prior=prior,
+            generator=generator,
+            params=params,
+        )
+
+    def _make_source(self) -> MomentSource:
+        return BatchGradient(self.model, self.loss_fn)
+
+    def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "average": torch.zeros_like(param),
+            "average_mass": 0.0,
+            "curvature": torch.full_like(param, settings["hess_init"]),
+            "curvature_mass": 0.0,
+        }
+
+    def _part_precision(self, part: Part) -> Tensors:
+        return core.posterior_precision(
+            part.state("curvature"),
+            data_size=part.data_size,
+            prior_precision=part.prior_precision,
+            temperature=part.temperature,
+        )
+
+    def _update(
+        self, part: Part, gradient: list[Tensor], observed: list[Observed]
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        objective: dict[str, Any] = {
+            "data_size": part.data_size,
+            "prior_precision": part.prior_precision,
+            "temperature": part.temperature,
+        }
+        beta1, beta2 = part.settings["betas"]
+        average, average_mass, corrected_average = core.running_average(
+            part.state("average"),
+            part.state("average_mass"),
+            core.add_prior(gradient, part.mean, prior_mean=part.prior_mean, **objective),
+            decay=beta1,
+        )
+        curvature, curvature_mass, corrected_curvature = core.running_average(
+            part.state("curvature"), part.state("curvature_mass"), _mean_squares(part, observed), decay=beta2
+        )
+        denominator = core.divisor(torch._foreach_sqrt(corrected_curvature), **objective)
+        mean = core.update_mean(part.mean, corrected_average, denominator, lr=part.settings["lr"])
+        keys = ("average", "average_mass", "curvature", "curvature_mass")
+        rows = zip(average, average_mass, curvature, curvature_mass, strict=True)
+        return mean, [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def _mean_squares(part: Part, observed: list[Observed]) -> Tensors:
+    """The square of the gradient of each draw, averaged over the draws by the numbers of their samples."""
+    total = sum(draw.moments.batch_size for draw in observed)
+    squares = [torch.zeros_like(m) for m in part.mean]
+    for draw in observed:
+        gradient = part.of(draw.moments.mean)
+        torch._foreach_addcmul_(squares, gradient, gradient, value=draw.moments.batch_size / total)
+    return squares

@@ -1,0 +1,228 @@
+"""VOGN: variational online Gauss-Newton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from persample.sources import make_source
+from persample.vogn import core
+from persample.vogn.checks import warn_of_first_step
+from persample.vogn.core import Tensors
+from persample.vogn.observed import Observed
+from persample.vogn.optimizer import MomentSource, VariationalOptimizer
+from persample.vogn.part import Part
+from persample.vogn.prior import Prior
+
+
+class VOGN(VariationalOptimizer):
+    """Variational online Gauss-Newton: trains the mean and the variance of a Gaussian posterior over the weights.
+
+        w ~ N(μ_t, 1 / (N s_t + λ))
+        ĝ = Σ g_i / M,   h = Σ g_i² / M,   g_i the gradient of sample i's loss at w
+        s_{t+1} = γ s_t + (1 − γ) h
+        μ_{t+1} = μ_t − α (ĝ + λ μ_t / N) / (s_t + λ / N)
+
+    That is Algorithm 1 of Jain and Khan, after Khan et al., ICML 2018, and what the defaults do, save for `hess_init`.
+    With all settings the last line and the variance are
+
+        m_{t+1} = β m_t + (1 − β) ĝ,   m̂ = m_{t+1} / (1 − β^{t+1})
+        u = clip((m̂ + τ λ (μ_t − m₀) / N) / (s_t + d + τ λ / N), ±ξ)
+        μ_{t+1} = μ_t − α u,   σ² = τ / (N (s_t + d) + τ λ),   N = ρ · data_size
+
+    with temperature τ, damping d and augmentation ρ as in Osawa et al., NeurIPS 2019, ξ as in Shen et al., ICML 2024.
+    At temperature τ the posterior minimises Σ_i E[loss_i] + τ KL(posterior ‖ prior).
+
+    The model holds the mean μ, except inside `observe()`, `predict()` and `sampled_params()`, which put it back bit for
+    bit, whatever happens in them. A training step is
+
+        loss = optimizer.observe(inputs, targets)   # draws weights, collects the moments of the gradients there
+        optimizer.step()                            # updates μ and s; forgets the moments
+
+    The posterior has a precision for each weight. It is kept in at least float32. The mean is the parameter, in the
+    parameter's dtype: in a half-precision model small updates are lost to rounding.
+
+    Args:
+        model: the network; BatchNorm in training mode and whatever else mixes samples is refused by the sources.
+        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        data_size: the number of training samples.
+        lr: α.
+        prior_precision: λ of the prior N(m₀, 1/λ) over each weight. 0 is a flat prior. A mapping from the names of
+            parameters to tensors gives each weight its own.
+        prior_mean: m₀, likewise.
+        prior: in place of the two before, a `Prior`: for example `posterior.as_prior()` of an earlier training, to go
+            on with new data.
+        decay: γ; 1 keeps the curvature at `hess_init`.
+        hess_init: s_0. 0 is the algorithm as printed, whose first step of α N / λ gradients is nearly always too long:
+            keep `lr / (hess_init + prior_precision / data_size)` below 0.5, or a `DangerousFirstStepWarning` says so.
+        order: "printed" divides line 7 by s_t, as printed; "updated" by s_{t+1}, as most other implementations do.
+        momentum: β of a running mean of ĝ, which line 7 then uses in place of ĝ.
+        bias_correction: whether that mean is divided by 1 − β^{t+1}, as m̂; otherwise m_{t+1} itself is used.
+        average_prior: whether the prior's term τ λ (μ − m₀) / N is averaged together with ĝ, as in Osawa et al.; it is
+            added afterwards otherwise.
+        damping: d.
+        temperature: τ.
+        temperature_start: τ at the first step, if there is KL warm-up.
+        temperature_steps: τ goes from `temperature_start` to `temperature` along a line in so many steps; 0 is no KL
+            warm-up.
+        max_update: ξ; None does not clip.
+        max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; the curvature is not touched.
+        augmentation: ρ, how many times more samples random changes of the inputs make of the data.
+        mc_samples: draws of the weights in each `observe()`.
+        backend: name of the source of per-sample gradients (`persample.backends()` lists them).
+        backend_options: options of that source, as `persample.make_source` takes them.
+        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
+        params: the parameters to train, or parameter groups, as in every PyTorch optimizer; None is all that require a
+            gradient. A group may have its own settings, all of the above from `lr` to `max_update`. Other parameters of
+            the model are neither drawn nor updated.
+
+    Raises:
+        OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
+        UnknownBackendError, MissingPackageError, UnsupportedModelError: see `persample.make_source`.
+    """
+
+    rule: ClassVar[str] = "VOGN"
+    _copied: ClassVar[tuple[str, ...]] = (*VariationalOptimizer._copied, "backend", "backend_options")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        data_size: int,
+        lr: float = 1e-3,
+        prior_precision: float | Mapping[str, Tensor] = 1.0,
+        prior_mean: float | Mapping[str, Tensor] = 0.0,
+        prior: Prior | None = None,
+        decay: float = 0.999,
+        hess_init: float = 0.01,
+        order: core.Order = "printed",
+        momentum: float = 0.0,
+        bias_correction: bool = True,
+        average_prior: bool = False,
+        damping: float = 0.0,
+        temperature: float = 1.0,
+        temperature_start: float = 0.01,
+        temperature_steps: int = 0,
+        max_update: float | None = None,
+        max_grad_norm: float | None = None,
+        augmentation: float = 1.0,
+        mc_samples: int = 1,
+        backend: str = "hooks",
+        backend_options: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        params: Iterable[Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.backend_options = dict(backend_options or {})
+        defaults = {
+            "lr": lr,
+            "prior_precision": prior_precision,
+            "prior_mean": prior_mean,
+            "decay": decay,
+            "hess_init": hess_init,
+            "order": order,
+            "momentum": momentum,
+            "bias_correction": bias_correction,
+            "average_prior": average_prior,
+            "damping": damping,
+            "temperature": temperature,
+            "temperature_start": temperature_start,
+            "temperature_steps": temperature_steps,
+            "max_update": max_update,
+        }
+        super().__init__(
+            model,
+            loss_fn,
+            defaults,
+            data_size=data_size,
+            augmentation=augmentation,
+            mc_samples=mc_samples,
+            max_grad_norm=max_grad_norm,
+            prior=prior,
+            generator=generator,
+            params=params,
+        )
+
+    def _make_source(self) -> MomentSource:
+        return make_source(self.backend, self.model, self.loss_fn, **self.backend_options)
+
+    def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"curvature": torch.full_like(param, settings["hess_init"])}
+
+    def _part_precision(self, part: Part) -> Tensors:
+        return core.posterior_precision(
+            part.state("curvature"),
+            data_size=part.data_size,
+            prior_precision=part.prior_precision,
+            damping=part.settings["damping"],
+            temperature=part.temperature,
+        )
+
+    def _update(
+        self, part: Part, gradient: list[Tensor], observed: list[Observed]
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        if any(state["step"] == 0 for state in part.states):
+            warn_of_first_step(part.settings, part.data_size, part.temperature)
+        return vogn_update(part, gradient, part.of(observed[0].moments.second_moment))
+
+
+def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[Tensors, list[dict[str, Any]]]:
+    """Lines 6 and 7 for the parameters of one group; see `VOGN`. Changes nothing that is passed in.
+
+    Args:
+        part: the means μ_t with their states: "curvature" s_t, and after momentum was used the running mean
+            "momentum_buffer" and its "momentum_mass" (see `core.running_average`).
+        gradient: ĝ.
+        second_moment: h.
+
+    Returns:
+        μ_{t+1} and the new states.
+    """
+    settings = part.settings
+    curvature = part.state("curvature")
+    new_curvature = core.update_curvature(curvature, second_moment, decay=settings["decay"])
+    new_states: list[dict[str, Any]] = [{"curvature": s} for s in new_curvature]
+
+    def with_prior(values: Tensors) -> Tensors:
+        return core.add_prior(
+            values,
+            part.mean,
+            data_size=part.data_size,
+            prior_precision=part.prior_precision,
+            prior_mean=part.prior_mean,
+            temperature=part.temperature,
+        )
+
+    if settings["average_prior"]:
+        gradient = with_prior(gradient)
+    if settings["momentum"] > 0 or any("momentum_buffer" in state for state in part.states):
+        buffers, masses, gradient = core.running_average(
+            [
+                state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(m)
+                for state, m in zip(part.states, part.mean, strict=True)
+            ],
+            [state.get("momentum_mass", 0.0) for state in part.states],
+            gradient,
+            decay=settings["momentum"],
+            bias_correction=settings["bias_correction"],
+        )
+        for new, buffer, mass in zip(new_states, buffers, masses, strict=True):
+            new |= {"momentum_buffer": buffer, "momentum_mass": mass}
+    new_mean = core.update_mean(
+        part.mean,
+        gradient if settings["average_prior"] else with_prior(gradient),
+        core.divisor(
+            curvature if settings["order"] == "printed" else new_curvature,
+            data_size=part.data_size,
+            prior_precision=part.prior_precision,
+            damping=settings["damping"],
+            temperature=part.temperature,
+        ),
+        lr=settings["lr"],
+        max_update=settings["max_update"],
+    )
+    return new_mean, new_states

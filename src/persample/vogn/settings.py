@@ -1,0 +1,160 @@
+"""The settings of parameter groups: what each may be, and which parameters and priors belong to a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import OptionError
+
+
+def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Real) and math.isfinite(value) and holds(float(value))
+
+
+def _numbers(holds: Callable[[float | Tensor], Any]) -> Callable[[Any], bool]:
+    """A number, or a list of tensors, of which all entries hold."""
+
+    def check(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(isinstance(t, Tensor) and bool((t.isfinite() & holds(t)).all()) for t in value)
+        return isinstance(value, Real) and math.isfinite(value) and bool(holds(float(value)))
+
+    return check
+
+
+# Of each setting what it may be, in words and as a condition. A rule has some of them.
+_ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a number >= 0", _number(lambda v: v >= 0)),
+    "prior_precision": ("a number >= 0, or a tensor of such numbers for each parameter", _numbers(lambda v: v >= 0)),
+    "prior_mean": ("a number, or a tensor of numbers for each parameter", _numbers(lambda v: v == v)),
+    "decay": ("a number from 0 to 1", _number(lambda v: 0 <= v <= 1)),
+    "hess_init": ("a number >= 0", _number(lambda v: v >= 0)),
+    "momentum": ("a number >= 0 and < 1", _number(lambda v: 0 <= v < 1)),
+    "bias_correction": ("True or False", lambda v: isinstance(v, bool)),
+    "average_prior": ("True or False", lambda v: isinstance(v, bool)),
+    "order": ('"printed" or "updated"', lambda v: v in ("printed", "updated")),
+    "damping": ("a number >= 0", _number(lambda v: v >= 0)),
+    "temperature": ("a number > 0", _number(lambda v: v > 0)),
+    "temperature_start": ("a number > 0", _number(lambda v: v > 0)),
+    "temperature_steps": ("a whole number >= 0", lambda v: isinstance(v, Integral) and int(v) >= 0),
+    "max_update": ("a number > 0, or None", lambda v: v is None or _number(lambda w: w > 0)(v)),
+    "betas": (
+        "two numbers >= 0 and < 1",
+        lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_number(lambda b: 0 <= b < 1)(b) for b in v),
+    ),
+    "eps": ("a number >= 0", _number(lambda v: v >= 0)),
+    "scale_init": ("a number > 0", _number(lambda v: v > 0)),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check those of the settings of a parameter group that are known.
+
+    Raises:
+        OptionError: a value is out of its range, or the first posterior would have precision 0.
+    """
+    for name, (allowed, holds) in _ALLOWED.items():
+        if name in settings and not holds(settings[name]):
+            value = "{…}" if isinstance(settings[name], list) else repr(settings[name])
+            raise OptionError(f"{name}={value}: must be {allowed}.")
+    if settings.get("hess_init") == 0 and settings["prior_precision"] == 0 and not settings.get("damping"):
+        raise OptionError(
+            "hess_init=0 and prior_precision=0 together give the first posterior the precision N s + λ = 0, from "
+            "which no weight can be drawn: make one of them positive."
+        )
+
+
+def check_count(name: str, value: object) -> int:
+    """Return `value` if it is a whole number >= 1.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise OptionError(f"{name}={value!r}: must be a whole number >= 1.")
+    return int(value)
+
+
+def check_positive_number(name: str, value: object) -> float:
+    """Return `value` if it is a number above 0.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not _number(lambda v: v > 0)(value):
+        raise OptionError(f"{name}={value!r}: must be a number > 0.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def temperature_at(settings: Mapping[str, Any], step: int) -> float:
+    """τ at a step, counted from 0: it goes from its start to its final value along a line, and stays there.
+
+    This is KL warm-up: τ weighs the divergence from the prior in the objective.
+    """
+    start, final, steps = (settings[f"temperature{part}"] for part in ("_start", "", "_steps"))
+    value: float = final if step >= steps else start + (final - start) * step / steps
+    return value
+
+
+def name_params(model: nn.Module, params: Iterable[Any], taken: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return `params` keyed by their names in `model`.
+
+    Args:
+        model: the network.
+        params: parameters, or pairs of a name (which is ignored) and a parameter, as PyTorch's optimizers take them.
+        taken: parameters that belong to another group already.
+
+    Raises:
+        OptionError: an entry is not a parameter of the model, is frozen, or is there twice.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken_ids = {id(p) for p in taken}
+    named: dict[str, Tensor] = {}
+    for entry in params:
+        param = entry[1] if isinstance(entry, tuple) else entry
+        name = names.get(id(param))
+        if name is None:
+            what = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else repr(param)
+            raise OptionError(f"params holds {what}, which is not a parameter of the model that was given.")
+        if not param.requires_grad:
+            raise OptionError(f"params holds {name!r}, which is frozen: leave it out, or unfreeze it first.")
+        if name in named or id(param) in taken_ids:
+            raise OptionError(f"params holds {name!r} twice: name each parameter once, in one group.")
+        named[name] = param
+    return named
+
+
+def each_weights(setting: str, value: Any, named: Mapping[str, Tensor]) -> Any:
+    """Return what a group keeps of a setting that may differ from weight to weight.
+
+    Args:
+        setting: its name.
+        value: a number for all weights, or a mapping from names of parameters to tensors.
+        named: the parameters of the group, by name.
+
+    Returns:
+        The number, or copies of the tensors in the order of `named`, which are found by position afterwards.
+
+    Raises:
+        OptionError: the mapping lacks a parameter, or a tensor has another shape.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    tensors = []
+    for name, param in named.items():
+        shape = tuple(value[name].shape) if name in value else None
+        if shape != tuple(param.shape):
+            there = "lacks it" if shape is None else f"has shape {shape}"
+            raise OptionError(
+                f"{setting} must have a tensor for each parameter of the group in its shape: for {name!r} that is "
+                f"{tuple(param.shape)}, but {setting} {there}."
+            )
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        tensors.append(value[name].detach().to(param.device, dtype, copy=True))
+    return tensors
