@@ -133,9 +133,9 @@ class PerSampleGradSource(ABC):
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
         with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad():
             result = self._compute_and_check(batch, compute) if checking else compute(batch)
-        if batch.size > 1:  # a batch of one cannot show that samples are mixed
-            self._checked.add(kind)
-        return result
+            if batch.size > 1:  # a batch of one cannot show that samples are mixed
+                self._checked.add(kind)
+            return result
 
     def _compute_and_check(self, batch: Batch, compute: Callable[[Batch], Any]) -> Any:
         before = random_state(self.model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,9 +39,6 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _WITH_RULE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *_INSTANCE_NORMS, *_CONVOLUTIONS)
 #: Layers of PyTorch that Opacus hands to torch.func, which runs them for each sample again.
 _BY_FUNCTORCH = (nn.PReLU, *_TRANSPOSED)
-
-# Opacus switches torch.backends.cudnn.deterministic on and off for embeddings.
-_cudnn_flag = threading.Lock()
 
 
 class OpacusSource(PeerRulesSource):
@@ -121,9 +117,9 @@ def _without_hooks(layer: nn.Module) -> nn.Module:
 
 @contextmanager
 def _cudnn_flag_restored() -> Iterator[None]:
-    with _cudnn_flag:
-        before = torch.backends.cudnn.deterministic
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.deterministic = before
+    """Opacus switches torch.backends.cudnn.deterministic on and off for embeddings."""
+    before = torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before

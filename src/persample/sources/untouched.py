@@ -28,10 +28,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     tables = [table for _, saved in attributes for table in _tables(saved)]
     parameters = [(p, p.grad, dict(vars(p))) for p in _distinct(module._parameters for module in modules)]
     buffers = _buffer_snapshot(modules)
-    for parameter, _, _ in parameters:
-        parameter.grad = None
     failed = True
     try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None
         yield
         failed = False
     finally:
