@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test conformance lint docs venv clean
+.PHONY: help demo test conformance support lint docs venv clean
 
 help:
 	@echo "make demo          train a Bayesian ConvNet by VOGN beside Adam on real digits (about two minutes)"
 	@echo "make test          run the tests"
 	@echo "make conformance   run the conformance suite with thousands of drawn cases (slow)"
+	@echo "make support       write docs/support.md: what each backend serves, from a run"
 	@echo "make lint          ruff and mypy"
 	@echo "make docs          build the documentation into docs/_build/html"
 	@echo "make venv          install everything into .venv"
@@ -22,6 +23,9 @@ test: venv
 
 conformance: venv
 	$(BIN)/python -m pytest tests/conformance --hypothesis-profile=nightly
+
+support: venv
+	$(BIN)/python -m persample.testing.support docs/support.md
 
 lint: venv
 	$(BIN)/ruff check .
@@ -39,7 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
-	$(PIP) --editable ".[opacus,safetensors,experiments,real-models,docs,dev]" einops unfoldNd
+	$(PIP) --editable ".[opacus,safetensors,experiments,real-models,testing,docs,dev]" einops unfoldNd
 	$(PIP) --no-deps backpack-for-pytorch
 	touch $@
 

@@ -13,6 +13,8 @@ from sybil.sybil import SybilCollection
 
 from persample.sources import registry
 
+pytest_plugins = ["persample.testing.fixtures"]
+
 
 @pytest.fixture(scope="module")
 def global_state() -> Iterator[None]:

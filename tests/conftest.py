@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from hypothesis import HealthCheck, settings
 
 import persample
-
-from .conformance import trace, truth
 
 # Large models are slow to draw, and the time of a case depends on the machine.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
@@ -19,18 +14,6 @@ _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 settings.register_profile("every-run", max_examples=100, derandomize=True, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 settings.load_profile("every-run")
-
-
-@pytest.fixture
-def no_trace() -> Callable[..., Any]:
-    """A context in which nothing about a model may change, see `conformance.trace`."""
-    return trace.no_trace
-
-
-@pytest.fixture
-def per_sample_truth() -> Callable[..., truth.Truth]:
-    """The gradients of the single samples by an independent loop, see `conformance.truth`."""
-    return truth.per_sample_truth
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

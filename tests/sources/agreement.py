@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import UnsupportedModelError
-
-from ..conformance.trace import no_trace as no_trace  # noqa: TID252 - the tests are not importable by an absolute name
+from persample.testing import no_trace as no_trace
 
 Loss = Callable[[Any, Any], Tensor]
 

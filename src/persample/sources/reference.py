@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from persample.errors import PersampleError, UnsupportedModelError
+from persample.errors import NonFiniteLossError, PersampleError, UnsupportedModelError
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import buffers_restored, random_state, same_random_state
 
@@ -78,14 +78,21 @@ def losses_of_part(source: PerSampleGradSource, part: Batch) -> Tensor:
     """
     try:
         return source.losses(part)
+    except NonFiniteLossError as error:
+        raise runs_in_batches_only(part.size, error) from error
     except PersampleError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        raise UnsupportedModelError(
-            f"The model runs on the batch, but not on {part.size} of its samples by themselves ({error}): it mixes the "
-            "samples (statistics over the batch) or is written for one batch size. Make every sample's loss depend "
-            "on that sample alone."
-        ) from error
+        raise runs_in_batches_only(part.size, error) from error
+
+
+def runs_in_batches_only(size: int, error: Exception) -> UnsupportedModelError:
+    """The refusal of a model that ran on the batch, but raised `error` on `size` of its samples."""
+    return UnsupportedModelError(
+        f"The model runs on the batch, but not on {size} of its samples by themselves ({error}): it mixes the samples "
+        "(statistics over the batch) or is written for one batch size. Make every sample's loss depend on that sample "
+        "alone."
+    )
 
 
 def _gradients_in_batch(

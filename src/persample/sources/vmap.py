@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from persample.errors import LossError, OptionError, UnsupportedModelError
+from persample.errors import LossError, NonFiniteLossError, OptionError, UnsupportedModelError
 from persample.losses import check_losses
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
-from persample.sources.reference import gradient
+from persample.sources.reference import gradient, runs_in_batches_only
 from persample.sources.refusals import describe
 from persample.sources.untouched import random_state, set_random_state
 
@@ -68,7 +68,7 @@ class VmapSource(PerSampleGradSource):
         chunks = list(self._chunks(batch))
         losses = torch.cat([chunk_losses for chunk_losses, _ in chunks])
         gradients = {name: torch.cat([rows[name] for _, rows in chunks]) for name in self.parameters()}
-        return check_losses(losses, batch.size), gradients
+        return self._finite(losses, batch), gradients
 
     def compute_moments(self, batch: Batch) -> Moments:
         # Sums over many samples need more than the 8 or 11 bits of bfloat16 and float16.
@@ -83,7 +83,7 @@ class VmapSource(PerSampleGradSource):
                 second_moment[name] += rows.square().sum(0) / batch.size
         parameters = self.parameters()
         return Moments(
-            losses=check_losses(torch.cat(losses), batch.size),
+            losses=self._finite(torch.cat(losses), batch),
             mean={name: value.to(parameters[name].dtype) for name, value in mean.items()},
             second_moment={name: value.to(parameters[name].dtype) for name, value in second_moment.items()},
         )
@@ -110,6 +110,14 @@ class VmapSource(PerSampleGradSource):
             raise self._unsupported(error) from error
         self._refuse_unseen_uses(losses)
         return losses.detach(), {name: rows.detach() for name, rows in gradients.items()}
+
+    def _finite(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return `losses`, of single samples, or tell whether the batch has finite ones together."""
+        try:
+            return check_losses(losses, batch.size)
+        except NonFiniteLossError as error:
+            self.losses(batch)
+            raise runs_in_batches_only(1, error) from error
 
     def _mapped(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import _len_torch_function_stack
+from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
 
@@ -30,18 +30,19 @@ class _Identity:
 
 
 @contextmanager
-def no_trace(model: nn.Module, *trees: Any) -> Iterator[None]:
+def no_trace(model: nn.Module, *trees: Any, but_buffers: bool = False) -> Iterator[None]:
     """Assert that what happens inside changes nothing: neither `model`, nor the tensors in `trees`, nor a global state.
 
     Args:
         model: compared byte for byte: values, gradients, attributes, hooks, flags, the order of everything.
         *trees: inputs and targets.
+        but_buffers: let the buffers of `model` change, as a forward pass may.
     """
-    before = _state(model, trees)
+    before = _state(model, trees, but_buffers)
     try:
         yield
     finally:
-        after = _state(model, trees)
+        after = _state(model, trees, but_buffers)
         changed = {
             key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)
         }
@@ -49,16 +50,18 @@ def no_trace(model: nn.Module, *trees: Any) -> Iterator[None]:
         assert list(before) == list(after), "the order of modules, parameters or attributes has changed"
 
 
-def _state(model: nn.Module, trees: Any) -> dict[str, Any]:
-    state: dict[str, Any] = {"state_dict": [(key, _bytes(value)) for key, value in model.state_dict().items()]}
+def _state(model: nn.Module, trees: Any, but_buffers: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {"keys": list(model.state_dict())}
     for path, module in model.named_modules(remove_duplicate=False):
         state[f"module {path}"] = (_Identity(module), _Identity(type(module)), module.training)
         for name, value in vars(module).items():
+            if but_buffers and name == "_buffers":
+                continue
             entries = [(key, _Identity(entry)) for key, entry in value.items()] if isinstance(value, dict) else None
             state[f"module {path}: {name}"] = (_Identity(value), entries)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state[f"parameter {name}"] = _tensor_state(parameter)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
+    for name, buffer in () if but_buffers else model.named_buffers(remove_duplicate=False):
         state[f"buffer {name}"] = _tensor_state(buffer)
     for place, leaf in enumerate(pytree.tree_leaves(trees)):
         state[f"leaf {place}"] = _tensor_state(leaf) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,169 @@
+"""A backend before its judge: what it returns for a problem is exact, or it refuses with a reason, or a test fails."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import persample
+from persample.errors import DisagreementError, UnsupportedModelError
+from persample.sources.base import Check
+from persample.testing.problem import Problem
+from persample.testing.trace import no_trace
+from persample.testing.truth import Stream, Truth
+
+Method = Literal["moments", "per_sample"]
+METHODS: tuple[Method, ...] = ("moments", "per_sample")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a backend served a problem, if it was not wrong.
+
+    Attributes:
+        kind: `"exact"`; `"refused"` by an `UnsupportedModelError`; or `"caught"`, refused by the self-check, which
+            found that the numbers were wrong.
+        reason: what the error said.
+    """
+
+    kind: Literal["exact", "refused", "caught"]
+    reason: str = ""
+
+
+EXACT = Verdict("exact")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend as the suite makes it.
+
+    Attributes:
+        backend: its name.
+        options: what `make_source` is given.
+        stream: whence it takes the random numbers of dropout, see `per_sample_truth`.
+    """
+
+    backend: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    stream: Stream = "batch"
+
+    def source(self, problem: Problem, check: Check = "first") -> persample.PerSampleGradSource:
+        """Return the source for the model and the loss of `problem`."""
+        return persample.make_source(self.backend, problem.model, problem.loss_fn, check=check, **self.options)
+
+    def judge(self, problem: Problem, check: Check = "first") -> Verdict:
+        """Call both methods, and return whether the backend was exact or refused, and why.
+
+        Raises:
+            AssertionError: a number is wrong, a trace is left, other random numbers were drawn than in one forward
+                pass, or a refusal does not say what to do.
+        """
+        truth = None if problem.impossible else problem.truth(self.stream)
+        verdicts = [self._judge_method(problem, truth, method, check) for method in METHODS]
+        return next((verdict for verdict in verdicts if verdict != EXACT), EXACT)
+
+    def _judge_method(self, problem: Problem, truth: Truth | None, method: Method, check: Check) -> Verdict:
+        due, buffers = problem.after_one_forward_pass()
+        source = self.source(problem, check)
+        trace = no_trace(problem.model, problem.inputs, problem.targets, but_buffers=True)
+        with _buffers_as_before_or(buffers, problem.model), trace, problem.autocasting():
+            torch.manual_seed(problem.seed)
+            try:
+                result = getattr(source, method)(problem.inputs, problem.targets)
+            except (UnsupportedModelError, DisagreementError) as error:
+                kind: Any = "caught" if isinstance(error, DisagreementError) else "refused"
+                return Verdict(kind, _actionable(str(error)))
+        assert truth is not None, f"{self.backend!r} answered, but the model mixes the samples"
+        if self.stream == "batch":
+            drawn = torch.get_rng_state()
+            assert torch.equal(drawn, due), "other random numbers were drawn than in one forward pass"
+        _assert_right(method, result, truth, problem)
+        return EXACT
+
+
+_ADVICE = re.compile(
+    r"\b(call|change|choose|expand|give|hold|initialise|keep|leave|make|pad|pass|put|read|replace|run|set|switch|take|use|"
+    r"write)\b",
+    re.IGNORECASE,
+)
+
+
+def _actionable(reason: str) -> str:
+    assert _ADVICE.search(reason), f"the refusal does not say what to do: {reason}"
+    return reason
+
+
+@contextmanager
+def _buffers_as_before_or(due: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
+    """Assert that the buffers are as they were or as `due` afterwards, and put them back."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    for (buffer, value), after in zip(before, due, strict=True):
+        if not torch.equal(buffer, value):
+            torch.testing.assert_close(buffer, after, equal_nan=True, msg="a buffer has the value of no forward pass")
+            buffer.copy_(value)
+
+
+def _assert_right(method: Method, result: Any, truth: Truth, problem: Problem) -> None:
+    if method == "per_sample":
+        assert_same(result, truth.gradients, problem, rounding(truth))
+        return
+    size = len(truth.losses)
+    assert result.batch_size == size
+    assert not result.losses.requires_grad
+    assert result.losses.shape == truth.losses.shape
+    relative = _relative(problem)
+    absolute = relative * (1e-3 if relative < 1e-8 else truth.losses.abs().max().item())
+    torch.testing.assert_close(result.losses, truth.losses, rtol=relative, atol=absolute, check_dtype=False)
+    mean = {name: g.sum(0) / size for name, g in truth.gradients.items()}
+    second_moment = {name: g.square().sum(0) / size for name, g in truth.gradients.items()}
+    assert_same(result.mean, mean, problem, rounding(truth))
+    assert_same(result.second_moment, second_moment, problem, rounding(truth) * _largest(truth.gradients))
+
+
+def rounding(truth: Truth) -> float:
+    """Return what is left of gradients that vanish in exact arithmetic: rounding, in the unit of the others."""
+    return 1e-2 * _largest(truth.gradients) + 1e-4 * truth.losses.abs().max().item()
+
+
+def assert_same(actual: Any, expected: Mapping[str, Tensor], problem: Problem, rounding: float) -> None:
+    """Assert the same keys, kinds of tensors and entries.
+
+    Args:
+        actual: what the backend returned.
+        expected: what is right.
+        problem: says how precise the computation is.
+        rounding: what entries may differ by in that precision, beside their own rounding.
+    """
+    parameters = dict(problem.model.named_parameters())
+    relative = _relative(problem)
+    assert list(actual) == list(expected), "keys, or their order"
+    for name, value in expected.items():
+        assert type(actual[name]) is Tensor, f"{name} is a {type(actual[name])}"
+        assert not actual[name].requires_grad
+        assert actual[name].layout is torch.strided
+        assert actual[name].dtype == parameters[name].dtype
+        assert actual[name].device == parameters[name].device
+        absolute = relative * (rounding if relative < 1e-8 else max(10 * rounding, _largest({name: value})))
+        torch.testing.assert_close(
+            actual[name], value, rtol=relative, atol=absolute, msg=partial("{}: {}".format, name)
+        )
+
+
+def _relative(problem: Problem) -> float:
+    """The difference that rounding explains: under autocast to bfloat16, products have 8 bits."""
+    if problem.autocast is not None:
+        return 5e-2
+    dtypes = {p.dtype for p in problem.model.parameters()}
+    return 1e-9 if dtypes <= {torch.float64} else 1e-4
+
+
+def _largest(values: Mapping[str, Tensor]) -> float:
+    return max((value.abs().max().item() for value in values.values() if value.numel()), default=0.0)

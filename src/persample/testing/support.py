@@ -1,0 +1,124 @@
+"""The support table of the documentation, made by a run of the zoo: `python -m persample.testing.support PAGE`.
+
+The page is never typed, and the tests of the built-in backends hold every verdict against it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+import persample
+from persample.testing.candidate import Candidate, Verdict
+from persample.testing.suite import judge_case
+from persample.testing.zoo import FAMILIES, ZOO
+
+#: The built-in backends, as the suite makes them.
+BUILT_IN = (
+    Candidate("loop"),
+    Candidate("fused"),
+    Candidate("vmap", {"randomness": "same"}, stream="each"),
+    Candidate("hooks"),
+    Candidate("opacus"),
+    Candidate("backpack"),
+)
+
+#: Verdicts by the name of the case and the name of the backend.
+Verdicts = Mapping[tuple[str, str], Verdict]
+
+_WORDS = {"exact": "exact", "refused": "refused", "caught": "refused by the self-check"}
+_INTRODUCTION = """\
+# What each backend serves
+
+This page is made by `make support`, which runs every backend on every model of the [zoo](own-backend.md#check-it), and
+the tests hold the backends against it.
+
+- **exact**: for batches of several sizes, among them a single sample and as many samples as another dimension is
+  long, losses, mean gradient, second moment and the gradients of all samples are those of an independent loop over
+  the samples, to nine digits in float64.
+- **refused**: an error says why, and what to do. Its words are behind the number.
+
+Whatever a backend refuses, `"loop"` serves, but for the last table: there the gradient of a single sample does not
+exist.
+"""
+
+
+def verdicts_of(candidates: Iterable[Candidate]) -> Verdicts:
+    """Return what each candidate makes of each case of the zoo.
+
+    Raises:
+        AssertionError: one is wrong.
+    """
+    found: dict[tuple[str, str], Verdict] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for candidate, (name, case) in itertools.product(candidates, ZOO.items()):
+            try:
+                found[name, candidate.backend] = judge_case(candidate, case)
+            except Exception as error:
+                error.add_note(f"{name!r} by backend {candidate.backend!r}")
+                raise
+    return found
+
+
+def page(verdicts: Verdicts) -> str:
+    """Return the page, as Markdown."""
+    backends = list(dict.fromkeys(backend for _, backend in verdicts))
+    notes: dict[str, int] = {}
+
+    def cell(verdict: Verdict) -> str:
+        note = f"[^{notes.setdefault(verdict.reason, len(notes) + 1)}]" if verdict.reason else ""
+        return _WORDS[verdict.kind] + note
+
+    def row(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    header = [row(["", *(f'`"{b}"`' for b in backends)]), "|---" * (1 + len(backends)) + "|"]
+    possible = [name for name, case in ZOO.items() if not case.impossible]
+    counts = [str(sum(verdicts[name, b].kind == "exact" for name in possible)) for b in backends]
+    lines = [_INTRODUCTION, *header, row([f"exact, of {len(possible)}", *counts])]
+    for family, cases in FAMILIES.items():
+        lines += ["", f"## {family}", "", *header]
+        lines += [row([case.name, *(cell(verdicts[case.name, b]) for b in backends)]) for case in cases]
+    lines += ["", "## The refusals", ""]
+    lines += [f"[^{number}]: {_quoted(reason)}" for reason, number in notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def read(text: str) -> dict[tuple[str, str], str]:
+    """Return the kinds of the verdicts on a page, by the name of the case and the name of the backend."""
+    kinds = {word: kind for kind, word in _WORDS.items()}
+    found: dict[tuple[str, str], str] = {}
+    backends = [""]
+    for line in text.splitlines():
+        name, *cells = [re.sub(r"\[\^\d+\]$", "", cell.strip()) for cell in line.strip().strip("|").split(" | ")]
+        if line.startswith("|  |"):
+            backends = [cell.strip('`"') for cell in cells]
+        elif name in ZOO:
+            found |= {(name, backend): kinds[cell] for backend, cell in zip(backends, cells, strict=True)}
+    return found
+
+
+def _quoted(reason: str) -> str:
+    return f"`` {' '.join(reason.split())} ``"
+
+
+def main(path: Path) -> None:
+    """Write the page to `path`."""
+    missing = [c.backend for c in BUILT_IN if not persample.backends()[c.backend].available]
+    if missing:
+        sys.exit(f"The table needs all backends, and these cannot be imported here: {', '.join(missing)}")
+    torch.set_num_threads(1)
+    draft = path.with_suffix(".draft")
+    draft.write_text(page(verdicts_of(BUILT_IN)), encoding="utf-8")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

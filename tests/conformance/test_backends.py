@@ -1,0 +1,59 @@
+"""Every built-in backend passes the suite, and what it refuses is what the documentation says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from persample.testing import BackendSuite, Case, Verdict, support
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+DOCUMENTED = support.read(PAGE.read_text(encoding="utf-8"))
+
+
+class DocumentedSuite(BackendSuite):
+    def accept(self, case: Case, verdict: Verdict) -> None:
+        super().accept(case, verdict)
+        documented = DOCUMENTED.get((case.name, self.backend))
+        assert verdict.kind == documented, f"run `make support`: {verdict}"
+
+
+class TestLoop(DocumentedSuite):
+    backend = "loop"
+    serves = "everything"
+
+
+class TestFused(DocumentedSuite):
+    backend = "fused"
+    serves = "everything"
+
+
+class TestVmap(DocumentedSuite):
+    backend = "vmap"
+    options = {"randomness": "same"}  # noqa: RUF012 - declared as a class variable in the suite
+    stream = "each"
+    serves = "layers"
+
+
+class TestHooks(DocumentedSuite):
+    backend = "hooks"
+    serves = "layers"
+
+
+class TestOpacus(DocumentedSuite):
+    backend = "opacus"
+
+
+class TestBackpack(DocumentedSuite):
+    backend = "backpack"
+
+
+def test_the_page_has_every_case_and_no_other() -> None:
+    assert list(DOCUMENTED) == [(name, c.backend) for name in support.ZOO for c in support.BUILT_IN]
+
+
+@pytest.mark.parametrize("candidate", support.BUILT_IN, ids=lambda c: c.backend)
+def test_the_page_is_made_with_the_options_of_the_tests(candidate: support.Candidate) -> None:
+    suites = {suite.backend: suite() for suite in DocumentedSuite.__subclasses__()}
+    assert suites[candidate.backend].candidate == candidate
