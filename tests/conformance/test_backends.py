@@ -26,7 +26,11 @@ class TestLoop(DocumentedSuite):
 
 class TestFused(DocumentedSuite):
     backend = "fused"
-    serves = "everything"
+    serves = "layers"
+
+    def accept(self, case: Case, verdict: Verdict) -> None:
+        if verdict.kind != "exact":  # it may serve more than is documented
+            super().accept(case, verdict)
 
 
 class TestVmap(DocumentedSuite):

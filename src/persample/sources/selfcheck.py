@@ -32,7 +32,6 @@ from persample.sources.untouched import (
 if TYPE_CHECKING:
     from persample.sources.base import PerSampleGradSource
 
-_COARSE = 1e-2  # the relative rounding above which sums of a few terms are inaccurate
 _SAMPLES = 4  # as many samples as are compared with the loop
 
 
@@ -141,7 +140,7 @@ def _verify_moments(
     before: RandomState,
     rounding: float,
 ) -> None:
-    _require_close(source, "vector", {"losses": claimed.losses}, {"losses": losses}, rounding, least=1.0)
+    _require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, rounding)
     mean = {name: g / batch.size for name, g in total.items()}
     _require_close(source, "mean gradient", claimed.mean, mean, rounding, _largest(losses))
     if not source.exact:
@@ -168,7 +167,7 @@ def _verify_rows(
     rounding: float,
 ) -> None:
     claimed_losses, gradients = claimed
-    _require_close(source, "vector", {"losses": claimed_losses}, {"losses": losses}, rounding, least=1.0)
+    _require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, rounding)
     for name, p in source.parameters().items():
         shape = tuple(gradients[name].shape) if name in gradients else None
         if shape != (batch.size, *p.shape):
@@ -214,9 +213,7 @@ def _require_close(
     expected: Mapping[str, Tensor],
     rounding: float,
     largest_loss: float = 0.0,
-    least: float = 0.0,
 ) -> None:
-    """Require equality up to rounding; a value that is the difference of larger ones has the rounding of `least`."""
     if claimed.keys() != expected.keys():
         missing = sorted(expected.keys() ^ claimed.keys())
         raise DisagreementError(
@@ -225,10 +222,8 @@ def _require_close(
         )
     largest = max((_largest(e) for e in expected.values()), default=0.0)
     for name, value in expected.items():
-        # Gradients that vanish in exact arithmetic (a bias before a normalisation) consist of rounding alone. In 8 bits
-        # the small ones mostly do.
-        others = 1e-2 if rounding < _COARSE else 0.5
-        scale = max(least, _largest(value)) + others * largest + 1e-4 * largest_loss
+        # Gradients that vanish in exact arithmetic (a bias before a normalisation) consist of rounding alone.
+        scale = _largest(value) + 1e-2 * largest + 1e-4 * largest_loss
         allowed = max(rounding, tolerance(value)) * scale
         difference = _largest(claimed[name] - value)
         if not torch.equal(claimed[name].isnan(), value.isnan()):
