@@ -12,8 +12,11 @@ from persample.sources import PerSampleGradSource as PerSampleGradSource
 from persample.sources import backends as backends
 from persample.sources import make_source as make_source
 from persample.sources import register_backend as register_backend
+from persample.vogn import OGN as OGN
 from persample.vogn import VOGN as VOGN
+from persample.vogn import MeanFieldVI as MeanFieldVI
 from persample.vogn import Posterior as Posterior
 from persample.vogn import Prior as Prior
+from persample.vogn import Vadam as Vadam
 
 __version__ = "0.1.0"
