@@ -261,7 +261,8 @@ def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: 
         return None
     outer, rows, inner = rows_in(labels)
     rows = read(rows)
-    if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and len(call.operands()) > 1):
+    picked = any(layout.owners is not None for layout in call.samples.values())
+    if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and (picked or len(call.operands()) > 1)):
         return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True)
     if bool((rows == ALL).any()):
         return Lost(f"{call.name} makes an entry of its result from all of them")

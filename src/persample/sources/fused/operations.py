@@ -14,6 +14,7 @@ from persample.sources.fused.rules.copies import attended, beside_each_other, en
 from persample.sources.fused.rules.embedding import embedding
 from persample.sources.fused.rules.fallback import fallback as fallback
 from persample.sources.fused.rules.fallback import no_rule as no_rule
+from persample.sources.fused.rules.in_order import in_order
 from persample.sources.fused.rules.linear import linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from persample.sources.fused.rules.values import as_told, values_alone
@@ -49,18 +50,19 @@ RULES: Mapping[Any, Rule] = {
             "bilinear": rewritten.bilinear,
             "prelu": rewritten.prelu,
             "masked_fill": rewritten.masked_fill,
+            "index_put": rewritten.index_put,
             "index_select": rewritten.index_select,
+            "take": rewritten.take,
             "__getitem__": rewritten.looked_up,
         }
     ),
     **dict.fromkeys(functions("__setitem__"), written_into),
-    **convolutions,
-    **transposed_convolutions,
+    **{func: in_order(rule) for func, rule in (convolutions | transposed_convolutions).items()},
     F.linear: linear,
     F.embedding: embedding,
     F.layer_norm: layer_norm,
-    F.group_norm: group_norm,
-    F.batch_norm: batch_norm,
-    F.instance_norm: instance_norm,
+    F.group_norm: in_order(group_norm),
+    F.batch_norm: in_order(batch_norm),
+    F.instance_norm: in_order(instance_norm),
     F.rms_norm: rms_norm,
 }

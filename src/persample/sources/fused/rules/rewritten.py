@@ -55,12 +55,48 @@ def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
 
 
 def looked_up(capture: Capture, table: Tensor, index: Any) -> Any:
-    """`parameter[indices]`, with indices of samples for its first dimension, is an embedding."""
-    if not isinstance(index, Tensor) or index.dtype == torch.bool or capture.expression(table) is None:
+    """`parameter[:, i, j]`, with indices of samples, is an embedding by the number i · size + j."""
+    parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
+    first = next((place for place, part in enumerate(parts) if isinstance(part, Tensor)), len(parts))
+    indices = [part for part in parts[first:] if isinstance(part, Tensor) and not part.is_floating_point()]
+    others = [part for part in parts if not isinstance(part, Tensor)]
+    together = parts[first : first + len(indices)] == indices or len(indices) == 1
+    if (
+        capture.expression(table) is None
+        or not indices
+        or any(i.dtype == torch.bool for i in indices)
+        or any(part != slice(None) for part in others)
+        or not all(parts[first + n] is i for n, i in enumerate(indices))
+        or not together
+    ):
         return capture.fall_back(Tensor.__getitem__, (table, index), {})
     with capture:
-        rows = table.flatten(1) if table.dim() > 1 else table.unsqueeze(1)
-        return F.embedding(index % len(table), rows).view(*index.shape, *table.shape[1:])
+        moved = table.movedim(list(range(first)), list(range(len(indices), len(indices) + first)))
+        sizes, others_shape = moved.shape[: len(indices)], moved.shape[len(indices) :]
+        number = indices[0] % sizes[0]
+        for i, size in zip(indices[1:], sizes[1:], strict=True):
+            number = number * size + i % size
+        rows = F.embedding(number, moved.reshape(sizes.numel(), -1)).unflatten(-1, others_shape or (1,))
+        rows = rows if others_shape else rows.squeeze(-1)
+        return rows.movedim(list(range(number.dim(), number.dim() + first)), list(range(first)))
+
+
+def index_put(capture: Capture, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+    """A copy of x with the parameter written into it."""
+    if accumulate or capture.expression(input) is not None:
+        return capture.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
+    with capture:
+        copy = input.clone()
+        copy[tuple(indices)] = values
+        return copy
+
+
+def take(capture: Capture, input: Tensor, index: Tensor) -> Any:
+    """`parameter.flatten()[indices]`."""
+    if capture.expression(input) is None:
+        return capture.fall_back(torch.take, (input, index), {})
+    with capture:
+        return input.flatten()[index]
 
 
 def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> Any:
