@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from persample.sources.fused.families import COMPARISONS, JOINING, POINTWISE, functions, is_in_place
-from persample.sources.fused.rules import rewritten
+from persample.sources.fused.rules import recurrent, rewritten
 from persample.sources.fused.rules.convolution import convolutions, transposed_convolutions
 from persample.sources.fused.rules.copies import attended, beside_each_other, entry_by_entry, written_into
 from persample.sources.fused.rules.embedding import embedding
@@ -40,6 +40,8 @@ RULES: Mapping[Any, Rule] = {
     **_general(POINTWISE, entry_by_entry),
     **_general(COMPARISONS, values_alone),
     **_general(JOINING, beside_each_other),
+    **_general(recurrent.layers, recurrent.recurrent),
+    **recurrent.cells,
     **_general([F.scaled_dot_product_attention], attended),
     **_general(functions("to type_as expand_as view_as reshape_as"), as_told),
     **_each(

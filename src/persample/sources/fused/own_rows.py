@@ -44,3 +44,31 @@ class OwnRows:
 
     def printed_second_moment_sum(self) -> Tensor:
         return self.sums()[1]
+
+
+@dataclass(frozen=True)
+class PickedRows:
+    """The same where the samples' rows were picked or sorted.
+
+    Attributes:
+        delta: δ of the operand.
+        labels: whose each of its entries is.
+        samples: the samples that are asked for.
+    """
+
+    delta: Tensor
+    labels: Tensor
+    samples: Tensor
+
+    def rows(self, rows: slice) -> PickedRows:
+        return PickedRows(self.delta, self.labels, self.samples[rows])
+
+    def per_sample(self) -> Tensor:
+        own = self.labels == self.samples.view(-1, *[1] * self.delta.dim())
+        return torch.where(own, self.delta, 0)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.delta, self.delta.square()
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return self.delta.square()

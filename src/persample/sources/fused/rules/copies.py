@@ -18,7 +18,7 @@ from persample.sources.fused.expressions import Expression
 from persample.sources.fused.families import JOINING
 from persample.sources.fused.following import Call, Unknown, after, agreed, aligned
 from persample.sources.fused.layout import Layout
-from persample.sources.fused.own_rows import OwnRows
+from persample.sources.fused.own_rows import OwnRows, PickedRows
 from persample.sources.fused.places import Place
 
 if TYPE_CHECKING:
@@ -118,13 +118,17 @@ def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: 
     if length is not None and own.before == 1 and own.after % length == 0:
         once = expression.once(own.dim)
         return capture.copies(expression.value, where, once, _of_repeated(once, layout, own))
-    if layout.owners is not None:
-        raise ValueError("it has an entry of its own for each row of samples that were picked or sorted")
+    return capture.copies(expression.value, where, expression, _of_own_rows(where, own))
 
-    def of_own_rows(delta: Tensor) -> Contribution:
-        return OwnRows(own.sample_first(delta, layout.batch), own, layout.batch)
 
-    return capture.copies(expression.value, where, expression, of_own_rows)
+def _of_own_rows(layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+    def contribution(delta: Tensor) -> Contribution:
+        if layout.owners is None:
+            return OwnRows(place.sample_first(delta, layout.batch), place, layout.batch)
+        samples = torch.arange(layout.batch, device=delta.device)
+        return PickedRows(delta, layout.labels(delta.shape, delta.device), samples)
+
+    return contribution
 
 
 def _of_all(expression: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
