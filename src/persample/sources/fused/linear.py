@@ -1,4 +1,4 @@
-"""Sums over samples of δ_iᵀ a_i and its square, for linear layers, in whichever exact form is the fastest."""
+"""The products of a linear layer, each in whichever exact form is the fastest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from persample.sources.contributions import OuterProducts
@@ -55,8 +56,31 @@ def one_position(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:
     }
     product = product_for(a)
     if product is not None:
-        forms["onednn"] = lambda: (product(delta.mT, a.mT), product(delta.square().mT, a.square().mT))
+
+        def onednn() -> Sums:
+            d, x = delta.mT.contiguous(), a.mT.contiguous()
+            return product(d, x), product(d.square(), x.square())
+
+        forms["onednn"] = onednn
     return forms
+
+
+def outputs_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, `(N, O)`, for x of shape `(N, I)`, by the fastest product."""
+    forms: dict[str, Callable[[], tuple[Tensor]]] = {"blas": lambda: (F.linear(x, weight, bias),)}
+    product = product_for(x)
+    if product is not None:
+        forms["onednn"] = lambda: (product(x, weight, bias),)
+    return choose(("outputs", tuple(x.shape), tuple(weight.shape), bias is None, x.dtype, x.device), forms)[0]
+
+
+def gradient_of_inputs(delta: Tensor, weight: Tensor) -> Tensor:
+    """Return δ W, `(N, I)`, for δ of shape `(N, O)`, by the fastest product."""
+    forms: dict[str, Callable[[], tuple[Tensor]]] = {"blas": lambda: (delta @ weight,)}
+    product = product_for(delta)
+    if product is not None:
+        forms["onednn"] = lambda: (product(delta, weight.mT),)
+    return choose(("inputs", tuple(delta.shape), tuple(weight.shape), delta.dtype, delta.device), forms)[0]
 
 
 def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:

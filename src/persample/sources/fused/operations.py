@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from persample.sources.fused.families import COMPARISONS, JOINING, POINTWISE, functions, is_in_place
@@ -17,6 +18,7 @@ from persample.sources.fused.rules.fallback import no_rule as no_rule
 from persample.sources.fused.rules.in_order import in_order
 from persample.sources.fused.rules.linear import linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from persample.sources.fused.rules.pooling import max_pool2d
 from persample.sources.fused.rules.values import as_told, values_alone
 
 Rule = Callable[..., Any]
@@ -68,3 +70,6 @@ RULES: Mapping[Any, Rule] = {
     F.instance_norm: in_order(instance_norm),
     F.rms_norm: rms_norm,
 }
+
+#: Operations without parameters that can be had faster, with the same result.
+FASTER: Mapping[Any, Callable[..., Any]] = {F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.contributions import Terms
-from persample.sources.fused.linear import LinearProducts
+from persample.sources.contributions import Contribution, Terms, precise
+from persample.sources.fused.linear import LinearProducts, gradient_of_inputs, outputs_of
 from persample.sources.fused.rules import rewritten
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
     outputs, inputs = weight.shape
     layout.require_features(inputs, outputs)
     after = layout.with_features(inputs, outputs)
-    # Of two dimensions the result is no view, so the tap can take it.
-    result = F.linear(input.reshape(-1, inputs), capture.value(weight), capture.value(bias))
 
     def for_weight(delta: Tensor, x: Tensor) -> LinearProducts:
         return LinearProducts(after.sample_first(delta, outputs), layout.sample_first(x, inputs))
@@ -30,8 +30,27 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
     def for_bias(delta: Tensor, x: Tensor) -> Terms:
         return Terms(after.sample_first(delta, outputs))
 
-    tapped = capture.tap(result, after, [(weight, for_weight), (bias, for_bias)], (input,))
-    return capture.follow_as(tapped.view(*input.shape[:-1], outputs), after)
+    # Of two dimensions the result is no view, so the tap can take it.
+    values = capture.value(weight), capture.value(bias)
+    if all(v is None or (v.dtype, v.requires_grad) == (input.dtype, False) for v in values) and not _autocast(input):
+
+        def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+            return outputs_of(x.reshape(-1, inputs), *values), (x,)
+
+        def backward(delta: Tensor, x: Tensor, wanted: bool) -> tuple[Tensor | None, Sequence[Contribution]]:
+            gradient = gradient_of_inputs(delta, values[0]).view(x.shape) if wanted else None
+            delta, x = precise(delta), precise(x)
+            return gradient, (for_weight(delta, x), for_bias(delta, x))
+
+        result = capture.run(forward, backward, input, after, (weight, bias))
+    else:
+        result = F.linear(input.reshape(-1, inputs), *values)
+        result = capture.tap(result, after, [(weight, for_weight), (bias, for_bias)], (input,))
+    return capture.follow_as(result.view(*input.shape[:-1], outputs), after)
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def matmul(capture: Capture, x: Tensor, other: Tensor) -> Any:

@@ -1,0 +1,55 @@
+"""Max pooling as PyTorch does it, bit for bit, ties and all, whichever kernel is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.sources.fused.rules import pooling
+
+SETTINGS: list[tuple[Any, ...]] = [
+    (2,),
+    (2, 2),
+    ([3, 2], [2, 1]),
+    (3, 2, 1),
+    (3, 1, 1, 2),
+    (2, 2, 0, 1, True),
+    (3, 2, 1, 1, True),
+]
+
+
+@pytest.mark.parametrize("form", [0, -1])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("channels", [1, 6, 16, 33])
+def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(key: object, forms: Mapping[str, Callable[[], tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
+        return list(forms.values())[form]()
+
+    monkeypatch.setattr(pooling, "choose", take)
+    torch.manual_seed(0)
+    x = torch.randn(5, channels, 11, 13).round().requires_grad_()  # rounded, so that there are ties
+    expected = F.max_pool2d(x, *settings)
+    found = pooling.max_pool2d(x, *settings)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()
+    delta = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, x, delta)[0]
+    assert torch.equal(torch.autograd.grad(found, x, delta)[0], wanted)
+
+
+@pytest.mark.parametrize("x", [torch.randn(3, 8, 8), torch.randn(2, 8, 8, 3).movedim(3, 1)], ids=["no batch", "last"])
+def test_other_shapes_and_orders_are_left_to_pytorch(x: Tensor) -> None:
+    assert torch.equal(pooling.max_pool2d(x, 2), F.max_pool2d(x, 2))
+
+
+def test_indices_are_returned_when_asked_for() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    for found, expected in zip(
+        pooling.max_pool2d(x, 2, return_indices=True), F.max_pool2d(x, 2, return_indices=True), strict=True
+    ):
+        assert torch.equal(found, expected)
