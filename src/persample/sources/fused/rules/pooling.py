@@ -27,7 +27,8 @@ def max_pool2d(
 ) -> Any:
     """`F.max_pool2d`."""
     if input.device.type != "cpu" or input.dim() != 4 or not input.is_contiguous() or return_indices:
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        pool: Any = F.max_pool2d
+        return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     settings = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
     result: Tensor = _MaxPool.apply(input, settings)  # type: ignore[no-untyped-call]
     return result
@@ -58,4 +59,3 @@ class _MaxPool(torch.autograd.Function):
             delta.contiguous(), x, *ctx.settings, indices
         )
         return gradient, None
-
