@@ -59,7 +59,7 @@ def test_every_form_is_exact(name: str, dtype: torch.dtype) -> None:
     kinds = set()
     for form, sums in forms(convolution).items():
         kinds.add(form.split()[0])
-        for found, expected in zip(sums(), (total, squares), strict=True):
+        for found, expected in zip(sums(convolution), (total, squares), strict=True):
             assert found.dtype == dtype
             error = (found.double() - expected).norm() / expected.norm()
             assert error < (1e-5 if dtype == torch.float32 else 1e-12), form

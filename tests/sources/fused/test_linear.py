@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,8 +20,8 @@ def test_one_position(size: tuple[int, int, int]) -> None:
     delta, a = torch.randn(batch, outputs), torch.randn(batch, inputs)
     kept = delta.clone(), a.clone()
     g = delta.double().unsqueeze(2) * a.double().unsqueeze(1)
-    for name, form in one_position(delta, a).items():
-        for found, expected in zip(form(), (g.sum(0), g.square().sum(0)), strict=True):
+    for name, form in one_position(a).items():
+        for found, expected in zip(form(delta, a), (g.sum(0), g.square().sum(0)), strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4, msg=name)
     assert torch.equal(delta, kept[0])
     assert torch.equal(a, kept[1])
@@ -32,8 +34,8 @@ def test_many_positions(size: tuple[int, int, int], positions: int) -> None:
     torch.manual_seed(0)
     delta, a = torch.randn(batch, positions, outputs), torch.randn(batch, positions, inputs)
     g = torch.einsum("blo,bli->boi", delta.double(), a.double())
-    for name, form in many_positions(delta, a).items():
-        for found, expected in zip(form(), (g.sum(0), g.square().sum(0)), strict=True):
+    for name, form in many_positions(a).items():
+        for found, expected in zip(form(delta, a), (g.sum(0), g.square().sum(0)), strict=True):
             error = (found.double() - expected).norm() / expected.norm()
             assert error < 1e-5, name
 
@@ -49,12 +51,12 @@ def test_the_layer_itself_whichever_product_is_taken(
     weight = torch.randn(outputs, inputs) if contiguous else torch.randn(inputs, outputs).mT
     seen = []
 
-    def each(key: object, forms: dict[str, object]) -> tuple[torch.Tensor]:
-        results = [form() for form in forms.values()]  # type: ignore[operator]
+    def each(key: object, forms: Any, *operands: Any) -> tuple[torch.Tensor]:
+        results = [form(*operands) for form in forms().values()]
         seen.append(len(results))
         for result in results[1:]:
             torch.testing.assert_close(result[0], results[0][0], rtol=1e-4, atol=1e-4)
-        return results[-1]  # type: ignore[no-any-return]
+        return results[-1]
 
     monkeypatch.setattr(linear, "choose", each)
     expected = x.double() @ weight.double().mT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -27,8 +26,8 @@ SETTINGS: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("channels", [1, 6, 16, 33])
 def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(key: object, forms: Mapping[str, Callable[[], tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
-        return list(forms.values())[form]()
+    def take(key: object, forms: Any, *operands: Any) -> Any:
+        return list(forms().values())[form](*operands)
 
     monkeypatch.setattr(pooling, "choose", take)
     torch.manual_seed(0)

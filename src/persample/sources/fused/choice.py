@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,16 @@ from torch import Tensor
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
 _TRIALS = 4
-_chosen: dict[Hashable, str] = {}
+
+
+class Chosen(NamedTuple):
+    """The fastest form, and its name."""
+
+    name: str
+    form: Callable[..., Any]
+
+
+_chosen: dict[Hashable, Chosen] = {}
 _lock = threading.Lock()
 _state = threading.local()
 
@@ -30,39 +39,48 @@ def deterministic_choice(deterministic: bool) -> Iterator[None]:
         _state.deterministic = before
 
 
-def choose(key: Hashable, forms: Mapping[str, Callable[[], Result]]) -> Result:
-    """Return the result of the fastest of `forms`, which all compute the same but for rounding.
+def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]]], *operands: Any) -> Result:
+    """Return the result of the fastest of `forms`, which all compute the same of `operands` but for rounding.
 
     On the first call with a key every form is timed, in turns; the winner serves all later calls. A form that raises,
     or disagrees with the first, is out.
+
+    Args:
+        key: what decides which form is the fastest: shapes, dtype, device.
+        forms: gives the forms by name, the one that suits most first.
+        operands: what the forms are called with.
     """
-    if getattr(_state, "deterministic", False) or len(forms) == 1:
-        return next(iter(forms.values()))()
+    if getattr(_state, "deterministic", False):
+        return next(iter(forms().values()))(*operands)
     key = (key, torch.get_num_threads())
     chosen = _chosen.get(key)
     if chosen is not None:
-        return forms[chosen]()
+        result: Result = chosen.form(*operands)
+        return result
     with _lock:
-        results = _those_that_agree(forms)
-        seconds = dict.fromkeys(results, float("inf"))
-        for trial in range(_TRIALS):
-            for name in list(seconds):
-                seconds[name] = min(seconds[name], _seconds(forms[name]))
+        candidates = forms()
+        results = _those_that_agree(candidates, operands)
+        seconds = dict.fromkeys(results, 0.0)
+        for trial in range(_TRIALS if len(results) > 1 else 0):
+            for name in seconds:
+                took = _seconds(candidates[name], operands)
+                seconds[name] = took if trial == 0 else min(seconds[name], took)
             if trial == 0:  # no more time for those that are out of the question
                 limit = 2 * min(seconds.values())
                 seconds = {name: took for name, took in seconds.items() if took <= limit}
-        _chosen[key] = min(seconds, key=seconds.__getitem__)
-    return results[_chosen[key]]
+        winner = min(seconds, key=seconds.__getitem__)
+        _chosen[key] = Chosen(winner, candidates[winner])
+    return results[winner]
 
 
-def _those_that_agree(forms: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
+def _those_that_agree(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> dict[str, Result]:
     """Run each form once, and return the results that agree with that of the first."""
     (first, form), *others = forms.items()
-    expected = form()
+    expected = form(*operands)
     results = {first: expected}
     for name, form in others:
         try:
-            result = form()
+            result = form(*operands)
         except RuntimeError:  # a kernel that does not take these shapes
             continue
         if _agree(result, expected):
@@ -70,9 +88,9 @@ def _those_that_agree(forms: Mapping[str, Callable[[], Result]]) -> dict[str, Re
     return results
 
 
-def _seconds(form: Callable[[], Result]) -> float:
+def _seconds(form: Callable[..., Result], operands: tuple[Any, ...]) -> float:
     start = time.perf_counter()
-    result = form()
+    result = form(*operands)
     if result[0].is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -75,18 +75,18 @@ class Convolution:
 
     def sums(self) -> Sums:
         key = (tuple(self.x.shape), tuple(self.delta.shape), self.geometry, self.images, self.x.dtype, self.x.device)
-        return choose(("convolution", key), forms(self))
+        return choose(("convolution", key), lambda: forms(self), self)
 
     def printed_second_moment_sum(self) -> Tensor:
         raise UnsupportedModelError("The printed formula is a curvature of backend 'hooks' only.")
 
 
-def forms(convolution: Convolution) -> dict[str, Callable[[], Sums]]:
-    """The forms worth trying, the one that suits most shapes first."""
-    c, batch = convolution, len(convolution.x) // convolution.images
+def forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
+    """The forms worth trying for convolutions of the shape of `c`, the one that suits most shapes first."""
+    batch = len(c.x) // c.images
     gradient = math.prod(c.geometry.weight)
-    found: dict[str, Callable[[], Sums]] = {
-        f"patches {rows}": partial(_by_patches, c, rows)
+    found: dict[str, Callable[[Convolution], Sums]] = {
+        f"patches {rows}": partial(_by_patches, rows=rows)
         for rows in _pieces(batch, max(gradient, _window_entries(c)), 2**17, 2**19)
     }
     if c.images > 1 or c.x.numel() == 0:
@@ -94,15 +94,17 @@ def forms(convolution: Convolution) -> dict[str, Callable[[], Sums]]:
     # oneDNN rounds the channels of each group up to multiples of 16, in memory that it takes beside the result.
     outputs, channels, *kernel = c.geometry.weight
     rounded = -(-outputs // c.geometry.groups // 16) * -(-channels // 16) * 256 * c.geometry.groups * math.prod(kernel)
-    found |= {f"grouped {rows}": partial(_by_groups, c, rows) for rows in _pieces(batch, rounded, 2**17, 2**18, 2**19)}
+    found |= {
+        f"grouped {rows}": partial(_by_groups, rows=rows) for rows in _pieces(batch, rounded, 2**17, 2**18, 2**19)
+    }
     if c.geometry.groups == 1 and c.geometry.stride[0] == 1 and c.geometry.weight[2] > 1:
         entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
-        found |= {f"rows {rows}": partial(_by_rows, c, rows) for rows in _pieces(batch, entries, 2**18, 2**19)}
+        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(batch, entries, 2**18, 2**19)}
     if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
         rows = _pieces(batch, max(gradient, _window_entries(c)), 2**18)[0]
-        found[f"products {rows}"] = partial(_by_products, c, rows)
+        found[f"products {rows}"] = partial(_by_products, rows=rows)
     if gradient > 2**15:
-        found["single"] = partial(_by_groups, c, 1)
+        found["single"] = partial(_by_groups, rows=1)
     return found
 
 

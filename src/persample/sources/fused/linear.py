@@ -40,8 +40,8 @@ class LinearProducts:
     def sums(self) -> Sums:
         key = (tuple(self.delta.shape), tuple(self.a.shape), self.a.dtype, self.a.device)
         if self.delta.shape[1] == 1:
-            return choose(("linear", key), one_position(self.delta.squeeze(1), self.a.squeeze(1)))
-        return choose(("linear on positions", key), many_positions(self.delta, self.a))
+            return choose(("linear", key), lambda: one_position(self.a), self.delta.squeeze(1), self.a.squeeze(1))
+        return choose(("linear on positions", key), lambda: many_positions(self.a), self.delta, self.a)
 
     def printed_second_moment_sum(self) -> Tensor:
         return OuterProducts(
@@ -49,15 +49,15 @@ class LinearProducts:
         ).printed_second_moment_sum()
 
 
-def one_position(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:
-    """g_i² = (δ_i)² (a_iᵀ)², so both sums are products of matrices over the batch (Goodfellow, 2015)."""
-    forms: dict[str, Callable[[], Sums]] = {
-        "blas": lambda: (delta.mT @ a, delta.square().mT @ a.square()),
+def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
+    """Forms for inputs like `a`. g_i² = (δ_i)² (a_iᵀ)², so both sums are products over the batch (Goodfellow, 2015)."""
+    forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
+        "blas": lambda delta, a: (delta.mT @ a, delta.square().mT @ a.square())
     }
     product = product_for(a)
     if product is not None:
 
-        def onednn() -> Sums:
+        def onednn(delta: Tensor, a: Tensor) -> Sums:
             d, x = delta.mT.contiguous(), a.mT.contiguous()
             return product(d, x), product(d.square(), x.square())
 
@@ -67,31 +67,40 @@ def one_position(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:
 
 def outputs_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + b, `(N, O)`, for x of shape `(N, I)`, by the fastest product."""
-    forms: dict[str, Callable[[], tuple[Tensor]]] = {"blas": lambda: (F.linear(x, weight, bias),)}
-    product = product_for(x)
-    if product is not None:
-        forms["onednn"] = lambda: (product(x, weight, bias),)
-    return choose(("outputs", tuple(x.shape), tuple(weight.shape), bias is None, x.dtype, x.device), forms)[0]
+
+    def forms() -> dict[str, Callable[..., tuple[Tensor]]]:
+        found: dict[str, Callable[..., tuple[Tensor]]] = {"blas": lambda x, w, b: (F.linear(x, w, b),)}
+        product = product_for(x)
+        if product is not None:
+            found["onednn"] = lambda x, w, b: (product(x, w, b),)
+        return found
+
+    key = ("outputs", x.shape, weight.shape, bias is None, x.dtype, x.device)
+    return choose(key, forms, x, weight, bias)[0]
 
 
 def gradient_of_inputs(delta: Tensor, weight: Tensor) -> Tensor:
     """Return δ W, `(N, I)`, for δ of shape `(N, O)`, by the fastest product."""
-    forms: dict[str, Callable[[], tuple[Tensor]]] = {"blas": lambda: (delta @ weight,)}
-    product = product_for(delta)
-    if product is not None:
-        forms["onednn"] = lambda: (product(delta, weight.mT),)
-    return choose(("inputs", tuple(delta.shape), tuple(weight.shape), delta.dtype, delta.device), forms)[0]
+
+    def forms() -> dict[str, Callable[..., tuple[Tensor]]]:
+        found: dict[str, Callable[..., tuple[Tensor]]] = {"blas": lambda delta, w: (delta @ w,)}
+        product = product_for(delta)
+        if product is not None:
+            found["onednn"] = lambda delta, w: (product(delta, w.mT),)
+        return found
+
+    return choose(("inputs", delta.shape, weight.shape, delta.dtype, delta.device), forms, delta, weight)[0]
 
 
-def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[], Sums]]:
-    """The sum over positions is taken before squaring, so the g_i are formed, a few at a time."""
-    forms: dict[str, Callable[[], Sums]] = {
-        "batched": lambda: _batched(delta, a),
-        "blas one by one": lambda: _one_by_one(delta, a, lambda d, x: d.mT @ x),
+def many_positions(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
+    """Forms for inputs like `a`. Positions are summed before squaring, so the g_i are formed, a few at a time."""
+    forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
+        "batched": _batched,
+        "blas one by one": lambda delta, a: _one_by_one(delta, a, lambda d, x: d.mT @ x),
     }
     product = product_for(a)
     if product is not None:
-        forms["onednn one by one"] = lambda: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
+        forms["onednn one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
     return forms
 
 

@@ -37,17 +37,7 @@ def max_pool2d(
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        pool = torch.ops.aten.max_pool2d_with_indices
-
-        def channels_last() -> tuple[Tensor, Tensor]:
-            values, indices = pool(x.contiguous(memory_format=torch.channels_last), *settings)
-            return values.contiguous(), indices.contiguous()
-
-        forms: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-            "as it lies": lambda: pool(x, *settings),
-            "channels last": channels_last,
-        }
-        values, indices = choose(("max pool", tuple(x.shape), str(settings), x.dtype), forms)
+        values, indices = choose(("max pool", x.shape, str(settings), x.dtype), _forms, x, settings)
         ctx.save_for_backward(x, indices)
         ctx.settings = settings
         return values
@@ -59,3 +49,17 @@ class _MaxPool(torch.autograd.Function):
             delta.contiguous(), x, *ctx.settings, indices
         )
         return gradient, None
+
+
+def _forms() -> dict[str, Callable[[Tensor, tuple[Any, ...]], tuple[Tensor, Tensor]]]:
+    return {"as it lies": _as_it_lies, "channels last": _channels_last}
+
+
+def _as_it_lies(x: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    values, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
+    return values, indices
+
+
+def _channels_last(x: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    values, indices = _as_it_lies(x.contiguous(memory_format=torch.channels_last), settings)
+    return values.contiguous(), indices.contiguous()
