@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 import persample
+
+BESIDE_THE_CHECKOUT = Path(__file__).parents[2] / "shared" / "data"
 
 # Large models are slow to draw, and the time of a case depends on the machine.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
@@ -14,6 +19,15 @@ _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 settings.register_profile("every-run", max_examples=100, derandomize=True, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 settings.load_profile("every-run")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of the real data sets; skip where there is none."""
+    folder = Path(os.environ.get("PERSAMPLE_DATA") or BESIDE_THE_CHECKOUT)
+    if not folder.is_dir():
+        pytest.skip(f"no data sets in {folder}; set PERSAMPLE_DATA to a folder with them")
+    return folder
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -140,3 +140,36 @@ def test_says_what_to_install(package: str) -> None:
     assert ended.returncode == 1
     assert 'pip install "persample[experiments]"' in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+class TestAustralian:
+    """The command, for one epoch, where the data are at hand."""
+
+    @pytest.fixture
+    def command(self, persample, real_data: Path):
+        return lambda *more: persample(
+            "australian", "--data-dir", str(real_data), "--epochs", "1", "--seeds", "1", "--jobs", "1", *more
+        )
+
+    def test_prints_ours_beside_the_published_and_goes_on(self, command, tmp_path: Path) -> None:
+        code, out, _ = command("--method", "Vadam")
+        assert code == 0
+        assert "0.944" in out
+        assert "Scores: runs/australian/scores.csv" in out
+        first = (tmp_path / "runs/australian/scores.csv").read_text().splitlines()
+        assert len(first) == 4
+
+        code, _, err = command("--method", "Vadam")
+        assert code == 1
+        assert "--resume" in err
+
+        code, _, _ = command("--method", "Vadam", "--method", "mean-field VI", "--resume")
+        assert code == 0
+        both = (tmp_path / "runs/australian/scores.csv").read_text().splitlines()
+        assert both[:4] == first
+        assert len(both) == 7
+
+    def test_refuses_an_unknown_method(self, command) -> None:
+        code, _, err = command("--method", "sgd")
+        assert code == 2
+        assert "choose among VOGN, Vadam, mean-field VI" in err

@@ -1,6 +1,6 @@
 """What the tests of the experiment share.
 
-The real data sets where they are, a web server on this machine, and tiny data sets in the published formats, written
+A web server on this machine, and tiny data sets in the published formats, written
 here by hand, independently of the readers.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import struct
 import tarfile
 import threading
@@ -26,7 +25,6 @@ import torch
 from persample.experiments.data import ImageDataset, load_dataset
 from persample.experiments.data.published import CIFAR10, MNIST, PublishedDataset, PublishedFile
 
-BESIDE_THE_CHECKOUT = Path(__file__).parents[3] / "shared" / "data"
 UNREACHABLE = "http://127.0.0.1:9/"
 
 
@@ -37,15 +35,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """Return the folder of the real data sets; skip where there is none."""
-    folder = Path(os.environ.get("PERSAMPLE_DATA") or BESIDE_THE_CHECKOUT)
-    if not folder.is_dir():
-        pytest.skip(f"no data sets in {folder}; set PERSAMPLE_DATA to a folder with them")
-    return folder
 
 
 @pytest.fixture

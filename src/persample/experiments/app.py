@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 
 import persample
-from persample.errors import DisagreementError, OptionError, UnknownBackendError
+from persample.errors import DataError, DisagreementError, OptionError, UnknownBackendError
+from persample.experiments.australian_credit.scores import Run, read_csv, write_csv
+from persample.experiments.australian_credit.settings import METHODS, PUBLISHED
+from persample.experiments.australian_credit.train import train_all
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_NAMES
+from persample.experiments.data.australian import load_australian
 from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
 from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
+from persample.experiments.reproduce import make_folder
 from persample.experiments.reproduce import reproduce as run_experiment
-from persample.experiments.tables import agreement_table, backends_table, cost_table, results_table
+from persample.experiments.tables import agreement_table, australian_table, backends_table, cost_table, results_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,6 +127,57 @@ def train(
         test_draws=test_draws,
     )
     _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume, overwrite)
+
+
+@app.command()
+def australian(
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeat it for several. All if left out.")
+    ] = None,
+    data_dir: DataDirOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with the seeds 0, 1, …")] = 5,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; one for each core if left out.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; else 16 × batch size.")] = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Compare VOGN, Vadam and mean-field variational inference with their published scores.
+
+    The data are Australian credit data, the model has one hidden layer of 64 ReLUs.
+    """
+    if unknown := [name for name in method or () if name not in METHODS]:
+        raise OptionError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
+    runs = [
+        Run(setting, seed, epochs or setting.epochs)
+        for setting in PUBLISHED
+        if not method or setting.method in method
+        for seed in range(seeds)
+    ]
+    path = (out or Path("runs") / "australian") / "scores.csv"
+    if path.exists() and not (resume or overwrite):
+        raise DataError(
+            f"{path} exists: go on with it (--resume), replace it (--overwrite), or choose another folder (--out)"
+        )
+    data = load_australian(data_dir)
+    make_folder(path.parent)
+    done = {score.run: score for score in read_csv(path)} if resume else {}
+    left = [run for run in runs if run not in done]
+    console = Console()
+    progress = track(
+        train_all(left, data, jobs=jobs or os.cpu_count() or 1),
+        "Training",
+        total=len(left),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    for score in progress:
+        done[score.run] = score
+        write_csv(list(done.values()), path)
+    scores = [done[run] for run in runs]
+    write_csv(scores, path)
+    console.print(australian_table(scores))
+    typer.echo(f"Scores: {path}")
 
 
 @app.command()

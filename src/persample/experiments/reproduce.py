@@ -82,7 +82,7 @@ def reproduce(
             f"{out} holds an earlier experiment ({', '.join(path.name for path in old)}): go on with it (--resume), "
             "replace it (--overwrite), or choose another folder (--out)"
         )
-    _make_folder(out)
+    make_folder(out)
     dataset = load_dataset(configs[0].dataset, data_dir)
     runs = [start(config, len(dataset.train_targets)) for config in configs]
     for run, checkpoint in zip(runs, checkpoints, strict=True):
@@ -124,7 +124,12 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Make the folder for results if it is not there yet.
+
+    Raises:
+        DataError: It cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
 
 from rich.markup import escape
 from rich.table import Table
 
 from persample.checks import Agreement, Cost
+from persample.experiments.australian_credit.scores import Score
+from persample.experiments.australian_credit.settings import PUBLISHED
 from persample.experiments.records import Prediction, Record
 from persample.sources import Backend
 
@@ -78,6 +81,38 @@ def backends_table(backends: Iterable[Backend]) -> Table:
         missing = "" if backend.available else f"{backend.problem}; {backend.install}"
         table.add_row(backend.name, "yes" if backend.available else "no", escape(missing))
     return table
+
+
+def australian_table(scores: Sequence[Score]) -> Table:
+    """Return the scores of each method and setting over the seeds, beside the published ones."""
+    seeds = len({score.run.seed for score in scores})
+    table = Table(
+        title=f"Australian credit: mean ± standard deviation over {seeds} seeds, in nats per sample (lower is better)",
+        caption="As published: 10 draws, the test set as a whole. The last two: 1000 draws, averaged predictions.",
+    )
+    for heading in ("method", "batch", "draws"):
+        table.add_column(heading)
+    for heading in ("−ELBO", "published", "test log loss", "published", "precise −ELBO", "averaged log loss"):
+        table.add_column(heading, justify="right")
+    for setting in dict.fromkeys(score.run.setting for score in scores):
+        own = [score for score in scores if score.run.setting == setting]
+        published = PUBLISHED.get(setting)
+        table.add_row(
+            setting.method,
+            str(setting.batch_size),
+            str(setting.draws),
+            _spread([score.negative_elbo for score in own]),
+            _number(published.negative_elbo if published else None, ".3f"),
+            _spread([score.test_log_loss for score in own]),
+            _number(published.test_log_loss if published else None, ".3f"),
+            _spread([score.precise_negative_elbo for score in own]),
+            _spread([score.averaged_log_loss for score in own]),
+        )
+    return table
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def _last_epoch(records: list[Record]) -> list[Record]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from persample.errors import DataError
 from persample.experiments.data.folders import missing_files
-from persample.experiments.data.published import PublishedDataset, PublishedFile
+from persample.experiments.data.published import PublishedFile, PublishedFiles
 from persample.experiments.extras import require
 from persample.files import replacing
 
@@ -20,7 +20,7 @@ def cache_root() -> Path:
     return Path(require("pooch", "The cache of data sets").os_cache("persample"))
 
 
-def download(dataset: PublishedDataset, root: Path) -> Path:
+def download(dataset: PublishedFiles, root: Path) -> Path:
     """Download what is not there yet of a data set.
 
     Args:
@@ -54,7 +54,7 @@ def download(dataset: PublishedDataset, root: Path) -> Path:
     return folder
 
 
-def _fetch(dataset: PublishedDataset, file: PublishedFile, folder: Path) -> Path:
+def _fetch(dataset: PublishedFiles, file: PublishedFile, folder: Path) -> Path:
     """Download one file; pooch writes to a temporary name and renames it when the checksum is right."""
     pooch = require("pooch", "Downloading data sets")
     require("tqdm", "The progress bar of downloads")
@@ -77,7 +77,7 @@ def _fetch(dataset: PublishedDataset, file: PublishedFile, folder: Path) -> Path
     return folder / file.name
 
 
-def _unpack(dataset: PublishedDataset, archive: Path, folder: Path) -> None:
+def _unpack(dataset: PublishedFiles, archive: Path, folder: Path) -> None:
     """Copy the data set's files out of the archive; no name or link in it decides where anything goes."""
     wanted = {f"{folder.name}/{file.name}": folder / file.name for file in dataset.files}
     try:
@@ -93,11 +93,11 @@ def _unpack(dataset: PublishedDataset, archive: Path, folder: Path) -> None:
         ) from error
 
 
-def _by_hand(dataset: PublishedDataset) -> str:
+def _by_hand(dataset: PublishedFiles) -> str:
     if dataset.archive is None:
         names = ", ".join(file.name for file in dataset.files)
         where = f"get {names} from {dataset.url} into DIR/{dataset.folder}"
     else:
         url, parent = dataset.url + dataset.archive.name, Path(dataset.folder).parent
         where = f"get {url} and unpack it in DIR/{parent} (which makes DIR/{dataset.folder})"
-    return f"{where}, and use --data-dir DIR; or use the data set mnist-5k, which needs no network"
+    return f"{where}, and use --data-dir DIR (for images, the data set mnist-5k needs no network)"

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 from persample.errors import DataError
-from persample.experiments.data.published import PUBLISHED, PublishedDataset, PublishedFile
+from persample.experiments.data.published import PUBLISHED, PublishedFile, PublishedFiles
 
 
-def find(dataset: PublishedDataset, root: Path) -> Path | None:
+def find(dataset: PublishedFiles, root: Path) -> Path | None:
     """Return the folder below `root`, or `root` itself, in which at least one of the data set's files lies.
 
     Args:
@@ -24,12 +24,12 @@ def find(dataset: PublishedDataset, root: Path) -> Path | None:
     return next((folder for folder in candidates if missing_files(dataset, folder) != dataset.files), None)
 
 
-def missing_files(dataset: PublishedDataset, folder: Path) -> tuple[PublishedFile, ...]:
+def missing_files(dataset: PublishedFiles, folder: Path) -> tuple[PublishedFile, ...]:
     """Return those of the data set's files that do not exist in `folder`."""
     return tuple(file for file in dataset.files if not (folder / file.name).exists())
 
 
-def read_verified(dataset: PublishedDataset, folder: Path) -> dict[str, bytes]:
+def read_verified(dataset: PublishedFiles, folder: Path) -> dict[str, bytes]:
     """Read all files of the data set, each checked against its published size and checksum.
 
     Args:
@@ -45,7 +45,7 @@ def read_verified(dataset: PublishedDataset, folder: Path) -> dict[str, bytes]:
     return {file.name: _read_verified_file(dataset, file, folder / file.name) for file in dataset.files}
 
 
-def _read_verified_file(dataset: PublishedDataset, file: PublishedFile, path: Path) -> bytes:
+def _read_verified_file(dataset: PublishedFiles, file: PublishedFile, path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

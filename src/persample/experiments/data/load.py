@@ -10,7 +10,7 @@ from persample.experiments.data.dataset import ImageDataset, standardise
 from persample.experiments.data.download import cache_root, download
 from persample.experiments.data.folders import find, read_verified
 from persample.experiments.data.mnist5k import read_mnist_5k
-from persample.experiments.data.published import PUBLISHED, PublishedDataset
+from persample.experiments.data.published import PUBLISHED, PublishedFiles
 
 MNIST_5K = "mnist-5k"
 DATASET_NAMES = (MNIST_5K, *PUBLISHED)
@@ -47,11 +47,25 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> I
     if name not in PUBLISHED:
         raise OptionError(f"no data set is called {name!r}; choose one of {', '.join(DATASET_NAMES)}")
     dataset = PUBLISHED[name]
-    folder = _find_in_folders(dataset, data_dir) or download(dataset, cache_root())
-    return standardise(name, dataset.read(read_verified(dataset, folder), dataset.num_classes), dataset.num_classes)
+    contents = read_verified(dataset, locate(dataset, data_dir))
+    return standardise(name, dataset.read(contents, dataset.num_classes), dataset.num_classes)
 
 
-def _find_in_folders(dataset: PublishedDataset, data_dir: str | os.PathLike[str] | None) -> Path | None:
+def locate(dataset: PublishedFiles, data_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the folder of a data set's files; where they are nowhere, download them into the cache.
+
+    Args:
+        dataset: What to look for.
+        data_dir: The folder to look in first; see `load_dataset`.
+
+    Raises:
+        DataError: A folder does not exist, or the download failed.
+        MissingPackageError: A package of the extra `experiments` is not installed.
+    """
+    return _find_in_folders(dataset, data_dir) or download(dataset, cache_root())
+
+
+def _find_in_folders(dataset: PublishedFiles, data_dir: str | os.PathLike[str] | None) -> Path | None:
     named = {
         "--data-dir (argument data_dir)": data_dir,
         f"the environment variable {ENVIRONMENT_VARIABLE}": os.environ.get(ENVIRONMENT_VARIABLE) or None,

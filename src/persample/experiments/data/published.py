@@ -24,28 +24,37 @@ class PublishedFile:
     checksum: str
 
 
-@dataclass(frozen=True)
-class PublishedDataset:
-    """A data set whose files are looked for in folders and otherwise downloaded.
+@dataclass(frozen=True, kw_only=True)
+class PublishedFiles:
+    """Files that are looked for in folders and otherwise downloaded.
 
     Attributes:
-        name: The name by which it is loaded.
-        title: The name that people know.
+        title: The name of the data set that people know.
         folder: Where its files lie below a data folder.
         files: What has to lie there.
         url: The address below which the publisher serves `archive`, or else the `files`.
-        read: Reader of the files' contents, with the number of classes.
         archive: The tar file whose top folder, named as the last part of `folder`, holds the `files`.
-        num_classes: How many classes there are.
     """
 
-    name: str
     title: str
     folder: str
     files: tuple[PublishedFile, ...]
     url: str
-    read: Callable[[Mapping[str, bytes], int], RawImages]
     archive: PublishedFile | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedDataset(PublishedFiles):
+    """A data set of images.
+
+    Attributes:
+        name: The name by which it is loaded.
+        read: Reader of the files' contents, with the number of classes.
+        num_classes: How many classes there are.
+    """
+
+    name: str
+    read: Callable[[Mapping[str, bytes], int], RawImages]
     num_classes: int = 10
 
 

@@ -1,0 +1,102 @@
+"""Train and measure: one run, or all of them, several at a time."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from torch import Tensor
+
+from persample import losses
+from persample.errors import OptionError
+from persample.experiments.australian_credit.scores import Run, Score
+from persample.experiments.australian_credit.settings import make_model, make_optimizer
+from persample.experiments.data.australian import TableDataset
+from persample.experiments.seeds import derive_seed, make_generator
+from persample.vogn import VariationalOptimizer
+
+_PUBLISHED_DRAWS = 10
+_MANY_DRAWS = 1000
+
+
+def train(run: Run, data: TableDataset) -> Score:
+    """Train once, and measure. Nothing is changed, torch's global random generator included.
+
+    Args:
+        run: What to train.
+        data: The data.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(run.seed, "weights"))
+        model = make_model()
+    size = len(data.train_targets)
+    optimizer = make_optimizer(run.setting, model, size, make_generator(run.seed, "noise"))
+    for epoch in range(run.epochs):
+        order = torch.randperm(size, generator=make_generator(run.seed, "order", epoch))
+        for rows in order.split(run.setting.batch_size):
+            optimizer.observe(data.train_inputs[rows], data.train_targets[rows])
+            optimizer.step()
+    return measure(run, optimizer, data)
+
+
+def measure(run: Run, optimizer: VariationalOptimizer, data: TableDataset) -> Score:
+    """Return the scores of a trained optimizer.
+
+    Args:
+        run: What was trained; the draws are derived from its seed.
+        optimizer: With the posterior.
+        data: The data.
+    """
+    generator = make_generator(run.seed, "evaluation")
+    posterior = optimizer.posterior
+
+    def negative_elbo(draws: int) -> float:
+        elbo = optimizer.elbo(data.train_inputs, data.train_targets, samples=draws, generator=generator)
+        return -elbo.per_sample
+
+    def on_test_data(draws: int) -> Tensor:
+        table = posterior.log_likelihoods(
+            losses.bernoulli, data.test_inputs, data.test_targets, samples=draws, generator=generator
+        )
+        return table.double()  # (draws, rows)
+
+    return Score(
+        run=run,
+        negative_elbo=negative_elbo(_PUBLISHED_DRAWS),
+        test_log_loss=-_log_mean_exp(on_test_data(_PUBLISHED_DRAWS).sum(1)).item() / len(data.test_targets),
+        precise_negative_elbo=negative_elbo(_MANY_DRAWS),
+        averaged_log_loss=-_log_mean_exp(on_test_data(_MANY_DRAWS)).mean().item(),
+    )
+
+
+def _log_mean_exp(values: Tensor) -> Tensor:
+    """Logarithm of the mean over dim 0 of the exponentials."""
+    return values.logsumexp(0) - math.log(len(values))
+
+
+def train_all(runs: Sequence[Run], data: TableDataset, *, jobs: int = 1) -> Iterator[Score]:
+    """Yield the score of each run as soon as it is there.
+
+    Args:
+        runs: What to train.
+        data: The data.
+        jobs: How many runs at a time, each in a process with one thread.
+
+    Raises:
+        OptionError: `jobs` is below 1.
+    """
+    if jobs < 1:
+        raise OptionError(f"jobs={jobs} must be at least 1")
+    if jobs == 1:
+        yield from (train(run, data) for run in runs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for future in as_completed([pool.submit(train, run, data) for run in runs]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
