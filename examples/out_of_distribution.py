@@ -1,0 +1,98 @@
+"""Train on digits, then ask for garments: a Bayesian network is less sure about what it has never seen.
+
+    python examples/out_of_distribution.py --data-dir DATA --out out-of-distribution.png
+
+DATA is a folder with MNIST and Fashion-MNIST; without it they are downloaded (`pip install "persample[experiments]"`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import persample
+from persample.experiments.data import load_dataset
+from persample.experiments.models import mnist_convnet
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that a score of `outside` is above one of `inside`, equal ones counted by half."""
+    scores = torch.cat([inside, outside]).double()
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # the mean rank of equal scores, from 1
+    above = ranks[len(inside) :].sum() - len(outside) * (len(outside) + 1) / 2
+    return (above / (len(inside) * len(outside))).item()
+
+
+def draw_histograms(scores: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
+    """Draw for each way to score how digits and garments are spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, (title, (inside, outside)) in zip(figure.subplots(1, len(scores)), scores.items(), strict=True):
+        bins = torch.linspace(0, torch.cat([inside, outside]).max().item(), 41).tolist()
+        for values, label, colour in ((inside, "MNIST", "#0072B2"), (outside, "Fashion-MNIST", "#D55E00")):
+            axes.hist(values.tolist(), bins, density=True, alpha=0.6, color=colour, label=label)
+        axes.set(title=f"{title}\nAUROC {auroc(inside, outside):.3f}", xlabel="nats", ylabel="density", yscale="log")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train on MNIST, draw the scores of both test sets, and return the area under the ROC curve of each score."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=60_000, help="as many training images")
+    parser.add_argument("--test-samples", type=int, default=10_000, help="as many images of each test set")
+    parser.add_argument("--out", type=Path, default=Path("out-of-distribution.png"))
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    digits = load_dataset("mnist", options.data_dir)
+    garments = load_dataset("fashion-mnist", options.data_dir)
+    inputs, targets = digits.train_inputs[: options.samples], digits.train_targets[: options.samples]
+
+    model = mnist_convnet()
+    optimizer = persample.VOGN(
+        model,
+        persample.losses.cross_entropy,
+        data_size=len(targets),
+        lr=3e-3,
+        prior_precision=5.0,
+        hess_init=0.01,
+        backend="fused",
+    )
+    for epoch in range(options.epochs):
+        for rows in torch.randperm(len(targets)).split(128):
+            loss = optimizer.observe(inputs[rows], targets[rows])
+            optimizer.step()
+        print(f"epoch {epoch + 1}: loss of the last batch {loss:.3f}")
+
+    model.eval()
+    sets = (digits.test_inputs[: options.test_samples], garments.test_inputs[: options.test_samples])
+    inside, outside = (optimizer.predict(images, samples=32, rows_at_once=500) for images in sets)
+    scores = {
+        "entropy at the mean": tuple(_entropy_at_the_mean(model, images) for images in sets),
+        "entropy of the average": (inside.entropy, outside.entropy),
+        "mutual information": (inside.mutual_information, outside.mutual_information),
+    }
+    areas = {title: auroc(*pair) for title, pair in scores.items()}
+    for title, area in areas.items():
+        print(f"{title:24} AUROC {area:.4f}")
+    draw_histograms(scores, options.out)
+    print(f"picture: {options.out}")
+    return areas
+
+
+@torch.no_grad()
+def _entropy_at_the_mean(model: torch.nn.Module, images: Tensor) -> Tensor:
+    probabilities = torch.cat([model(chunk).softmax(1) for chunk in images.split(500)])
+    return torch.special.entr(probabilities).sum(1)
+
+
+if __name__ == "__main__":
+    main()

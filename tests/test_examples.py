@@ -1,0 +1,73 @@
+"""Every example runs, with tiny settings, and shows what it is there to show."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """One thread, which is faster for small tensors; global noise as it was; files go to an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+def test_every_example_has_a_test_and_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        assert f"examples/{path.name}" in page
+        assert f'load("{path.stem}")' in tests
+
+
+def test_plain_loop() -> None:
+    assert load("plain_loop").main(["--epochs", "2", "--batch-size", "100"]) < 1.0
+
+
+def test_regression_bands(tmp_path: Path) -> None:
+    predicted = load("regression_bands").main(["--steps", "200", "--out", str(tmp_path / "bands.png")])
+    inside, outside = predicted.epistemic_variance[150:210].mean(), predicted.epistemic_variance[[0, -1]].mean()
+    assert outside > 4 * inside
+    assert (tmp_path / "bands.png").stat().st_size > 10_000
+
+
+def test_out_of_distribution(real_data: Path, tmp_path: Path) -> None:
+    small = ["--samples", "300", "--epochs", "1", "--test-samples", "100"]
+    areas = load("out_of_distribution").main(["--data-dir", str(real_data), *small, "--out", str(tmp_path / "ood.png")])
+    assert list(areas) == ["entropy at the mean", "entropy of the average", "mutual information"]
+    assert all(0 <= area <= 1 for area in areas.values())
+    assert (tmp_path / "ood.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [([0.0, 1.0, 2.0], [3.0, 4.0]), ([0.0, 1.0], [1.0, 1.0, 0.0]), ([2.0], [1.0]), ([1.0, 1.0], [1.0])],
+)
+def test_auroc_counts_pairs(inside: list[float], outside: list[float]) -> None:
+    area: Callable[[Tensor, Tensor], Any] = load("out_of_distribution").auroc
+    pairs = [1.0 * (o > i) + 0.5 * (o == i) for i in inside for o in outside]
+    assert area(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(sum(pairs) / len(pairs))
