@@ -8,6 +8,7 @@ import torch
 
 from persample.errors import DataError, OptionError
 from persample.experiments.checkpoint import restore, save
+from persample.experiments.layers import layer_records
 from persample.experiments.metrics import Metrics
 from persample.experiments.recipes import configure
 from persample.experiments.records import Record
@@ -30,6 +31,7 @@ def saved(tmp_path: Path) -> Path:
 def test_holds_nothing_but_tensors_and_plain_values(optimizer: str, tmp_path: Path) -> None:
     run = begin(optimizer)
     run.records = [Record("adam", 1, "train", "point", Metrics(1 / 3, 0.5, 0.25))]
+    run.layers = layer_records("vogn", 1, begin("vogn").optimizer)
 
     save(run, tmp_path / "run.pt")
 
@@ -39,6 +41,7 @@ def test_holds_nothing_but_tensors_and_plain_values(optimizer: str, tmp_path: Pa
     again = begin(optimizer)
     restore(again, tmp_path / "run.pt")
     assert again.records == run.records
+    assert again.layers == run.layers
 
 
 def test_refuses_other_settings(saved: Path) -> None:

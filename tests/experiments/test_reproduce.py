@@ -43,6 +43,7 @@ def test_writes_everything_down(data_dir: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
         "adam.pt",
         "config.json",
+        "diagnostics.csv",
         "figure2.png",
         "metrics.csv",
         "vogn.pt",
@@ -92,8 +93,22 @@ def test_goes_on_where_it_was_interrupted(data_dir: Path, tmp_path: Path, moment
 
     reproduce(both(), tmp_path / "out", data_dir=data_dir, resume=True)
 
-    for name in ("metrics.csv", "figure2.png"):
+    for name in ("metrics.csv", "diagnostics.csv", "figure2.png"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_writes_for_tensorboard(data_dir: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for overwrite in (False, True):  # the second replaces the first
+        records = reproduce(both(), tmp_path / "out", data_dir=data_dir, tensorboard=True, overwrite=overwrite).records
+    read = events.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    read.Reload()
+    expected = [
+        r.metrics.accuracy for r in records if (r.optimizer, r.split, r.prediction) == ("adam", "test", "point")
+    ]
+    assert [e.value for e in read.Scalars("adam/test/point/accuracy")] == pytest.approx(expected)
+    assert [e.step for e in read.Scalars("vogn/0.weight/effective_lr")] == list(range(1, len(expected) + 1))
+    assert not list((tmp_path / "out").glob(".partial*"))
 
 
 def test_a_new_experiment_forgets_the_old_one(data_dir: Path, tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ OutOption = Annotated[Path | None, typer.Option(help="Folder for the results; on
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier experiment in --out.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="Of the learning rate: constant, or cosine (falls to 0).")]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Write metrics and diagnostics for TensorBoard too.")
+]
 ModelOption = Annotated[str, typer.Option(help=f"The model: {', '.join(MODELS)}.")]
 ProbeSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in the batch.")]
 ProbeBackendsOption = Annotated[
@@ -71,6 +74,7 @@ def reproduce(
     out: OutOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    tensorboard: TensorboardOption = False,
 ) -> None:
     """Train with Adam and with VOGN, and draw the paper's Figure 2.
 
@@ -78,7 +82,7 @@ def reproduce(
     """
     shared: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule, "seed": seed}
     configs = [configure(dataset, "adam", **shared), configure(dataset, "vogn", backend=backend, **shared)]
-    _run(configs, out or Path("runs") / dataset, data_dir, resume, overwrite)
+    _run(configs, out or Path("runs") / dataset, data_dir, resume, overwrite, tensorboard)
 
 
 @app.command()
@@ -103,6 +107,7 @@ def train(
     out: OutOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    tensorboard: TensorboardOption = False,
 ) -> None:
     """Train with one optimizer.
 
@@ -126,7 +131,7 @@ def train(
         train_draws=train_draws,
         test_draws=test_draws,
     )
-    _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume, overwrite)
+    _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume, overwrite, tensorboard)
 
 
 @app.command()
@@ -227,12 +232,20 @@ def backends() -> None:
     Console().print(backends_table(persample.backends().values()))
 
 
-def _run(configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool, overwrite: bool) -> None:
+def _run(
+    configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool, overwrite: bool, tensorboard: bool
+) -> None:
     console = Console()
     try:
         with LiveProgress(console) as progress:
             outcome = run_experiment(
-                configs, out, data_dir=data_dir, resume=resume, overwrite=overwrite, watcher=progress
+                configs,
+                out,
+                data_dir=data_dir,
+                resume=resume,
+                overwrite=overwrite,
+                watcher=progress,
+                tensorboard=tensorboard,
             )
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with --resume goes on after the last whole epoch", err=True)

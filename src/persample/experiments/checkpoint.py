@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from persample.errors import DataError, OptionError
+from persample.experiments.layers import LayerRecord
 from persample.experiments.metrics import Metrics
 from persample.experiments.records import Record
 from persample.experiments.run import Run
 from persample.files import replacing
+from persample.vogn import LayerDiagnostics
 
-_KEYS = {"config", "epoch", "model", "optimizer", "records"}
+_KEYS = {"config", "epoch", "model", "optimizer", "records", "layers"}
 
 
 def save(run: Run, path: Path) -> None:
@@ -34,6 +36,7 @@ def save(run: Run, path: Path) -> None:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "records": [asdict(record) for record in run.records],
+        "layers": [asdict(record) for record in run.layers],
     }
     with replacing(path) as temporary:
         torch.save(state, temporary)
@@ -61,6 +64,9 @@ def restore(run: Run, path: Path) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch = state["epoch"]
     run.records = [Record(**{**row, "metrics": Metrics(**row["metrics"])}) for row in state["records"]]
+    run.layers = [
+        LayerRecord(**{**row, "diagnostics": LayerDiagnostics(**row["diagnostics"])}) for row in state["layers"]
+    ]
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_TITLES, load_dataset
 from persample.experiments.extras import require
 from persample.experiments.figures import figure2
+from persample.experiments.layers import write_layers_csv
 from persample.experiments.models import MODEL_OF_DATASET, MODEL_TITLES
 from persample.experiments.records import Record, write_csv
 from persample.experiments.run import start
+from persample.experiments.tensorboard import write_tensorboard
 from persample.experiments.train import Watcher, train
 from persample.files import replacing
 
@@ -49,11 +51,12 @@ def reproduce(
     resume: bool = False,
     overwrite: bool = False,
     watcher: Watcher | None = None,
+    tensorboard: bool = False,
 ) -> Outcome:
     """Train one run after the other on the same data, and write the results into a folder.
 
     The folder gets `config.json` (settings, versions, machine), for each optimizer a checkpoint `adam.pt` or
-    `vogn.pt` after every epoch, `metrics.csv` and `figure2.png`.
+    `vogn.pt` after every epoch, `metrics.csv`, `diagnostics.csv` (of the posterior) and `figure2.png`.
 
     Args:
         configs: The runs, with different optimizers on one data set.
@@ -62,6 +65,7 @@ def reproduce(
         resume: Go on where the experiment in `out` was interrupted.
         overwrite: Replace what an earlier experiment left in `out`, which is refused otherwise.
         watcher: Is told of every batch and epoch.
+        tensorboard: Write metrics and diagnostics for TensorBoard too, into the folder `tensorboard`.
 
     Returns:
         The metrics and the picture.
@@ -70,13 +74,13 @@ def reproduce(
         MissingPackageError: A package of the extra `experiments` is not installed.
         PersampleError: Data, settings or training fail; see `load_dataset` and `train`.
     """
-    for package in ("torchmetrics", "matplotlib"):  # now rather than after hours of training
-        require(package, "The experiment")
+    for package in ("torchmetrics", "matplotlib", *(["tensorboard"] if tensorboard else [])):
+        require(package, "The experiment")  # now rather than after hours of training
     checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
-    metrics, figure = out / "metrics.csv", out / "figure2.png"
+    metrics, diagnostics, figure = out / "metrics.csv", out / "diagnostics.csv", out / "figure2.png"
     if resume and not any(path.exists() for path in checkpoints):
         raise DataError(f"there is no run to resume in {out}; start one without --resume")
-    old = [path for path in (*checkpoints, metrics, figure) if path.exists()]
+    old = [path for path in (*checkpoints, metrics, diagnostics, figure) if path.exists()]
     if old and not (resume or overwrite):
         raise DataError(
             f"{out} holds an earlier experiment ({', '.join(path.name for path in old)}): go on with it (--resume), "
@@ -96,6 +100,10 @@ def reproduce(
         train(run, dataset, checkpoint, watcher)
     records = [record for run in runs for record in run.records]
     write_csv(records, metrics)
+    if layers := [layer for run in runs for layer in run.layers]:
+        write_layers_csv(layers, diagnostics)
+    if tensorboard:
+        write_tensorboard(records, layers, out / "tensorboard")
     figure2(records, figure, _title(configs))
     return Outcome(records, figure)
 

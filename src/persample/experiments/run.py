@@ -9,6 +9,7 @@ from torch import nn
 
 from persample import VOGN, losses
 from persample.experiments.config import AdamSettings, TrainConfig
+from persample.experiments.layers import LayerRecord
 from persample.experiments.models import model_for
 from persample.experiments.records import Record
 from persample.experiments.seeds import derive_seed, make_generator
@@ -24,6 +25,7 @@ class Run:
         optimizer: Adam, or VOGN.
         epoch: How many epochs are done.
         records: The metrics after each of them.
+        layers: How the training went in each of them, parameter by parameter; empty without a posterior.
     """
 
     config: TrainConfig
@@ -31,6 +33,7 @@ class Run:
     optimizer: torch.optim.Adam | VOGN
     epoch: int = 0
     records: list[Record] = field(default_factory=list)
+    layers: list[LayerRecord] = field(default_factory=list)
 
 
 def start(config: TrainConfig, data_size: int) -> Run:

@@ -15,6 +15,7 @@ from persample.experiments.checkpoint import save
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import ImageDataset
 from persample.experiments.evaluate import evaluate
+from persample.experiments.layers import layer_records
 from persample.experiments.records import Record
 from persample.experiments.run import Run
 from persample.experiments.seeds import make_generator
@@ -62,6 +63,7 @@ def train(run: Run, dataset: ImageDataset, checkpoint: Path, watcher: Watcher | 
         _train_epoch(run, dataset, watcher)
         run.epoch += 1
         run.records += evaluate(run, dataset)
+        run.layers += layer_records(run.config.optimizer, run.epoch, run.optimizer)
         save(run, checkpoint)
         watcher.on_epoch(run.config, run.epoch, run.records)
 

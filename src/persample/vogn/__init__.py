@@ -3,6 +3,10 @@
 from persample.vogn.checks import DangerousFirstStepWarning as DangerousFirstStepWarning
 from persample.vogn.checks import NonFiniteError as NonFiniteError
 from persample.vogn.checks import SkippedStepWarning as SkippedStepWarning
+from persample.vogn.diagnostics import Diagnostics as Diagnostics
+from persample.vogn.diagnostics import LayerDiagnostics as LayerDiagnostics
+from persample.vogn.diagnostics import PosteriorWidthWarning as PosteriorWidthWarning
+from persample.vogn.diagnostics import StuckCurvatureWarning as StuckCurvatureWarning
 from persample.vogn.elbo import Elbo as Elbo
 from persample.vogn.optimizer import VariationalOptimizer as VariationalOptimizer
 from persample.vogn.posterior import Posterior as Posterior

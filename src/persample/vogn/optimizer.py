@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from persample.errors import OptionError, UsageError
 from persample.moments import Moments
 from persample.vogn import core
-from persample.vogn.checkpoint import check_matches, pack_generator, unpack_generator, unpack_states
 from persample.vogn.checks import check_positive, first_non_finite, skip_step
 from persample.vogn.core import Tensors
+from persample.vogn.diagnostics import FIRST_LOOK, Diagnostics, LayerDiagnostics, layer_diagnostics, warn_of_width
 from persample.vogn.observed import Observations, Observed
 from persample.vogn.part import Part, at_least_float32, make_part
 from persample.vogn.posterior import Posterior
@@ -24,6 +24,7 @@ from persample.vogn.prior import Prior
 from persample.vogn.sampling import noise_from, noise_state, restored, standard_noise
 from persample.vogn.settings import check_count, check_positive_number, check_settings, each_weights, name_params
 from persample.vogn.with_posterior import WithPosterior
+from persample.vogn.with_saving import WithSaving
 
 
 class MomentSource(Protocol):
@@ -33,7 +34,7 @@ class MomentSource(Protocol):
         """Return the moments, as `persample.PerSampleGradSource.moments` does."""
 
 
-class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
+class VariationalOptimizer(WithPosterior, WithSaving):
     """Base of the optimizers that train a Gaussian posterior over the weights of a model.
 
     The model holds the mean μ, except inside `observe()`, `predict()` and `sampled_params()`, which put it back bit for
@@ -42,8 +43,9 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
         loss = optimizer.observe(inputs, targets)   # draws weights, collects the moments of the gradients there
         optimizer.step()                            # updates the posterior; forgets the moments
 
-    A rule is a subclass in a file of its own. It implements `_make_source`, `_new_state`, `_part_precision` and
-    `_update`; everything else (groups, draws, what is observed, steps that are skipped, saving) is the same for all.
+    A rule is a subclass in a file of its own. It implements `_make_source`, `_new_state`, `_part_precision`, `_update`
+    and `_effective_lr`; everything else (groups, draws, what is observed, steps that are skipped, saving) is the same
+    for all.
 
     Args:
         model: the network.
@@ -62,26 +64,11 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
     """
 
-    #: Names the layout of the state: rules of one name can load each other's.
-    rule: ClassVar[str]
-
     #: Whether the rule needs the moments of each draw apart, with the noise of the draw.
     keeps_draws_apart: ClassVar[bool] = False
 
     #: Whether gradients are taken at draws from the posterior; otherwise at its mean.
     draws_for_training: ClassVar[bool] = True
-
-    # What is saved, and what a copy takes along beside it.
-    _saved: ClassVar[tuple[str, ...]] = (
-        "data_size",
-        "augmentation",
-        "mc_samples",
-        "max_grad_norm",
-        "steps",
-        "skipped_steps",
-        "skipped_in_a_row",
-    )
-    _copied: ClassVar[tuple[str, ...]] = ("model", "loss_fn", "generator", "_observations")
 
     def __init__(
         self,
@@ -109,6 +96,8 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self._observations = Observations()
+        self._warned_of_width = False
+        self._warned_of_state = False
         self._drawn = False
         if prior is not None:
             defaults |= {"prior_mean": prior.mean, "prior_precision": prior.precision}
@@ -151,6 +140,14 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
             gradient: ĝ of each, averaged over samples and draws.
             observed: what it comes from; one entry for each draw if the rule keeps draws apart.
         """
+
+    @abstractmethod
+    def _effective_lr(self, part: Part) -> Tensors:
+        """Return by how much the next step moves each weight for a gradient of 1."""
+
+    def _warn_of_state(self, part: Part) -> bool:
+        """Warn of what is wrong with the state of the parameters; return whether it warned."""
+        return False
 
     # What users call.
 
@@ -255,6 +252,8 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
             self.state[params[name]] = {"step": self.state[params[name]]["step"] + 1, **state}
         self.steps += 1
         self.skipped_in_a_row = 0
+        if self.steps >= FIRST_LOOK and (self.steps // FIRST_LOOK).bit_count() == 1 and self.steps % FIRST_LOOK == 0:
+            self._look()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step."""
@@ -276,6 +275,21 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
         with self._draws("sampled_params()", generator or self.generator) as draw_weights:
             draw_weights()
             yield
+
+    @torch.no_grad()
+    def diagnostics(self) -> Diagnostics:
+        """Return how the training goes: effective learning rate, signal-to-noise ratio and σ of each parameter.
+
+        Raises:
+            UsageError: inside `sampled_params()`, where the model holds a draw.
+        """
+        self._refuse_while_drawn("diagnostics()")
+        layers: dict[str, LayerDiagnostics] = {}
+        for part in self._parts(self._params()):
+            scale = core.precision_to_scale(self._part_precision(part))
+            rows = zip(part.names, part.mean, scale, self._effective_lr(part), strict=True)
+            layers |= {name: layer_diagnostics(mean, sigma, lr) for name, mean, sigma, lr in rows}
+        return Diagnostics(self.steps, self.skipped_steps, layers)
 
     @property
     def posterior(self) -> Posterior:
@@ -299,59 +313,6 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
             mean |= part.per_weight(part.prior_mean)
             precision |= part.per_weight(part.prior_precision)
         return Prior(mean, precision)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything beside the model that a run needs to go on bit for bit, as plain tensors and numbers.
-
-        To the entries of every PyTorch optimizer come `rule`, `data_size` and the other settings that are not of
-        groups, the counts of steps, `observations` (what waits for the next step), and `generator` (its device and
-        state; None if the global generator is used, whose state is the caller's to save). It can be loaded with
-        `torch.load(..., weights_only=True)`.
-
-        Raises:
-            UsageError: called inside `sampled_params()`, where the model holds a draw.
-        """
-        self._refuse_while_drawn("state_dict()")
-        return {
-            **super().state_dict(),
-            "rule": self.rule,
-            **{name: getattr(self, name) for name in self._saved},
-            "observations": self._observations.packed(),
-            "generator": pack_generator(self.generator),
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict()` returned. Parameters correspond by position, as in every PyTorch optimizer.
-
-        If the state has a generator and this optimizer has none, it gets one.
-
-        Raises:
-            UsageError: called inside `sampled_params()`.
-            OptionError: it is not the state of such an optimizer with the same parameters; nothing is changed.
-        """
-        self._refuse_while_drawn("load_state_dict()")
-        check_matches(state_dict, self.rule, self._saved, self.param_groups)
-        self.generator = unpack_generator(state_dict["generator"], self.generator)
-        names = [group["param_names"] for group in self.param_groups]
-        super().load_state_dict(dict(state_dict))
-        for group, own_names in zip(self.param_groups, names, strict=True):
-            group["param_names"] = own_names
-        # PyTorch has cast the state to the dtypes of the parameters, but it is kept in at least float32.
-        self.state.update(unpack_states(state_dict, self.param_groups))
-        for name in self._saved:
-            setattr(self, name, state_dict[name])
-        self._observations = Observations.unpacked(state_dict["observations"], self._params())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return all but the source, for `pickle` and `copy.deepcopy`: the model belongs to it, and is copied too."""
-        self._refuse_while_drawn("copying or pickling the optimizer")
-        return super().__getstate__() | {name: self.__dict__[name] for name in self._saved + self._copied}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # also called by load_state_dict, with two entries only
-        if "source" not in self.__dict__:
-            self.source = self._make_source()
-            self._drawn = False
 
     # Inner workings.
 
@@ -428,6 +389,14 @@ class VariationalOptimizer(WithPosterior, torch.optim.Optimizer):
                 check_positive(dict(zip(part.names, precision, strict=True)))
             total += precision
         return total
+
+    def _look(self) -> None:
+        """Warn of known ways to fail, of each once."""
+        if not self._warned_of_width:
+            params = [p.detach() for p in self._params().values()]
+            self._warned_of_width = warn_of_width(params, list(core.precision_to_scale(self._precision())))
+        if not self._warned_of_state:
+            self._warned_of_state = any(self._warn_of_state(part) for part in self._parts(self._params()))
 
     def _own_moments(self, moments: Moments) -> Moments:
         """Those of `moments` that belong to trained parameters, in at least float32.

@@ -120,6 +120,12 @@ class MeanFieldVI(VariationalOptimizer):
     def _part_precision(self, part: Part) -> Tensors:
         return torch._foreach_pow(_scale(part), -2)
 
+    def _effective_lr(self, part: Part) -> Tensors:
+        masses = [second_mass or 1.0 for _, second_mass in part.state("masses")]
+        root = torch._foreach_sqrt(torch._foreach_div(part.state("mean_second"), masses))
+        denominator = torch._foreach_add(root, part.settings["eps"])
+        return torch._foreach_mul(torch._foreach_reciprocal(denominator), part.settings["lr"])
+
     def _update(
         self, part: Part, gradient: list[Tensor], observed: list[Observed]
     ) -> tuple[Tensors, list[dict[str, Any]]]:

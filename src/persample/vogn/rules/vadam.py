@@ -122,6 +122,14 @@ class Vadam(VariationalOptimizer):
             temperature=part.temperature,
         )
 
+    def _effective_lr(self, part: Part) -> Tensors:
+        masses = [mass or 1.0 for mass in part.state("curvature_mass")]
+        root = torch._foreach_sqrt(torch._foreach_div(part.state("curvature"), masses))
+        denominator = core.divisor(
+            root, data_size=part.data_size, prior_precision=part.prior_precision, temperature=part.temperature
+        )
+        return torch._foreach_mul(torch._foreach_reciprocal(denominator), part.settings["lr"])
+
     def _update(
         self, part: Part, gradient: list[Tensor], observed: list[Observed]
     ) -> tuple[Tensors, list[dict[str, Any]]]:

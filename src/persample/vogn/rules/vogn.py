@@ -12,6 +12,7 @@ from persample.sources import make_source
 from persample.vogn import core
 from persample.vogn.checks import warn_of_first_step
 from persample.vogn.core import Tensors
+from persample.vogn.diagnostics import warn_of_stuck_curvature
 from persample.vogn.observed import Observed
 from persample.vogn.optimizer import MomentSource, VariationalOptimizer
 from persample.vogn.part import Part
@@ -162,6 +163,16 @@ class VOGN(VariationalOptimizer):
             temperature=part.temperature,
         )
 
+    def _effective_lr(self, part: Part) -> Tensors:
+        return torch._foreach_mul(
+            torch._foreach_reciprocal(_divisor(part, part.state("curvature"))), part.settings["lr"]
+        )
+
+    def _warn_of_state(self, part: Part) -> bool:
+        curvature = dict(zip(part.names, part.state("curvature"), strict=True))
+        settings = part.settings
+        return warn_of_stuck_curvature(curvature, settings["hess_init"], settings["decay"], part.state("step"))
+
     def _update(
         self, part: Part, gradient: list[Tensor], observed: list[Observed]
     ) -> tuple[Tensors, list[dict[str, Any]]]:
@@ -215,14 +226,19 @@ def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[
     new_mean = core.update_mean(
         part.mean,
         gradient if settings["average_prior"] else with_prior(gradient),
-        core.divisor(
-            curvature if settings["order"] == "printed" else new_curvature,
-            data_size=part.data_size,
-            prior_precision=part.prior_precision,
-            damping=settings["damping"],
-            temperature=part.temperature,
-        ),
+        _divisor(part, curvature if settings["order"] == "printed" else new_curvature),
         lr=settings["lr"],
         max_update=settings["max_update"],
     )
     return new_mean, new_states
+
+
+def _divisor(part: Part, curvature: Tensors) -> Tensors:
+    """Return s + d + τ λ / N."""
+    return core.divisor(
+        curvature,
+        data_size=part.data_size,
+        prior_precision=part.prior_precision,
+        damping=part.settings["damping"],
+        temperature=part.temperature,
+    )
