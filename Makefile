@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test conformance support lint docs venv clean
+.PHONY: help demo test conformance support sweep lint docs venv clean
 
 help:
 	@echo "make demo          train a Bayesian ConvNet by VOGN beside Adam on real digits (about two minutes)"
 	@echo "make test          run the tests"
 	@echo "make conformance   run the conformance suite with thousands of drawn cases (slow)"
 	@echo "make support       write docs/support.md: what each backend serves, from a run"
+	@echo "make sweep         run PyTorch's own list of modules through the backends fused and hooks"
 	@echo "make lint          ruff and mypy"
 	@echo "make docs          build the documentation into docs/_build/html"
 	@echo "make venv          install everything into .venv"
@@ -26,6 +27,9 @@ conformance: venv
 
 support: venv
 	$(BIN)/python -m persample.testing.support docs/support.md
+
+sweep: venv
+	$(BIN)/python -m persample.testing.module_sweep fused hooks
 
 lint: venv
 	$(BIN)/ruff check .

@@ -119,6 +119,8 @@ def _all() -> dict[str, Backend]:
 
 
 def _find(name: str) -> Backend:
+    if name in _registered:
+        return _registered[name]  # without a look at all installed packages, which takes as long as a small model
     known = _all()
     if name not in known:
         raise UnknownBackendError(f"There is no backend {name!r}: use one of {', '.join(map(repr, known))}.")

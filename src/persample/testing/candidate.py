@@ -17,7 +17,7 @@ from persample.errors import DisagreementError, UnsupportedModelError
 from persample.sources.base import Check
 from persample.testing.problem import Problem
 from persample.testing.trace import no_trace
-from persample.testing.truth import Stream, Truth
+from persample.testing.truth import Stream, Truth, set_seed
 
 Method = Literal["moments", "per_sample"]
 METHODS: tuple[Method, ...] = ("moments", "per_sample")
@@ -70,11 +70,11 @@ class Candidate:
         return next((verdict for verdict in verdicts if verdict != EXACT), EXACT)
 
     def _judge_method(self, problem: Problem, truth: Truth | None, method: Method, check: Check) -> Verdict:
-        due, buffers = problem.after_one_forward_pass()
+        due, buffers = problem.after_one_forward_pass
         source = self.source(problem, check)
         trace = no_trace(problem.model, problem.inputs, problem.targets, but_buffers=True)
         with _buffers_as_before_or(buffers, problem.model), trace, problem.autocasting():
-            torch.manual_seed(problem.seed)
+            set_seed(problem.seed)
             try:
                 result = getattr(source, method)(problem.inputs, problem.targets)
             except (UnsupportedModelError, DisagreementError) as error:

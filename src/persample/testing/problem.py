@@ -7,12 +7,13 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from persample.testing.truth import Stream, Truth, call, per_sample_truth
+from persample.testing.truth import Stream, Truth, call, per_sample_truth, set_seed
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class Problem:
 
     def draws_random_numbers(self) -> bool:
         """Return whether the forward pass does."""
-        torch.manual_seed(self.seed)
+        set_seed(self.seed)
         before = torch.get_rng_state()
-        return not torch.equal(self.after_one_forward_pass()[0], before)
+        return not torch.equal(self.after_one_forward_pass[0], before)
 
+    @cached_property
     def after_one_forward_pass(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the state of the random numbers and the buffers after one ordinary forward pass over the batch."""
+        """The state of the random numbers and the buffers after one ordinary forward pass over the batch."""
         replica = copy.deepcopy(self.model)
-        torch.manual_seed(self.seed)
+        set_seed(self.seed)
         with torch.no_grad(), self.autocasting():
             call(replica, self.inputs)
         return torch.get_rng_state(), list(replica.buffers())

@@ -22,6 +22,7 @@ from persample.testing.drawn.layers import (
 from persample.testing.drawn.losses import losses
 from persample.testing.drawn.operations import operations
 from persample.testing.problem import Problem
+from persample.testing.truth import set_seed
 
 _LARGEST = 300  # numbers in one value of one sample, which keeps a problem at some milliseconds
 _VOCABULARY = 5
@@ -66,7 +67,7 @@ def problems(draw: Draw, anything: bool = True) -> Problem:
     """
     seed = draw(st.integers(0, 2**16))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        set_seed(seed)
         size = draw(st.integers(1, 5))
         growing = _Growing(draw, anything)
         inputs = growing.inputs(size)

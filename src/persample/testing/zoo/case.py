@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from persample.testing.problem import Problem
-from persample.testing.truth import call
+from persample.testing.truth import call, set_seed
 
 #: Makes the inputs of a batch of the given size.
 Inputs = Callable[[int], Any]
@@ -48,7 +48,7 @@ class Case:
     def problem(self, size: int) -> Problem:
         """Return the case with a batch of `size` samples; the same numbers every time."""
         with torch.random.fork_rng():
-            torch.manual_seed(size)
+            set_seed(size)
             model = self.model().to(self.dtype)
             for parameter in model.parameters():
                 # Away from the ones and zeros of initialisation, at which some errors vanish.
