@@ -51,7 +51,7 @@ class VognSettings:
     momentum: float = 0.0
     mc_samples: int = 1
     order: Literal["printed", "updated"] = "printed"
-    backend: str = "hooks"
+    backend: str = "fused"
     train_draws: int = 4
     test_draws: int = 32
 

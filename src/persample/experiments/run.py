@@ -64,6 +64,8 @@ def start(config: TrainConfig, data_size: int) -> Run:
         mc_samples=settings.mc_samples,
         order=settings.order,
         backend=settings.backend,
+        # So that a run repeats bit for bit, resumed or not.
+        backend_options={"deterministic": True} if settings.backend == "fused" else None,
         generator=make_generator(config.seed, "noise"),
     )
     return Run(config, model, optimizer)

@@ -34,7 +34,7 @@ def test_many_positions(size: tuple[int, int, int], positions: int) -> None:
     torch.manual_seed(0)
     delta, a = torch.randn(batch, positions, outputs), torch.randn(batch, positions, inputs)
     g = torch.einsum("blo,bli->boi", delta.double(), a.double())
-    for name, form in many_positions(a).items():
+    for name, form in many_positions(delta, a).items():
         for found, expected in zip(form(delta, a), (g.sum(0), g.square().sum(0)), strict=True):
             error = (found.double() - expected).norm() / expected.norm()
             assert error < 1e-5, name

@@ -50,7 +50,7 @@ def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]
         forms: gives the forms by name, the one that suits most first.
         operands: what the forms are called with.
     """
-    if getattr(_state, "deterministic", False):
+    if getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled():
         return next(iter(forms().values()))(*operands)
     key = (key, torch.get_num_threads())
     chosen = _chosen.get(key)

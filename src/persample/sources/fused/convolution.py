@@ -82,7 +82,17 @@ class Convolution:
 
 
 def forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
-    """The forms worth trying for convolutions of the shape of `c`, the one that suits most shapes first."""
+    """The forms worth trying for convolutions of the shape of `c`, the likely winner first."""
+    found = _all_forms(c)
+    outputs, channels = c.geometry.weight[:2]
+    kinds = ("grouped", "patches") if min(outputs, channels) >= 16 else ("rows", "patches")
+    likely = [name for kind in kinds for name in found if name.startswith(kind)]
+    # Of the few sizes of pieces the second is the likely one.
+    first = likely[min(1, len(likely) - 1)]
+    return {first: found.pop(first), **found}
+
+
+def _all_forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
     batch = len(c.x) // c.images
     gradient = math.prod(c.geometry.weight)
     found: dict[str, Callable[[Convolution], Sums]] = {

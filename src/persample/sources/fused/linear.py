@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from persample.sources.fused.choice import choose
 from persample.sources.fused.onednn import product_for
 
 Sums = tuple[Tensor, Tensor]
+Form = TypeVar("Form", bound=Callable[..., object])
 
 # As many numbers of per-sample gradients are made at a time, so that they stay in the processor's cache.
 _PIECE = 2**18
@@ -40,8 +42,9 @@ class LinearProducts:
     def sums(self) -> Sums:
         key = (tuple(self.delta.shape), tuple(self.a.shape), self.a.dtype, self.a.device)
         if self.delta.shape[1] == 1:
-            return choose(("linear", key), lambda: one_position(self.a), self.delta.squeeze(1), self.a.squeeze(1))
-        return choose(("linear on positions", key), lambda: many_positions(self.a), self.delta, self.a)
+            delta, a = self.delta.squeeze(1), self.a.squeeze(1)
+            return choose(("linear", key), lambda: _likely_first(one_position(a), delta, a), delta, a)
+        return choose(("linear on positions", key), lambda: many_positions(self.delta, self.a), self.delta, self.a)
 
     def printed_second_moment_sum(self) -> Tensor:
         return OuterProducts(
@@ -65,6 +68,14 @@ def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
     return forms
 
 
+def _likely_first(forms: dict[str, Form], left: Tensor, right: Tensor) -> dict[str, Form]:
+    """Return `forms` with the likely winner first: oneDNN, where it is there and the weight is worth its trouble."""
+    likely = next((name for name in forms if name.startswith("onednn")), None)
+    if likely is None or left.shape[-1] * right.shape[-1] < 2**14:
+        return forms
+    return {likely: forms.pop(likely), **forms}
+
+
 def outputs_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + b, `(N, O)`, for x of shape `(N, I)`, by the fastest product."""
 
@@ -73,7 +84,7 @@ def outputs_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = product_for(x)
         if product is not None:
             found["onednn"] = lambda x, w, b: (product(x, w, b),)
-        return found
+        return _likely_first(found, x, weight.mT)
 
     key = ("outputs", x.shape, weight.shape, bias is None, x.dtype, x.device)
     return choose(key, forms, x, weight, bias)[0]
@@ -87,17 +98,19 @@ def gradient_of_inputs(delta: Tensor, weight: Tensor) -> Tensor:
         product = product_for(delta)
         if product is not None:
             found["onednn"] = lambda delta, w: (product(delta, w.mT),)
-        return found
+        return _likely_first(found, delta, weight)
 
     return choose(("inputs", delta.shape, weight.shape, delta.dtype, delta.device), forms, delta, weight)[0]
 
 
-def many_positions(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
-    """Forms for inputs like `a`. Positions are summed before squaring, so the g_i are formed, a few at a time."""
+def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
+    """Forms for tensors like these. Positions are summed before squaring, so the g_i are formed, a few at a time."""
     forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
         "batched": _batched,
         "blas one by one": lambda delta, a: _one_by_one(delta, a, lambda d, x: d.mT @ x),
     }
+    if delta.shape[-1] * a.shape[-1] > 2**15:  # the likely winner first
+        forms = dict(reversed(forms.items()))
     product = product_for(a)
     if product is not None:
         forms["onednn one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))

@@ -30,8 +30,9 @@ class FusedSource(PerSampleGradSource):
     Args:
         model: the network.
         loss_fn: the loss of each sample.
-        deterministic: fix the form of each product, so that results repeat bit for bit; otherwise the fastest is
-            found by timing each once for each shape.
+        deterministic: fix the form of each product by its shape, so that results repeat bit for bit, in other
+            processes too; otherwise the fastest is found by timing each once for each shape.
+            `torch.use_deterministic_algorithms(True)` does the same.
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 

@@ -112,7 +112,7 @@ class VOGN(VariationalOptimizer):
         max_grad_norm: float | None = None,
         augmentation: float = 1.0,
         mc_samples: int = 1,
-        backend: str = "hooks",
+        backend: str = "fused",
         backend_options: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         params: Iterable[Any] | None = None,
