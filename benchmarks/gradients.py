@@ -76,14 +76,14 @@ def memory(name: str, batch: int, backend: str) -> int:
     return resident + peak_memory(call, inputs.device)
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+def machine(*peers: str) -> dict[str, Any]:
+    """Return what the figures depend on; `peers` are further packages that take part."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    packages = ("torch", "backpack-for-pytorch", "opacus", "persample")
+    packages = ("torch", "persample", *peers)
     return {
         "processor": cpu,
         "cores": os.cpu_count(),
@@ -151,7 +151,9 @@ def main(
     for name in models.split(";"):
         results.append(measure(name, batch or BATCH.get(name, 128), rounds))
         print(table(results[-1:]), flush=True)
-        (out / "gradients.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+        (out / "gradients.json").write_text(
+            json.dumps({"machine": machine("backpack-for-pytorch", "opacus"), "results": results}, indent=2) + "\n"
+        )
     (out / "gradients.md").write_text(table(results))
     picture(results, out / "gradients.png")
     print(f"written to {out}")

@@ -1,0 +1,127 @@
+"""Time of one training step: VOGN (draw, observe, update) against Adam and IVON.
+
+    pip install ".[benchmarks]"
+    python benchmarks/training_step.py --out runs/training-step
+
+The optimizers take turns within one process; ratios are to the Adam step of the same round. Writes
+`training_step.json` and `training_step.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+import persample
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gradients import machine
+from models import PROBLEMS
+
+DATA_SIZE = 50_000
+
+
+def adam_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Return a step of Adam, as PyTorch ships it."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def ivon_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Return a step of IVON with one draw."""
+    import ivon
+
+    optimizer = ivon.IVON(model.parameters(), lr=0.01, ess=DATA_SIZE)
+
+    def step() -> None:
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def vogn_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Return a step of VOGN with one draw."""
+    loss_fn = persample.losses.cross_entropy
+    optimizer = persample.VOGN(model, loss_fn, data_size=DATA_SIZE, lr=1e-4, hess_init=0.1, momentum=0.9)
+
+    def step() -> None:
+        optimizer.observe(inputs, targets)
+        optimizer.step()
+
+    return step
+
+
+STEPS = {"Adam": adam_step, "IVON": ivon_step, "VOGN": vogn_step}
+
+
+def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Return the median time of each step, and the quartiles of its ratio to the Adam step."""
+    torch.manual_seed(0)
+    model, inputs, targets = PROBLEMS[name](batch)
+    steps = {optimizer: make(copy.deepcopy(model), inputs, targets) for optimizer, make in STEPS.items()}
+    seconds: dict[str, list[float]] = {optimizer: [] for optimizer in steps}
+    for round_number in range(rounds + 3):
+        for optimizer, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if round_number >= 3:  # the first rounds check, choose forms and warm up
+                seconds[optimizer].append(time.perf_counter() - start)
+    results = {}
+    for optimizer, took in seconds.items():
+        ratios = [own / adam for own, adam in zip(took, seconds["Adam"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        results[optimizer] = {"seconds": statistics.median(took), "ratio": middle, "low": low, "high": high}
+    return {"model": name, "batch": batch, "steps": results}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the ratios as a Markdown table, quartiles in brackets."""
+    lines = ["| model | batch | Adam | IVON | VOGN |", "|---|---|---|---|---|"]
+    for result in results:
+        steps = result["steps"]
+        cells = [f"{1000 * steps['Adam']['seconds']:.1f} ms"]
+        cells += [
+            f"{steps[name]['ratio']:.2f} ({steps[name]['low']:.2f}–{steps[name]['high']:.2f})"
+            for name in ("IVON", "VOGN")
+        ]
+        lines.append(f"| {result['model']} | {result['batch']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/training-step"),
+    models: Annotated[str, typer.Option(help="Names of models, separated by semicolons.")] = "LeNet-5;ResNet-20",
+    batch: Annotated[int, typer.Option(help="Samples in a batch.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often each step is timed.")] = 30,
+) -> None:
+    """Measure the training steps on all models."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = [measure(name, batch, rounds) for name in models.split(";")]
+    report = {"machine": machine("ivon-opt"), "results": results}
+    (out / "training_step.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "training_step.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
