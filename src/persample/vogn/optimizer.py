@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError, UsageError
 from persample.moments import Moments
@@ -21,6 +22,7 @@ from persample.vogn.observed import Observations, Observed
 from persample.vogn.part import Part, at_least_float32, make_part
 from persample.vogn.posterior import Posterior
 from persample.vogn.prior import Prior
+from persample.vogn.processes import Processes
 from persample.vogn.sampling import noise_from, noise_state, restored, standard_noise
 from persample.vogn.settings import check_count, check_positive_number, check_settings, each_weights, name_params
 from persample.vogn.with_posterior import WithPosterior
@@ -59,6 +61,7 @@ class VariationalOptimizer(WithPosterior, WithSaving):
             prior_precision: for example an earlier posterior.
         generator: source of the noise; None is PyTorch's global generator.
         params: the parameters to train, or parameter groups; None is all that require a gradient.
+        process_group: the processes that train together; None is this one alone.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
@@ -83,6 +86,7 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         prior: Prior | None,
         generator: torch.Generator | None,
         params: Iterable[Any] | None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.data_size = check_count("data_size", data_size)
         self.augmentation = check_positive_number("augmentation", augmentation)
@@ -99,6 +103,7 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         self._warned_of_width = False
         self._warned_of_state = False
         self._drawn = False
+        self._processes: Processes | None = None
         if prior is not None:
             defaults |= {"prior_mean": prior.mean, "prior_precision": prior.precision}
         if params is None:
@@ -109,6 +114,11 @@ class VariationalOptimizer(WithPosterior, WithSaving):
                 "There is nothing to train: the model has no parameter that requires a gradient, or params is empty."
             )
         super().__init__(groups, defaults)
+        if process_group is not None:
+            self._processes = Processes(process_group)
+            self._processes.share_model(model)
+            seed = torch.initial_seed() if generator is None else generator.initial_seed()
+            self.generator = torch.Generator().manual_seed(self._processes.share_seed(seed))
 
     # What a rule implements.
 
@@ -200,11 +210,12 @@ class VariationalOptimizer(WithPosterior, WithSaving):
                 "the observe() before: change it between steps."
             )
         draws, losses = [], []
-        with self._draws("observe()", self.generator, noisy=self.draws_for_training) as draw_weights:
+        generator = self._training_noise()
+        with self._draws("observe()", generator, noisy=self.draws_for_training) as draw_weights:
             devices = {p.device for p in self._params().values()}
             for index in range(self.mc_samples):
-                draws.append(earlier[index] if earlier else noise_state(self.generator, devices))
-                with noise_from(draws[index], self.generator) if earlier else nullcontext():
+                draws.append(earlier[index] if earlier else noise_state(generator, devices))
+                with noise_from(draws[index], generator) if earlier else nullcontext():
                     noise = draw_weights()
                 moments = self._own_moments(self.source.moments(inputs, targets))
                 losses.append(moments.losses.mean())
@@ -236,9 +247,12 @@ class VariationalOptimizer(WithPosterior, WithSaving):
                 "step() takes no closure, because it needs the gradients of single samples: call "
                 "optimizer.observe(inputs, targets), then optimizer.step()."
             )
-        if not self._observations.parts:
+        observations = self._observations
+        if self._processes is not None:
+            observations = self._processes.merged(observations, self._params())
+        if not observations.parts:
             raise UsageError("Nothing was observed since the last step: call optimizer.observe(inputs, targets) first.")
-        new = self._updated()
+        new = self._updated(observations)
         self._observations = Observations()
         spoilt = first_non_finite([(name, t) for name, mean, state in new for t in (mean, *_tensors(state))])
         if spoilt is not None:
@@ -355,6 +369,12 @@ class VariationalOptimizer(WithPosterior, WithSaving):
                 "a draw from the posterior instead of its mean. Call it outside."
             )
 
+    def _training_noise(self) -> torch.Generator | None:
+        """Where the noise of this step comes from."""
+        if self._processes is None or self.generator is None:
+            return self.generator
+        return self._processes.noise(self.generator.initial_seed(), self.steps + self.skipped_steps)
+
     def _params(self) -> dict[str, Tensor]:
         """All trained parameters by name, in the order of the groups."""
         named = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
@@ -413,9 +433,9 @@ class VariationalOptimizer(WithPosterior, WithSaving):
             {name: at_least_float32(second[name]) for name in names if name in second},
         )
 
-    def _updated(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+    def _updated(self, observations: Observations) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """The observed parameters, each with the mean and the state that the step gives it. Changes nothing."""
-        gradient = self._observations.gradient()
+        gradient = observations.gradient()
         if self.max_grad_norm is not None:
             clipped = core.clip_norm(list(gradient.values()), self.max_grad_norm)
             gradient = dict(zip(gradient, clipped, strict=True))
@@ -423,7 +443,7 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         new = []
         for part in self._parts(gradient):
             check_settings(part.settings)
-            means, states = self._update(part, part.of(gradient), self._observations.parts)
+            means, states = self._update(part, part.of(gradient), observations.parts)
             means = [mean.to(params[name].dtype) for name, mean in zip(part.names, means, strict=True)]
             new += list(zip(part.names, means, states, strict=True))
         return new

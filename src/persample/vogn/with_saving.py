@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from persample.errors import UsageError
 from persample.vogn.checkpoint import check_matches, pack_generator, unpack_generator, unpack_states
 from persample.vogn.observed import Observations
+from persample.vogn.processes import Processes
 
 
 class WithSaving(torch.optim.Optimizer):
@@ -36,10 +38,12 @@ class WithSaving(torch.optim.Optimizer):
         "_observations",
         "_warned_of_width",
         "_warned_of_state",
+        "_processes",
     )
 
     generator: torch.Generator | None
     _observations: Observations
+    _processes: Processes | None
 
     @abstractmethod
     def _make_source(self) -> Any:
@@ -61,10 +65,18 @@ class WithSaving(torch.optim.Optimizer):
         state; None if the global generator is used, whose state is the caller's to save). It can be loaded with
         `torch.load(..., weights_only=True)`.
 
+        With several processes it is the same on all of them.
+
         Raises:
-            UsageError: called inside `sampled_params()`, where the model holds a draw.
+            UsageError: called inside `sampled_params()`, where the model holds a draw; or between `observe()` and
+                `step()` where several processes train together.
         """
         self._refuse_while_drawn("state_dict()")
+        if self._processes is not None and self._observations.parts:
+            raise UsageError(
+                "Of several processes each has observed something else since the last step, so there is not one state "
+                "to save: call step() first."
+            )
         return {
             **super().state_dict(),
             "rule": self.rule,

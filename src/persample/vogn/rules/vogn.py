@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from persample.sources import make_source
 from persample.vogn import core
@@ -79,6 +80,11 @@ class VOGN(VariationalOptimizer):
         params: the parameters to train, or parameter groups, as in every PyTorch optimizer; None is all that require a
             gradient. A group may have its own settings, all of the above from `lr` to `max_update`. Other parameters of
             the model are neither drawn nor updated.
+        process_group: the processes of `torch.distributed` that train this posterior together, for example
+            `torch.distributed.group.WORLD`; None is this process alone. The model gets the weights of the first
+            process. Each process then observes batches of its own, at draws that depend on the generator's seed, its
+            rank and the step, and `step()`, which all must call, adds up what all have observed. A process without a
+            batch calls `step()` alone.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
@@ -116,6 +122,7 @@ class VOGN(VariationalOptimizer):
         backend_options: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         params: Iterable[Any] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.backend = backend
         self.backend_options = dict(backend_options or {})
@@ -146,6 +153,7 @@ class VOGN(VariationalOptimizer):
             prior=prior,
             generator=generator,
             params=params,
+            process_group=process_group,
         )
 
     def _make_source(self) -> MomentSource:

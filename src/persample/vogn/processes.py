@@ -1,0 +1,112 @@
+"""Several processes that train one posterior: what they add up, and what each has of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from persample.errors import UsageError
+from persample.moments import Moments
+from persample.vogn.observed import Observations, Observed
+
+
+class Processes:
+    """The processes of a group, as one of them sees them.
+
+    Each observes batches of its own at draws of its own. A step adds up what all have observed, as if one process had
+    observed all of it, so all hold the same posterior afterwards.
+
+    Args:
+        group: the group, on which every process makes the same calls in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self._first = dist.get_global_rank(group, 0)
+        self._noise: tuple[tuple[int, int], torch.Generator] | None = None
+
+    def share_model(self, model: nn.Module) -> None:
+        """Give all processes the parameters and buffers of the first."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, self._first, group=self.group)
+            with torch.no_grad():
+                tensor.copy_(values)
+
+    def share_seed(self, seed: int) -> int:
+        """Return the seed of the first process."""
+        seeds = [seed]
+        dist.broadcast_object_list(seeds, self._first, group=self.group)
+        return seeds[0]
+
+    def noise(self, seed: int, step: int) -> torch.Generator:
+        """Return the source of the noise of this process for one step, which goes on where it was within the step."""
+        if self._noise is None or self._noise[0] != (seed, step):
+            self._noise = ((seed, step), noise_of_rank(seed, self.rank, step))
+        return self._noise[1]
+
+    def merged(self, observations: Observations, params: Mapping[str, Tensor]) -> Observations:
+        """Return what all processes have observed together, by one `all_reduce` of one vector.
+
+        Args:
+            observations: what this process has observed, in at most one part. It may be nothing.
+            params: the trained parameters by name, of which all that require a gradient are in the result.
+        """
+        trained = {name: p for name, p in params.items() if p.requires_grad}
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained.values()) else torch.float32
+        device = next(iter(params.values())).device
+        moments = observations.parts[0].moments if observations.parts else None
+        size = moments.batch_size if moments else 0
+        pieces = [torch.tensor([size, 0.0], dtype=dtype, device=device)]
+        for part in (moments.mean, moments.second_moment) if moments else ({}, {}):
+            pieces += [_sum(part.get(name), p, size, dtype, device) for name, p in trained.items()]
+        if moments:
+            pieces[0][1] = moments.losses.sum()
+        vector = torch.cat(pieces)
+        dist.all_reduce(vector, group=self.group)
+        if vector[0] == 0:
+            return Observations()
+        total = round(vector[0].item())
+        vector /= total
+        means = vector[2:].split([p.numel() for p in trained.values()] * 2)
+        rows = [row.view(p.shape).to(p.device) for row, p in zip(means, [*trained.values()] * 2, strict=True)]
+        return Observations(
+            [
+                Observed(
+                    Moments(
+                        losses=vector[1].expand(total),  # the single ones stay where they are
+                        mean=dict(zip(trained, rows, strict=False)),
+                        second_moment=dict(zip(trained, rows[len(trained) :], strict=True)),
+                    )
+                )
+            ]
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "An optimizer that belongs to several processes cannot be pickled: save its state_dict() instead."
+        )
+
+
+def noise_of_rank(seed: int, rank: int, step: int) -> torch.Generator:
+    """Return the source of the noise of one process for one step.
+
+    It depends on these three numbers alone: after loading a checkpoint the noise is that of an uninterrupted run.
+    """
+    own = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(own[0]))
+
+
+def _sum(mean: Tensor | None, param: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if mean is None:
+        return torch.zeros(param.numel(), dtype=dtype, device=device)
+    return mean.flatten().to(device, dtype) * size

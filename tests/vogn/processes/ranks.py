@@ -1,0 +1,103 @@
+"""Processes that train one posterior together, and write down what each holds; the tests start them.
+
+python one_rank.py FOLDER --steps 4 --processes 2 [--resume]
+torchrun --nproc-per-node 2 one_rank.py FOLDER --steps 4 [--die-at STEP]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+
+import persample
+from persample import VOGN
+
+DATA_SIZE = 40
+SHARES = (5, 2, 0, 3)  # samples of each rank in each step; the third has none
+
+
+def make_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def make_optimizer(model: nn.Module, **options: object) -> VOGN:
+    return VOGN(
+        model,
+        persample.losses.cross_entropy,
+        data_size=DATA_SIZE,
+        lr=0.05,
+        hess_init=0.5,
+        decay=0.9,
+        momentum=0.8,
+        mc_samples=2,
+        backend="hooks",
+        generator=torch.Generator().manual_seed(11),
+        **options,
+    )
+
+
+def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    inputs = torch.randn(SHARES[rank], 3, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(2, (SHARES[rank],), generator=generator)
+
+
+def observe(optimizer: VOGN, step: int, rank: int) -> None:
+    inputs, targets = batch(step, rank)
+    for rows in torch.arange(len(targets)).split(3):  # the first rank's batch in two parts
+        optimizer.observe(inputs[rows], targets[rows])
+
+
+def train(rank: int, options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    if options.processes:
+        meeting = f"file://{options.folder}/meeting-{os.getppid()}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    else:
+        dist.init_process_group("gloo")
+    model = make_model(seed=rank)  # the ranks begin at other weights
+    optimizer = make_optimizer(model, process_group=dist.group.WORLD)
+    checkpoint = options.folder / "checkpoint.pt"
+    if options.resume:
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    history = []
+    while optimizer.steps < options.steps:
+        if options.die_at == optimizer.steps and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if SHARES[rank]:
+            observe(optimizer, optimizer.steps, rank)
+        optimizer.step()
+        history.append([p.detach().clone() for p in model.parameters()])
+        if rank == 0:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
+    curvature = [optimizer.state[p]["curvature"] for p in model.parameters()]
+    predicted = optimizer.predict(batch(0, 0)[0], samples=3).probabilities
+    torch.save([history, curvature, predicted], options.folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--processes", type=int, help="start them here, instead of by torchrun")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--die-at", type=int)
+    options = parser.parse_args()
+    if options.processes:  # forked, so that torch is imported once
+        multiprocessing.start_processes(train, (options,), options.processes, start_method="fork")
+    else:
+        train(int(os.environ["RANK"]), options)
+
+
+if __name__ == "__main__":
+    main()
