@@ -12,7 +12,7 @@ from persample.sources.fused.families import COMPARISONS, JOINING, POINTWISE, fu
 from persample.sources.fused.rules import recurrent, rewritten
 from persample.sources.fused.rules.convolution import convolutions, transposed_convolutions
 from persample.sources.fused.rules.copies import attended, beside_each_other, entry_by_entry, written_into
-from persample.sources.fused.rules.embedding import embedding
+from persample.sources.fused.rules.embedding import embedding, embedding_bag
 from persample.sources.fused.rules.fallback import fallback as fallback
 from persample.sources.fused.rules.fallback import no_rule as no_rule
 from persample.sources.fused.rules.in_order import in_order
@@ -64,6 +64,7 @@ RULES: Mapping[Any, Rule] = {
     **{func: in_order(rule) for func, rule in (convolutions | transposed_convolutions).items()},
     F.linear: linear,
     F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
     F.layer_norm: layer_norm,
     F.group_norm: in_order(group_norm),
     F.batch_norm: in_order(batch_norm),
