@@ -81,6 +81,8 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in families.METADATA:
+            return func(*args, **kwargs)
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]

@@ -35,6 +35,13 @@ def _by_name(positions: Mapping[str, Any]) -> dict[Any, Any]:
     return {function: value for names, value in positions.items() for function in functions(names)}
 
 
+#: What is asked of a tensor itself, not of its entries.
+METADATA = functions(
+    "size dim ndim shape dtype device layout numel nelement stride is_contiguous is_floating_point is_complex is_cuda "
+    "is_cpu is_nested is_sparse is_leaf is_inference requires_grad grad_fn data_ptr storage_offset element_size "
+    "get_device itemsize nbytes __len__ names is_quantized is_meta is_mps is_same_size _version"
+)
+
 #: Results that hold nothing of the samples, only a shape or a type.
 CONSTANTS = functions(
     "new_zeros new_ones new_full new_empty new_empty_strided new_tensor zeros_like ones_like full_like empty_like "

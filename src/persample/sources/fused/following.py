@@ -136,6 +136,8 @@ def _by_family(call: Call) -> list[Where]:
     if func in families.LEADING:
         return _agreed(call, [first], _leading(call))
     if func in families.ALONG:
+        if families.dims_of(func, call.args, call.kwargs) is families.ALL:
+            return [_of_all(call) for _ in call.shapes()]
         # Indices of one dimension hold no entry for each sample.
         return _agreed(call, [t for t in operands if t.dim() == first.dim()], _along(call))
     raise Unknown
@@ -196,7 +198,7 @@ def _leading(call: Call) -> DimAfter:
 
 def _along(call: Call) -> DimAfter:
     dims = families.dims_of(call.func, call.args, call.kwargs)
-    if dims is None or dims is families.ALL:
+    if dims is None:
         raise Unknown
 
     def dim_after(operand: Tensor, dim: int, ndim: int) -> int:
@@ -256,6 +258,10 @@ def _labels(call: Call, write: Write = lambda rows: rows, leave: Collection[int]
     return {id(t): call.samples[id(t)].labels(t.shape, t.device, write) for t in call.operands() if id(t) not in leave}
 
 
+def _of_all(call: Call) -> Lost:
+    return Lost(f"{call.name} makes an entry of its result from all of them")
+
+
 def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: Where = _NO_TRACE) -> Where:
     if labels.numel() == 0:
         return None
@@ -265,7 +271,7 @@ def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: 
     if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and (picked or len(call.operands()) > 1)):
         return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True)
     if bool((rows == ALL).any()):
-        return Lost(f"{call.name} makes an entry of its result from all of them")
+        return _of_all(call)
     if not bool((rows != NOBODY).any()):
         return nobody
     return of_rows(outer, rows, inner, call.batch)
