@@ -25,8 +25,8 @@ class Lost(NamedTuple):
 
     Attributes:
         reason: why, for the error message.
-        mixed: whether samples met there, rather than that the operation tells the same to all of them (a maximum over
-            the batch, which is subtracted from it) or left no trace.
+        mixed: whether samples met there, rather than that a single number was made from all of them (a maximum, which
+            is subtracted from everything), or no trace was left.
     """
 
     reason: str
@@ -137,7 +137,7 @@ def _by_family(call: Call) -> list[Where]:
         return _agreed(call, [first], _leading(call))
     if func in families.ALONG:
         if families.dims_of(func, call.args, call.kwargs) is families.ALL:
-            return [_of_all(call) for _ in call.shapes()]
+            return [_of_all(call, shape) for shape in call.shapes()]
         # Indices of one dimension hold no entry for each sample.
         return _agreed(call, [t for t in operands if t.dim() == first.dim()], _along(call))
     raise Unknown
@@ -258,8 +258,8 @@ def _labels(call: Call, write: Write = lambda rows: rows, leave: Collection[int]
     return {id(t): call.samples[id(t)].labels(t.shape, t.device, write) for t in call.operands() if id(t) not in leave}
 
 
-def _of_all(call: Call) -> Lost:
-    return Lost(f"{call.name} makes an entry of its result from all of them")
+def _of_all(call: Call, shape: torch.Size) -> Lost:
+    return Lost(f"{call.name} makes an entry of its result from all of them", mixed=shape.numel() > 1)
 
 
 def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: Where = _NO_TRACE) -> Where:
@@ -271,7 +271,7 @@ def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: 
     if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and (picked or len(call.operands()) > 1)):
         return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True)
     if bool((rows == ALL).any()):
-        return _of_all(call)
+        return _of_all(call, labels.shape)
     if not bool((rows != NOBODY).any()):
         return nobody
     return of_rows(outer, rows, inner, call.batch)
