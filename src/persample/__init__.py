@@ -3,6 +3,7 @@
 from persample import losses as losses
 from persample.checks import benchmark as benchmark
 from persample.checks import crosscheck as crosscheck
+from persample.checks import explain as explain
 from persample.checks import fix as fix
 from persample.errors import PersampleError as PersampleError
 from persample.frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm

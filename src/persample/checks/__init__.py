@@ -4,6 +4,9 @@ from persample.checks.benchmark import Cost as Cost
 from persample.checks.benchmark import benchmark as benchmark
 from persample.checks.crosscheck import Agreement as Agreement
 from persample.checks.crosscheck import crosscheck as crosscheck
+from persample.checks.explain import ExplainedParameter as ExplainedParameter
+from persample.checks.explain import Explanation as Explanation
+from persample.checks.explain import explain as explain
 from persample.checks.fix import Change as Change
 from persample.checks.fix import Fixed as Fixed
 from persample.checks.fix import fix as fix

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from persample.errors import OptionError
+from persample.errors import OptionError, UnsupportedModelError
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
+from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.reference import losses_of_part
 from persample.sources.refusals import refuse_impossible
-from persample.sources.selfcheck import verify
+from persample.sources.selfcheck import verify, verify_unmixed
 from persample.sources.untouched import (
     buffer_snapshot,
     buffers_restored,
     parameters_guarded,
     random_state,
+    random_state_restored,
     untouched,
 )
+from persample.sources.use import Use
 
 Check = Literal["first", "always", "never"]
 
@@ -46,6 +50,9 @@ class PerSampleGradSource(ABC):
 
     #: Whether the second moment is the exact one. A source that returns an approximation says so here.
     exact: bool = True
+
+    #: How errors and `explain` name what the backend does with a parameter, where that is the same for all.
+    method: ClassVar[str] = "per-sample gradients"
 
     #: Whether the model's random numbers (dropout) are those of one ordinary forward pass over the batch.
     ordinary_random_stream: ClassVar[bool] = True
@@ -92,6 +99,44 @@ class PerSampleGradSource(ABC):
         _, gradients = self._run(inputs, targets, self.compute_per_sample, "per_sample")
         return gradients
 
+    def uses(self, inputs: Any = None, targets: Any = None) -> list[Use]:
+        """Return what would serve each use of a parameter, without computing a gradient of the model.
+
+        Args:
+            inputs: a mini-batch, as for `moments`, on which the forward pass is run; nothing of that remains. None
+                to go by what can be seen of the modules alone.
+            targets: its targets.
+
+        Returns:
+            The uses in the order of the forward pass, or without a batch of the modules. That of the parameter None
+            is a refusal of the whole model.
+
+        Raises:
+            BatchError: inputs and targets are not a mini-batch.
+            LossError: the loss is not a finite vector of length B.
+        """
+        found: list[Use] = []
+        try:
+            if inputs is None:
+                found += self.find_uses(None)
+            else:
+                batch = as_batch(inputs, targets)
+                refuse_impossible(self.model)
+                start = random_state(self.model)
+                with (
+                    _ONE_AT_A_TIME,
+                    untouched(self.model),
+                    parameters_guarded(self.model),
+                    buffers_restored(self.model),
+                    random_state_restored(self.model, start),
+                    torch.enable_grad(),
+                ):
+                    found += self.find_uses(batch)
+                    verify_unmixed(self, batch, start)
+        except UnsupportedModelError as refusal:
+            found.append(Use(None, "refused", "the model", "", str(refusal)))
+        return found
+
     # What a backend implements.
 
     @abstractmethod
@@ -109,6 +154,25 @@ class PerSampleGradSource(ABC):
 
     def refuse_unsupported(self) -> None:  # noqa: B027 - most backends have nothing to add
         """Raise `UnsupportedModelError` for what can be seen, without a batch, to be beyond this backend."""
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        """Return what would serve each use of a parameter: see `uses`, which asks for it.
+
+        Backends that go by layers or operations tell each of them. Here it is found out by trying two samples.
+
+        Raises:
+            UnsupportedModelError: the model is refused as a whole.
+        """
+        self.refuse_unsupported()
+        names = list(self.parameters())
+        if batch is not None:
+            losses = self.losses(batch)
+            reached = variables_of(nodes_behind(losses))
+            names = [name for name, p in self.parameters().items() if p in reached]
+            few = batch.rows(slice(0, 2))
+            losses_of_part(self, few)
+            self.compute_moments(few)
+        return [Use(name, "rule", self.method, "") for name in names]
 
     # What a backend can use.
 

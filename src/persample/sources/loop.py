@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class LoopSource(PerSampleGradSource):
     it has in the batch, or else the model mixes the samples, which is refused. Models that draw random numbers
     (dropout) get one backward pass for each entry of the batch's losses instead.
     """
+
+    method: ClassVar[str] = "one backward pass for each sample"
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, rows = self._gradients(batch)

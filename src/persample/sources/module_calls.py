@@ -92,12 +92,21 @@ def recorded_calls(
 def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise unless every path of the autograd graph from `losses` to a parameter leads through a recorded call.
 
+    Raises:
+        UnsupportedModelError: it names the parameter.
+    """
+    for _, reason in unseen_uses(losses, calls, parameters):
+        raise UnsupportedModelError(reason)
+
+
+def unseen_uses(
+    losses: Tensor, calls: list[ModuleCall], parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str | None, str]]:
+    """Yield what is used past the recorded calls: the parameter (None if it is not one of them alone) and the reason.
+
     The walk follows the graph backwards from the losses. Where it meets the output of a recorded call it goes on at
     the call's inputs, so what it still meets of the parameters is used by something that was not recorded: a
     functional call (`F.linear(x, embedding.weight)`), a bare parameter, `module.forward(x)` instead of `module(x)`.
-
-    Raises:
-        UnsupportedModelError: it names the parameter.
     """
     inputs_of = {call.edge.node: call.input_nodes for call in calls}
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
@@ -113,20 +122,23 @@ def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapp
             continue
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and variable in names:
-            raise UnsupportedModelError(
+            yield (
+                names[variable],
                 f"Parameter {names[variable]!r} is used outside the call of a module that this backend has a rule "
                 "for (by a functional call, as a bare parameter, or by a module's method): its gradient would lack "
-                "that use. Use backend 'vmap' or 'loop'."
+                "that use. Use backend 'vmap' or 'loop'.",
             )
         if moves_rows(node):
-            raise UnsupportedModelError(
+            yield (
+                None,
                 f"The model picks or reorders entries of dim 0 between its layers ({node.name()}), so row i need not "
-                "be sample i there: this backend needs that. Use backend 'vmap' or 'loop'."
+                "be sample i there: this backend needs that. Use backend 'vmap' or 'loop'.",
             )
         if "CheckpointFunction" in node.name():
-            raise UnsupportedModelError(
+            yield (
+                None,
                 "The model uses reentrant activation checkpointing, which hides its parameters from autograd's "
-                "graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+                "graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint.",
             )
         pending += [following for following, _ in node.next_functions if following is not None]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from persample.errors import UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.contributions import without_autocast
+from persample.sources.layer_uses import uses_of_layers
 from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -28,6 +29,7 @@ from persample.sources.module_calls import (
     require_batch_first,
 )
 from persample.sources.refusals import describe
+from persample.sources.use import Use
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class PeerRulesSource(PerSampleGradSource):
 
     def refuse_unsupported(self) -> None:
         self.layers()
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        def try_rule(call: ModuleCall, delta: Tensor) -> None:
+            few = slice(0, 2)
+            use = _use(call, delta)
+            self.by_rule(self.rows, replace(use, inputs=tuple(a[few] for a in use.inputs), delta=use.delta[few]))
+
+        return uses_of_layers(self, batch, self.reason_against, try_rule)
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, _, uses = self.backward(batch)

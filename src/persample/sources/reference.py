@@ -56,6 +56,12 @@ def _gradients_alone(
         yield row
 
 
+REENTRANT = (
+    "The model uses reentrant activation checkpointing, which works with .backward() only: pass use_reentrant=False to "
+    "torch.utils.checkpoint.checkpoint."
+)
+
+
 @contextmanager
 def reentrant_refused() -> Iterator[None]:
     """Say what to do where PyTorch says that reentrant checkpointing has no `autograd.grad`."""
@@ -64,10 +70,7 @@ def reentrant_refused() -> Iterator[None]:
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
-        raise UnsupportedModelError(
-            "The model uses reentrant activation checkpointing, which works with .backward() only: pass "
-            "use_reentrant=False to torch.utils.checkpoint.checkpoint."
-        ) from error
+        raise UnsupportedModelError(REENTRANT) from error
 
 
 def losses_of_part(source: PerSampleGradSource, part: Batch) -> Tensor:

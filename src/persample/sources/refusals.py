@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -15,23 +17,31 @@ def refuse_impossible(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it names the module, the reason, and what to do.
     """
+    for _, reason in impossible_modules(model):
+        raise UnsupportedModelError(reason)
+
+
+def impossible_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the path of each module of `model` that no backend can serve, and the reason with what to do."""
     modules = list(model.named_modules())
     for path, module in modules:
         reason = _reason(module)
         if reason:
-            raise UnsupportedModelError(f"{describe(path, module)} {reason}")
+            yield path, f"{describe(path, module)} {reason}"
     for path, module in modules:
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = f"{path}.{own}" if path else own
             if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
                 kind = "Parameter" if isinstance(tensor, UninitializedParameter) else "Buffer"
-                raise UnsupportedModelError(
-                    f"{kind} {name!r} is not initialised yet (a lazy module): run one forward pass of the model first."
+                yield (
+                    path,
+                    f"{kind} {name!r} is not initialised yet (a lazy module): run one forward pass of the model first.",
                 )
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_complex():
-                raise UnsupportedModelError(
+                yield (
+                    path,
                     f"Parameter {name!r} is complex, and a squared gradient is not defined for it: hold its real and "
-                    "imaginary parts as two real parameters."
+                    "imaginary parts as two real parameters.",
                 )
 
 

@@ -68,6 +68,18 @@ def verify(
             _verify_rows(source, batch, result, losses.detach(), total, rounding)
 
 
+def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+    """Raise if the loss of a sample depends on other samples; forward passes alone tell.
+
+    Raises:
+        UnsupportedModelError: the model or the loss mixes the samples.
+    """
+    with _replayed(source, before):
+        losses = source.losses(batch)
+        random = not same_random_state(before, random_state(source.model))
+    _verify_no_mixing(source, batch, losses.detach(), before, random, tolerance(losses))
+
+
 def _verify_no_mixing(
     source: PerSampleGradSource, batch: Batch, losses: Tensor, before: RandomState, random: bool, rounding: float
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+
+from persample.sources.graph import nodes_behind
 
 _RELATIVE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -18,18 +19,5 @@ def tolerance(values: Tensor) -> float:
     """
     if torch.is_autocast_enabled(values.device.type):
         return _RELATIVE[torch.bfloat16]
-    dtypes = {values.dtype} | _dtypes_in_graph(values)
-    return max(_RELATIVE.get(dtype, _RELATIVE[torch.float32]) for dtype in dtypes)
-
-
-def _dtypes_in_graph(values: Tensor) -> set[torch.dtype]:
-    dtypes: set[torch.dtype] = set()
-    seen: set[Node] = set()
-    pending = [values.grad_fn] if values.grad_fn is not None else []
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            dtypes |= {output.dtype for output in node._input_metadata if output.dtype in _RELATIVE}
-            pending += [following for following, _ in node.next_functions if following is not None]
-    return dtypes
+    dtypes = {output.dtype for node in nodes_behind(values) for output in node._input_metadata}
+    return max(_RELATIVE[dtype] for dtype in (*dtypes, values.dtype) if dtype in _RELATIVE)

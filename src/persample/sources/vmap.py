@@ -44,6 +44,7 @@ class VmapSource(PerSampleGradSource):
         OptionError: `chunk_size` is not a positive integer or None, or `randomness` is not known.
     """
 
+    method: ClassVar[str] = "torch.func: vmap(grad)"
     ordinary_random_stream: ClassVar[bool] = False
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from persample.sources.contributions import without_autocast
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
 from persample.sources.fused.opened import opened
+from persample.sources.fused.recorder import Recorder, unseen_use
 from persample.sources.fused.uses import Moment, Rows
+from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.reference import gradient, reentrant_refused
+from persample.sources.use import Use, current_module
 
 # The mode is active meanwhile, but this call is not the model's.
 _grad = opened(torch.autograd.grad) or torch.autograd.grad
@@ -70,14 +73,33 @@ class FusedSource(PerSampleGradSource):
         losses = self.losses(batch)
         return losses.detach(), gradient(losses.sum(), self)
 
-    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
-        capture = Capture(parameters, batch.size, sink)
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        if batch is None:
+            return [Use(name, "rule", "the operations that use it", "") for name in self.parameters()]
+        if batch.size == 1:
+            reached = variables_of(nodes_behind(self.losses(batch)))
+            return [
+                Use(name, "rule", "the ordinary gradient of a single sample", "")
+                for name, p in self.parameters().items()
+                if p in reached
+            ]
+        with current_module(self.model) as module, deterministic_choice(True):
+            recorder = Recorder(self.parameters(), batch.size, module)
+            losses = self._forward(batch, recorder)
+            return list(recorder.uses(losses))
+
+    def _forward(self, batch: Batch, capture: Capture) -> Tensor:
+        """Return the losses of a forward pass under capture."""
         leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
         capture.follow(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        with capture:
+            losses = self.losses(batch)
+        return capture.finish(losses)
+
+    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
+        capture = Capture(parameters, batch.size, sink)
         with deterministic_choice(self.deterministic):
-            with capture:
-                losses = self.losses(batch)
-            losses = capture.finish(losses)
+            losses = self._forward(batch, capture)
             if losses.requires_grad:
                 total = losses.sum()
                 with capture.during_backward():
@@ -92,10 +114,7 @@ class FusedSource(PerSampleGradSource):
             _, *unseen = _grad(total, [capture.anchor, *parameters.values()], allow_unused=True)
         for name, part in zip(parameters, unseen, strict=True):
             if part is not None:
-                raise UnsupportedModelError(
-                    f"Parameter {name!r} is used by an operation that backend 'fused' cannot see (a custom "
-                    "torch.autograd.Function, or compiled code): use backend 'vmap' or 'loop'."
-                )
+                raise UnsupportedModelError(unseen_use(name))
 
 
 def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:

@@ -52,14 +52,15 @@ def modules_with_rules(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if not any(p is not None and p.requires_grad for p in module._parameters.values()):
             continue
-        reason = _reason_against(module)
+        reason = reason_against(module)
         if reason:
             raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'vmap' or 'loop'.")
         found[path] = module
     return found
 
 
-def _reason_against(module: nn.Module) -> str | None:
+def reason_against(module: nn.Module) -> str | None:
+    """Return why no rule is right for `module`, as a sentence without its subject; None if one is."""
     kind = type(module)
     if kind not in RULES:
         base = next((known.__name__ for known in kind.__mro__ if known in RULES), None)

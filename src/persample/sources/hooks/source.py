@@ -8,7 +8,7 @@ samples. The backward pass here stops at the outputs of the layers; autograd nev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +20,8 @@ from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.contributions import Contribution, precise, without_autocast
-from persample.sources.hooks.rules import RULES, modules_with_rules
+from persample.sources.hooks.rules import RULES, modules_with_rules, reason_against
+from persample.sources.layer_uses import uses_of_layers
 from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -28,6 +29,7 @@ from persample.sources.module_calls import (
     refuse_unseen_uses,
     require_batch_first,
 )
+from persample.sources.use import Use
 
 Curvature = Literal["exact", "printed"]
 
@@ -61,6 +63,14 @@ class HooksSource(PerSampleGradSource):
 
     def refuse_unsupported(self) -> None:
         modules_with_rules(self.model)
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        def try_rule(call: ModuleCall, delta: Tensor) -> None:
+            rows = slice(0, 1)
+            for contribution in _contributions(call, delta, rows).values():
+                contribution.per_sample()
+
+        return uses_of_layers(self, batch, reason_against, try_rule)
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         gradients = {name: _zeros(p, batch.size) for name, p in self.parameters().items()}
@@ -119,9 +129,8 @@ class HooksSource(PerSampleGradSource):
 
         def on_gradient(call: ModuleCall, delta: Tensor) -> None:
             refuse_changed_inputs(call)
-            a = precise(call.inputs[0])
             with without_autocast(delta.device):
-                contributions = RULES[type(call.module)](call.module, a, precise(delta))
+                contributions = _contributions(call, delta)
                 for local, name in used_parameters(call.module).items():
                     receive(name, contributions[local], uses[name])
 
@@ -139,6 +148,12 @@ class HooksSource(PerSampleGradSource):
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
+
+
+def _contributions(call: ModuleCall, delta: Tensor, rows: slice = slice(None)) -> dict[str, Contribution]:
+    """Return what the rule for a layer gives for its parameters, by their names in it, from some of the samples."""
+    a = precise(call.inputs[0])
+    return RULES[type(call.module)](call.module, a[rows], precise(delta)[rows])
 
 
 def _zeros(parameter: Tensor, *leading: int) -> Tensor:

@@ -189,5 +189,6 @@ def _is_part(result: Tensor, at: Place, batch: int, run_alone: Callable[[], Tens
             alone = run_alone()
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
-    part, allowed = at.sample_first(result.detach(), batch)[-1], tolerance(result)
+    result = result.detach()
+    part, allowed = at.sample_first(result, batch)[-1], tolerance(result)
     return alone.shape == part.shape and torch.allclose(alone, part, rtol=allowed, atol=allowed, equal_nan=True)

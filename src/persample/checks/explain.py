@@ -1,0 +1,211 @@
+"""`explain`: what would serve each parameter of a model, told before anything is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from persample.errors import LossError
+from persample.sources.batch import as_batch
+from persample.sources.refusals import describe, impossible_modules
+from persample.sources.registry import make_source
+from persample.sources.use import Use
+
+Status = Literal["served", "depends", "unused", "frozen", "refused"]
+
+
+@dataclass(frozen=True)
+class ExplainedParameter:
+    """What would serve one parameter.
+
+    Attributes:
+        name: its name in the model.
+        other_names: further names of the same parameter, if it is tied.
+        shape: its shape.
+        module: the module that holds it, its class and its path.
+        status: `"served"`: exactly, by all its uses. `"refused"`: `moments` and `per_sample` would raise.
+            `"unused"`: the example batch does not reach it, so its gradients are zero. `"frozen"`: it requires no
+            gradient and has no entry in the results. `"depends"`: a rule is there, but only an example batch can
+            tell whether it holds for the way in which the model uses the parameter.
+        uses: its uses in the forward pass, in order; without an example batch, the rule of its module.
+    """
+
+    name: str
+    other_names: tuple[str, ...]
+    shape: tuple[int, ...]
+    module: str
+    status: Status
+    uses: tuple[Use, ...]
+
+    @property
+    def how(self) -> str:
+        """By what it is served: layers or operations and where they are, equal ones counted."""
+        counts = Counter((use.by, use.kind, use.module) for use in self.uses)
+        return "; ".join(
+            by + (" (fallback)" if kind == "fallback" else "") + (f" in {module!r}" if module else "") + _times(count)
+            for (by, kind, module), count in counts.items()
+        )
+
+    @property
+    def why(self) -> str:
+        """Why it is refused, and what to do."""
+        return " ".join(dict.fromkeys(use.why for use in self.uses if use.why))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: it prints as a table.
+
+    Attributes:
+        backend: the backend's name.
+        rows: every parameter, in the model's order.
+        refusals: why the model is refused as a whole, whatever serves its parameters.
+        samples: the size of the example batch; 0 without one.
+    """
+
+    backend: str
+    rows: tuple[ExplainedParameter, ...]
+    refusals: tuple[str, ...]
+    samples: int
+
+    @property
+    def supported(self) -> bool | None:
+        """Whether the backend serves the model; None if only an example batch can tell."""
+        if self.refusals or any(row.status == "refused" for row in self.rows):
+            return False
+        return True if self.samples else None
+
+    @property
+    def verdict(self) -> str:
+        """The same as a sentence."""
+        if self.supported is None:
+            return f"backend {self.backend!r} may serve this model: pass an example batch to know"
+        return f"backend {self.backend!r} {'serves' if self.supported else 'refuses'} this model"
+
+    def __str__(self) -> str:
+        lines = [self.verdict, *(f"  the model: {reason}" for reason in self.refusals)]
+        width = max((len(row.name) for row in self.rows), default=0)
+        for row, why in zip(self.rows, self._reasons(), strict=True):
+            lines.append(f"  {row.name:<{width}}  {row.status:<7}  {row.how}".rstrip())
+            if why:
+                lines.append(f"  {'':<{width}}           {why}")
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        """Return it as a table for rich."""
+        from rich.table import Table
+
+        table = Table("parameter", "shape", "module", "", "by", title=self.verdict, caption="\n".join(self.refusals))
+        for row, why in zip(self.rows, self._reasons(), strict=True):
+            shape = "×".join(map(str, row.shape))
+            table.add_row(row.name, shape, row.module, row.status, f"{row.how}: {why}" if why else row.how)
+        return table
+
+    def _reasons(self) -> list[str]:
+        """Why each row is refused; nothing where the row above has the same reason."""
+        above = ["", *(row.why for row in self.rows)]
+        return ["" if row.why == before else row.why for row, before in zip(self.rows, above, strict=False)]
+
+
+def explain(
+    model: nn.Module,
+    inputs: Any = None,
+    targets: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    *,
+    backend: str = "hooks",
+    **options: Any,
+) -> Explanation:
+    """Tell, before anything is computed, what would serve each parameter of `model`: a rule, a fallback, or nothing.
+
+    Without a batch it goes by the modules. With an example batch it runs the forward pass once (and a few times more to
+    see whether the model mixes the samples), but no backward pass, and tells each use of each parameter. Of that
+    nothing remains: neither on the model nor in the random numbers.
+
+    Args:
+        model: the network; it is not changed.
+        inputs: an example batch, as for `PerSampleGradSource.moments`, better of three samples than of one; or None.
+        targets: its targets, if `loss_fn` needs them.
+        loss_fn: the loss of each sample. If None, a weighted sum of each sample's outputs stands for it.
+        backend: the backend in question.
+        **options: its options.
+
+    Raises:
+        BatchError: inputs and targets are not a mini-batch.
+        LossError: the loss is not a finite vector with an entry for each sample, or no loss is given and the outputs
+            are nothing that can be summed for each sample.
+        UnknownBackendError, MissingPackageError, OptionError: as `make_source`.
+
+    Example:
+        >>> import torch, persample
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.PReLU())
+        >>> print(persample.explain(model, torch.randn(4, 3), backend="fused"))
+        backend 'fused' serves this model
+          0.weight  served   linear in '0'
+          0.bias    served   linear in '0'
+          1.weight  served   prelu → mul in '1'
+    """
+    source = make_source(backend, model, loss_fn or _weighted_sum, check="never", **options)
+    impossible = dict(impossible_modules(model))
+    seen = inputs is not None and not impossible
+    uses = source.uses(inputs, targets) if seen else source.uses()
+    refusals = dict.fromkeys([*impossible.values(), *(use.why for use in uses if use.parameter is None)])
+    rows = tuple(_rows(model, uses, impossible, complete=seen and not refusals))
+    return Explanation(backend, rows, tuple(refusals), as_batch(inputs, targets).size if seen else 0)
+
+
+def _rows(
+    model: nn.Module, uses: Iterable[Use], impossible: Mapping[str, str], *, complete: bool
+) -> Iterator[ExplainedParameter]:
+    """Yield the parameters; `complete` says whether `uses` are all uses that there are."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for parameter, (name, *others) in names.items():
+        paths = [n.rpartition(".")[0] for n in (name, *others)]
+        own = [Use(name, "refused", "the model", path, impossible[path]) for path in paths if path in impossible]
+        own = own or [use for use in uses if use.parameter == name]
+        yield ExplainedParameter(
+            name,
+            tuple(others),
+            () if is_lazy(parameter) else tuple(parameter.shape),
+            describe(paths[0], model.get_submodule(paths[0])),
+            _status(parameter, own, complete),
+            tuple(own) if parameter.requires_grad else (),
+        )
+
+
+def _status(parameter: nn.Parameter, uses: list[Use], complete: bool) -> Status:
+    if not parameter.requires_grad:
+        return "frozen"
+    if any(use.kind == "refused" for use in uses):
+        return "refused"
+    if not complete:
+        return "depends"
+    return "served" if uses else "unused"
+
+
+def _times(count: int) -> str:
+    return f" ×{count}" if count > 1 else ""
+
+
+def _weighted_sum(outputs: Any, targets: Any) -> Tensor:
+    """A number for each sample that depends on all its outputs, each in its own way."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not leaves or any(leaf.dim() == 0 or len(leaf) != len(leaves[0]) for leaf in leaves):
+        raise LossError(
+            "The outputs of the model are no tensors whose dim 0 is the sample, so their sum cannot stand for a loss: "
+            "pass loss_fn (and targets if it needs them)."
+        )
+    total = leaves[0].new_zeros(len(leaves[0]))
+    for leaf in leaves:
+        flat = leaf.flatten(1) if leaf.dim() > 1 else leaf.unsqueeze(1)
+        total = total + flat @ torch.linspace(1, 2, flat.shape[1], dtype=leaf.dtype, device=leaf.device)
+    return total

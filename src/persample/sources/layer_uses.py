@@ -1,0 +1,82 @@
+"""The uses of parameters as the backends see them that go by the calls of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import UnsupportedModelError
+from persample.sources.base import PerSampleGradSource
+from persample.sources.batch import Batch
+from persample.sources.graph import nodes_behind
+from persample.sources.module_calls import (
+    ModuleCall,
+    recorded_calls,
+    refuse_changed_inputs,
+    require_batch_first,
+    unseen_uses,
+)
+from persample.sources.refusals import describe
+from persample.sources.use import Kind, Use
+
+
+def uses_of_layers(
+    source: PerSampleGradSource,
+    batch: Batch | None,
+    reason_against: Callable[[nn.Module], str | None],
+    try_rule: Callable[[ModuleCall, Tensor], object],
+) -> Iterator[Use]:
+    """Yield the uses of the parameters of `source`, whose rules are for calls of layers.
+
+    Args:
+        source: the backend.
+        batch: the batch; None to go by what can be seen without one.
+        reason_against: returns why there is no rule for a module that owns parameters, or None.
+        try_rule: applies the rule to a call, given δ.
+    """
+    names = {id(p): name for name, p in source.parameters().items()}
+    layers: dict[str, nn.Module] = {}
+    refused: set[str] = set()
+    for path, module in source.model.named_modules():
+        own = _names_in(module, names)
+        reason = reason_against(module) if own else None
+        if reason:
+            why = f"{describe(path, module)} {reason} Use backend 'vmap' or 'loop'."
+            refused.update(own)
+            yield from (Use(name, "refused", type(module).__name__, path, why) for name in own)
+        elif own:
+            layers[path] = module
+            if batch is None:
+                yield from (Use(name, "rule", type(module).__name__, path) for name in own)
+    if batch is None:
+        return
+    with recorded_calls(layers) as calls:
+        losses = source.losses(batch)
+    reached = nodes_behind(losses)
+    for call in calls:
+        if call.edge.node in reached:
+            why = _reason_against_call(call, batch, try_rule)
+            kind: Kind = "refused" if why else "rule"
+            own = _names_in(call.module, names)
+            yield from (Use(name, kind, type(call.module).__name__, call.path, why) for name in own)
+    for name, why in unseen_uses(losses, calls, source.parameters()):
+        if name not in refused:
+            yield Use(name, "refused", "outside the calls of layers" if name else "the model", "", why)
+
+
+def _names_in(module: nn.Module, names: dict[int, str]) -> list[str]:
+    """Return the names, in the model, of the trained parameters that `module` itself holds."""
+    return [names[id(p)] for p in module._parameters.values() if id(p) in names]
+
+
+def _reason_against_call(call: ModuleCall, batch: Batch, try_rule: Callable[[ModuleCall, Tensor], object]) -> str:
+    try:
+        require_batch_first(call, batch.size)
+        refuse_changed_inputs(call)
+        with torch.no_grad():
+            try_rule(call, torch.zeros_like(call.output))
+    except UnsupportedModelError as refusal:
+        return str(refusal)
+    return ""
