@@ -16,7 +16,7 @@ from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.graph import nodes_behind, variables_of
-from persample.sources.reference import losses_of_part
+from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import verify, verify_unmixed
 from persample.sources.untouched import (
@@ -133,6 +133,8 @@ class PerSampleGradSource(ABC):
                 ):
                     found += self.find_uses(batch)
                     verify_unmixed(self, batch, start)
+                    if self.parameters().keys() - {use.parameter for use in found}:
+                        refuse_hidden_uses(self, batch.rows(slice(0, 2)))
         except UnsupportedModelError as refusal:
             found.append(Use(None, "refused", "the model", "", str(refusal)))
         return found

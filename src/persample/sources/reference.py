@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from persample.errors import NonFiniteLossError, PersampleError, UnsupportedModelError
+from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import buffers_restored, random_state, same_random_state
 
@@ -107,13 +109,51 @@ def _gradients_in_batch(
 
 
 def gradient(loss: Tensor, source: PerSampleGradSource) -> dict[str, Tensor]:
-    """Return ∇loss for each parameter of `source`, zeros where the loss does not depend on it."""
+    """Return ∇loss for each parameter of `source`, zeros where the loss does not depend on it.
+
+    Raises:
+        UnsupportedModelError: a part of the gradient can be had by `.backward()` only.
+    """
     parameters = source.parameters()
     if not parameters or not loss.requires_grad:
         return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+    wanted = list(parameters.values())
     with reentrant_refused():
-        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss, wanted + other_leaves(loss, wanted), retain_graph=True, allow_unused=True)
+    refuse_accumulated(parameters)
     return {
         name: torch.zeros_like(p, requires_grad=False) if g is None else g.to_dense()
-        for (name, p), g in zip(parameters.items(), gradients, strict=True)
+        for (name, p), g in zip(parameters.items(), gradients, strict=False)
     }
+
+
+def other_leaves(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaves of the graph of `loss` besides `parameters`.
+
+    Autograd runs only what is on the way to the tensors whose gradients it is asked for. With these among them it runs
+    what `.backward()` would run: reentrant checkpointing, reversible layers and the like know their parameters by
+    other ways than the graph.
+    """
+    return list(variables_of(nodes_behind(loss)) - set(parameters))
+
+
+def refuse_accumulated(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise if the backward pass that just ended gave a parameter its gradient itself."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} gets its gradient from a backward pass inside of the backward pass (a custom "
+                "torch.autograd.Function that calls .backward(), as reversible layers do), which gives the sum over "
+                "the samples only: replace that by ordinary operations, or freeze the parameter."
+            )
+
+
+def refuse_hidden_uses(source: PerSampleGradSource, batch: Batch) -> None:
+    """Raise if custom functions of autograd use parameters in other ways than the graph shows.
+
+    Raises:
+        UnsupportedModelError: it names the parameter.
+    """
+    losses = losses_of_part(source, batch)
+    if any(isinstance(node, BackwardCFunction) for node in nodes_behind(losses)):
+        gradient(losses.sum(), source)

@@ -45,6 +45,7 @@ class Capture(TorchFunctionMode):
         self.batch_size = batch_size
         self.sink = sink
         self.forward_pass = True
+        self.without_gradient = False  # whether a parameter was used where autograd does not look
         self.layouts = Layouts()
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
@@ -91,6 +92,7 @@ class Capture(TorchFunctionMode):
         if not used:
             return self._carry(func, args, kwargs, followed) if followed else func(*args, **kwargs)
         if not torch.is_grad_enabled():
+            self.without_gradient = True
             return self.plain(func, *self.values((args, dict(kwargs))))
         if followed:
             return self._use(func, args, kwargs)

@@ -20,7 +20,7 @@ from persample.sources.fused.opened import opened
 from persample.sources.fused.recorder import Recorder, unseen_use
 from persample.sources.fused.uses import Moment, Rows
 from persample.sources.graph import nodes_behind, variables_of
-from persample.sources.reference import gradient, reentrant_refused
+from persample.sources.reference import gradient, other_leaves, reentrant_refused, refuse_accumulated
 from persample.sources.use import Use, current_module
 
 # The mode is active meanwhile, but this call is not the model's.
@@ -110,9 +110,14 @@ class FusedSource(PerSampleGradSource):
 
     def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
         # The anchor makes every tap part of the graph; parameters are among the inputs so that an unseen use shows.
+        inputs = [capture.anchor, *parameters.values()]
+        if capture.without_gradient:
+            inputs += other_leaves(total, inputs)
         with reentrant_refused():
-            _, *unseen = _grad(total, [capture.anchor, *parameters.values()], allow_unused=True)
-        for name, part in zip(parameters, unseen, strict=True):
+            _, *unseen = _grad(total, inputs, allow_unused=True)
+        if capture.without_gradient:
+            refuse_accumulated(parameters)
+        for name, part in zip(parameters, unseen, strict=False):
             if part is not None:
                 raise UnsupportedModelError(unseen_use(name))
 
