@@ -71,6 +71,73 @@ def test_crosschecks(persample) -> None:
     assert "agrees" in out
 
 
+def test_explains_a_shipped_model(persample) -> None:
+    code, out, _ = persample("explain", "lenet5", "--backend", "hooks", "--backend", "fused", "--dtype", "float64")
+
+    assert code == 0
+    assert "backend 'hooks' serves this model" in out
+    assert "backend 'fused' serves this model" in out
+    assert out.count("11.weight") == 2
+
+
+MODELS_OF_A_USER = """
+import torch
+from torch import nn
+
+whole = nn.Linear(3, 2)
+number = 3
+
+def build():
+    return nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 3, batch_first=True))
+
+def with_batch():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(5, 3)
+
+def nothing():
+    return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["whole"], "backend 'hooks' may serve this model"),
+        (["whole", "--shape", "3"], "backend 'hooks' serves this model"),
+        (["build", "--shape", "5", "--tokens", "9", "--backend", "fused"], "backend 'fused' serves this model"),
+        (["build", "--shape", "5", "--tokens", "9"], "backend 'hooks' refuses this model"),
+        (["with_batch"], "persample.fix(model)"),
+        (["with_batch", "--eval"], "backend 'hooks' serves this model"),
+    ],
+)
+def test_explains_a_model_of_the_user(persample, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    (tmp_path / "models_of_a_user.py").write_text(MODELS_OF_A_USER)
+
+    code, out, _ = persample("explain", f"models_of_a_user:{arguments[0]}", *arguments[1:])
+
+    assert code == 0
+    assert expected in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models_of_a_user:missing", "models_of_a_user has nothing called 'missing'"),
+        ("models_of_a_user:number", "models_of_a_user:number is of type int"),
+        ("models_of_a_user:nothing", "models_of_a_user:nothing made a NoneType"),
+        ("no_such_package:build", "no_such_package cannot be imported"),
+        ("resnet", "no model is called 'resnet'; choose one of mnist-convnet, lenet5, or package.module:factory"),
+    ],
+)
+def test_models_that_do_not_exist(persample, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "models_of_a_user.py").write_text(MODELS_OF_A_USER)
+
+    code, _, err = persample("explain", name)
+
+    assert code == 2
+    assert err.startswith(f"persample: {message}")
+    assert err.count("\n") == 1
+
+
 def test_benchmarks(persample) -> None:
     code, out, _ = persample("bench", "--batch-size", "2", "--rounds", "1", "--backend", "hooks")
 
@@ -97,6 +164,8 @@ def test_lists_the_backends(persample) -> None:
         (["reproduce", "--epochs", "0"], "persample: epochs=0 must be at least 1"),
         (["crosscheck", "--backend", "nobody"], "persample: no backend is called 'nobody'; choose among"),
         (["bench", "--model", "resnet"], "persample: no model is called 'resnet'"),
+        (["explain", "lenet5", "--backend", "nobody"], "persample: no backend is called 'nobody'; choose among"),
+        (["explain", "lenet5", "--shape", "3,x"], "persample: shape='3,x' must be positive integers with commas"),
         (["bench", "--dtype", "int8"], "persample: dtype='int8' must be one of float32, float64"),
     ],
 )

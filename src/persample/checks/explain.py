@@ -100,12 +100,14 @@ class Explanation:
 
     def __rich__(self) -> Any:
         """Return it as a table for rich."""
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table("parameter", "shape", "module", "", "by", title=self.verdict, caption="\n".join(self.refusals))
+        title, caption = escape(self.verdict), escape("\n".join(self.refusals))
+        table = Table("parameter", "shape", "module", "", "by", title=title, caption=caption)
         for row, why in zip(self.rows, self._reasons(), strict=True):
-            shape = "×".join(map(str, row.shape))
-            table.add_row(row.name, shape, row.module, row.status, f"{row.how}: {why}" if why else row.how)
+            shape, how = "×".join(map(str, row.shape)), f"{row.how}: {why}" if why else row.how
+            table.add_row(*map(escape, (row.name, shape, row.module, row.status, how)))
         return table
 
     def _reasons(self) -> list[str]:
@@ -133,14 +135,15 @@ def explain(
         model: the network; it is not changed.
         inputs: an example batch, as for `PerSampleGradSource.moments`, better of three samples than of one; or None.
         targets: its targets, if `loss_fn` needs them.
-        loss_fn: the loss of each sample. If None, a weighted sum of each sample's outputs stands for it.
+        loss_fn: the loss of each sample. If None, a weighted sum of all outputs whose dim 0 is the sample stands for
+            it.
         backend: the backend in question.
         **options: its options.
 
     Raises:
         BatchError: inputs and targets are not a mini-batch.
-        LossError: the loss is not a finite vector with an entry for each sample, or no loss is given and the outputs
-            are nothing that can be summed for each sample.
+        LossError: the loss is not a finite vector with an entry for each sample, or no loss is given and no output has
+            dim 0 for the samples.
         UnknownBackendError, MissingPackageError, OptionError: as `make_source`.
 
     Example:
@@ -152,13 +155,16 @@ def explain(
           0.bias    served   linear in '0'
           1.weight  served   prelu → mul in '1'
     """
-    source = make_source(backend, model, loss_fn or _weighted_sum, check="never", **options)
+    source = make_source(backend, model, loss_fn or _weighted_sum(), check="never", **options)
     impossible = dict(impossible_modules(model))
+    samples = as_batch(inputs, targets).size if inputs is not None else 0
     seen = inputs is not None and not impossible
+    if loss_fn is None:
+        targets = torch.arange(samples)
     uses = source.uses(inputs, targets) if seen else source.uses()
     refusals = dict.fromkeys([*impossible.values(), *(use.why for use in uses if use.parameter is None)])
     rows = tuple(_rows(model, uses, impossible, complete=seen and not refusals))
-    return Explanation(backend, rows, tuple(refusals), as_batch(inputs, targets).size if seen else 0)
+    return Explanation(backend, rows, tuple(refusals), samples if seen else 0)
 
 
 def _rows(
@@ -196,16 +202,30 @@ def _times(count: int) -> str:
     return f" ×{count}" if count > 1 else ""
 
 
-def _weighted_sum(outputs: Any, targets: Any) -> Tensor:
-    """A number for each sample that depends on all its outputs, each in its own way."""
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not leaves or any(leaf.dim() == 0 or len(leaf) != len(leaves[0]) for leaf in leaves):
-        raise LossError(
-            "The outputs of the model are no tensors whose dim 0 is the sample, so their sum cannot stand for a loss: "
-            "pass loss_fn (and targets if it needs them)."
+def _weighted_sum() -> Callable[[Any, Tensor], Tensor]:
+    """Return a loss that depends on all outputs of a sample, on each in its own way.
+
+    Its targets are there for their number alone. Outputs whose dim 0 is not the sample in the first batch, such as the
+    last states of recurrent layers, are left out of all batches.
+    """
+    chosen: list[int] = []
+
+    def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
+        leaves: list[Any] = pytree.tree_leaves(outputs)
+        chosen.extend(
+            place
+            for place, leaf in enumerate(() if chosen else leaves)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == targets.shape
         )
-    total = leaves[0].new_zeros(len(leaves[0]))
-    for leaf in leaves:
-        flat = leaf.flatten(1) if leaf.dim() > 1 else leaf.unsqueeze(1)
-        total = total + flat @ torch.linspace(1, 2, flat.shape[1], dtype=leaf.dtype, device=leaf.device)
-    return total
+        if not chosen:
+            raise LossError(
+                "No output of the model is a tensor whose dim 0 is the sample, so the sum of a sample's outputs cannot "
+                "stand for a loss: pass loss_fn (and targets if it needs them)."
+            )
+        total: Tensor = leaves[chosen[0]].new_zeros(len(targets))
+        for place in chosen:
+            flat = leaves[place].reshape(len(targets), -1)
+            total = total + flat @ torch.linspace(1, 2, flat.shape[1], dtype=flat.dtype, device=flat.device)
+        return total
+
+    return loss_fn

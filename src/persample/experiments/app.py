@@ -19,6 +19,7 @@ from persample.experiments.australian_credit.train import train_all
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_NAMES
 from persample.experiments.data.australian import load_australian
+from persample.experiments.model_argument import load_model, random_inputs, sample_shape
 from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
 from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
@@ -227,6 +228,41 @@ def bench(
 
 
 @app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help=f"{', '.join(MODELS)}, or package.module:factory of yours.", metavar="MODEL")
+    ],
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. [default: hooks]")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Shape of one sample, such as 3,32,32, for an example batch of random numbers.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Let the example batch be integers below this number.")
+    ] = None,
+    batch_size: ProbeSizeOption = 3,
+    dtype: DtypeOption = "float32",
+    eval_mode: Annotated[bool, typer.Option("--eval", help="Put the model in eval mode first.")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Tell what would serve each parameter of a model, and what would be refused and why.
+
+    A factory is called without arguments and returns the model, or the model and an example batch. Nothing is computed
+    but forward passes on the example batch; without one it goes by the modules.
+    """
+    _check_backends(backend)
+    torch.manual_seed(seed)
+    network, inputs = load_model(model)
+    sizes = sample_shape(model, shape)
+    if sizes is not None:
+        network, inputs = network.to(_dtype(dtype)), random_inputs(sizes, tokens, batch_size, _dtype(dtype))
+    network.train(network.training and not eval_mode)
+    for name in backend or ["hooks"]:
+        Console().print(persample.explain(network, inputs, backend=name))
+
+
+@app.command()
 def backends() -> None:
     """List the backends and whether they can be used here."""
     Console().print(backends_table(persample.backends().values()))
@@ -261,12 +297,17 @@ def _check_backends(names: list[str] | None) -> None:
 
 
 def _probe(model: str, batch_size: int, dtype: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    if dtype not in _DTYPES:
-        raise OptionError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}")
+    kind = _dtype(dtype)
     torch.manual_seed(seed)
-    network = build_model(model).to(_DTYPES[dtype])
-    inputs = torch.randn(batch_size, *INPUT_SHAPES[model], dtype=_DTYPES[dtype])
+    network = build_model(model).to(kind)
+    inputs = torch.randn(batch_size, *INPUT_SHAPES[model], dtype=kind)
     return network, inputs, torch.randint(10, (batch_size,))
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise OptionError(f"dtype={name!r} must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _probe_title(model: str, batch_size: int, dtype: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from persample.sources.module_calls import (
     require_batch_first,
     unseen_uses,
 )
+from persample.sources.reference import losses_of_part
 from persample.sources.refusals import describe
+from persample.sources.untouched import buffers_restored
 from persample.sources.use import Kind, Use
 
 
@@ -55,9 +57,10 @@ def uses_of_layers(
     with recorded_calls(layers) as calls:
         losses = source.losses(batch)
     reached = nodes_behind(losses)
+    reasons = _reasons_in_another_batch(source, batch, layers)
     for call in calls:
         if call.edge.node in reached:
-            why = _reason_against_call(call, batch, try_rule)
+            why = _reason_against_call(call, batch, try_rule) or reasons.get(call.path, "")
             kind: Kind = "refused" if why else "rule"
             own = _names_in(call.module, names)
             yield from (Use(name, kind, type(call.module).__name__, call.path, why) for name in own)
@@ -69,6 +72,26 @@ def uses_of_layers(
 def _names_in(module: nn.Module, names: dict[int, str]) -> list[str]:
     """Return the names, in the model, of the trained parameters that `module` itself holds."""
     return [names[id(p)] for p in module._parameters.values() if id(p) in names]
+
+
+def _reasons_in_another_batch(
+    source: PerSampleGradSource, batch: Batch, layers: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    """Return, by path, why calls of layers are refused in a batch of one sample less.
+
+    There another dimension that is as long as the batch by chance does not pass for the samples.
+    """
+    fewer = batch.rows(slice(0, batch.size - 1))
+    reasons: dict[str, str] = {}
+    if fewer.size:
+        with buffers_restored(source.model), recorded_calls(layers) as calls:
+            losses_of_part(source, fewer)
+        for call in calls:
+            try:
+                require_batch_first(call, fewer.size)
+            except UnsupportedModelError as refusal:
+                reasons[call.path] = str(refusal)
+    return reasons
 
 
 def _reason_against_call(call: ModuleCall, batch: Batch, try_rule: Callable[[ModuleCall, Tensor], object]) -> str:

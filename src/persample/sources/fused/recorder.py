@@ -88,8 +88,10 @@ class Recorder(Capture):
         finally:
             self._running.pop()
 
-    def tap(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._noted(super().tap(*args, **kwargs))
+    def tap(self, result: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The node of a tap at a view is inside of another one, where nobody can look.
+        result = result.clone() if result._is_view() else result
+        return self._noted(super().tap(result, *args, **kwargs))
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._noted(super().run(*args, **kwargs))
