@@ -13,6 +13,7 @@ from rich.progress import track
 
 import persample
 from persample.errors import DataError, DisagreementError, OptionError, UnknownBackendError
+from persample.experiments import processes
 from persample.experiments.australian_credit.scores import Run, read_csv, write_csv
 from persample.experiments.australian_credit.settings import METHODS, PUBLISHED
 from persample.experiments.australian_credit.train import train_all
@@ -23,7 +24,7 @@ from persample.experiments.model_argument import load_model, random_inputs, samp
 from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
 from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
-from persample.experiments.reproduce import make_folder
+from persample.experiments.reproduce import assist, make_folder
 from persample.experiments.reproduce import reproduce as run_experiment
 from persample.experiments.tables import agreement_table, australian_table, backends_table, cost_table, results_table
 
@@ -271,21 +272,25 @@ def backends() -> None:
 def _run(
     configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool, overwrite: bool, tensorboard: bool
 ) -> None:
-    console = Console()
-    try:
-        with LiveProgress(console) as progress:
-            outcome = run_experiment(
-                configs,
-                out,
-                data_dir=data_dir,
-                resume=resume,
-                overwrite=overwrite,
-                watcher=progress,
-                tensorboard=tensorboard,
-            )
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command with --resume goes on after the last whole epoch", err=True)
-        raise
+    with processes.joined():
+        if not processes.is_first():
+            assist(configs, out, data_dir=data_dir, resume=resume)
+            return
+        console = Console()
+        try:
+            with LiveProgress(console) as progress:
+                outcome = run_experiment(
+                    configs,
+                    out,
+                    data_dir=data_dir,
+                    resume=resume,
+                    overwrite=overwrite,
+                    watcher=progress,
+                    tensorboard=tensorboard,
+                )
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command with --resume goes on after the last whole epoch", err=True)
+            raise
     console.print(results_table(outcome.records))
     typer.echo(f"Figure: {outcome.figure}")
 

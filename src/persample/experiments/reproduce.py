@@ -14,15 +14,16 @@ from typing import Any
 import torch
 
 from persample.errors import DataError
+from persample.experiments import processes
 from persample.experiments.checkpoint import restore
 from persample.experiments.config import TrainConfig
-from persample.experiments.data import DATASET_TITLES, load_dataset
+from persample.experiments.data import DATASET_TITLES, ImageDataset, load_dataset
 from persample.experiments.extras import require
 from persample.experiments.figures import figure2
 from persample.experiments.layers import write_layers_csv
 from persample.experiments.models import MODEL_OF_DATASET, MODEL_TITLES
 from persample.experiments.records import Record, write_csv
-from persample.experiments.run import start
+from persample.experiments.run import Run, start
 from persample.experiments.tensorboard import write_tensorboard
 from persample.experiments.train import Watcher, train
 from persample.files import replacing
@@ -54,6 +55,8 @@ def reproduce(
     tensorboard: bool = False,
 ) -> Outcome:
     """Train one run after the other on the same data, and write the results into a folder.
+
+    Of several processes the first one does so, and the others do what `assist` does.
 
     The folder gets `config.json` (settings, versions, machine), for each optimizer a checkpoint `adam.pt` or
     `vogn.pt` after every epoch, `metrics.csv`, `diagnostics.csv` (of the posterior) and `figure2.png`.
@@ -88,10 +91,8 @@ def reproduce(
         )
     make_folder(out)
     dataset = load_dataset(configs[0].dataset, data_dir)
-    runs = [start(config, len(dataset.train_targets)) for config in configs]
-    for run, checkpoint in zip(runs, checkpoints, strict=True):
-        if resume and checkpoint.exists():
-            restore(run, checkpoint)
+    processes.wait_for_all()  # now the others find the data, perhaps downloaded, and nobody writes checkpoints
+    runs = _start(configs, checkpoints, dataset, resume)
     if not resume:
         for path in old:
             path.unlink()
@@ -108,6 +109,27 @@ def reproduce(
     return Outcome(records, figure)
 
 
+def assist(configs: Sequence[TrainConfig], out: Path, *, data_dir: Path | None = None, resume: bool = False) -> None:
+    """Train with the first process, and write nothing. Arguments as for `reproduce`."""
+    processes.wait_for_all()
+    checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
+    dataset = load_dataset(configs[0].dataset, data_dir)
+    for run, checkpoint in zip(_start(configs, checkpoints, dataset, resume), checkpoints, strict=True):
+        train(run, dataset, checkpoint)
+
+
+def _start(
+    configs: Sequence[TrainConfig], checkpoints: Sequence[Path], dataset: ImageDataset, resume: bool
+) -> list[Run]:
+    """Begin all runs, or go on with them where they were; no process writes anything before all have read it."""
+    runs = [start(config, len(dataset.train_targets)) for config in configs]
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        if resume and checkpoint.exists():
+            restore(run, checkpoint)
+    processes.wait_for_all()
+    return runs
+
+
 def describe(configs: Sequence[TrainConfig]) -> dict[str, Any]:
     """Return the settings of the runs, the versions of the packages and the machine, for a JSON file."""
     return {
@@ -118,6 +140,7 @@ def describe(configs: Sequence[TrainConfig]) -> dict[str, Any]:
             "processor": platform.machine(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "processes": processes.count(),
         },
     }
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from persample import VOGN, losses
+from persample.experiments import processes
 from persample.experiments.config import AdamSettings, TrainConfig
 from persample.experiments.layers import LayerRecord
 from persample.experiments.models import model_for
@@ -67,5 +68,6 @@ def start(config: TrainConfig, data_size: int) -> Run:
         # So that a run repeats bit for bit, resumed or not.
         backend_options={"deterministic": True} if settings.backend == "fused" else None,
         generator=make_generator(config.seed, "noise"),
+        process_group=processes.group(),
     )
     return Run(config, model, optimizer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from persample import VOGN, losses
 from persample.errors import NonFiniteLossError
+from persample.experiments import processes
 from persample.experiments.checkpoint import save
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import ImageDataset
@@ -45,7 +46,8 @@ def train(run: Run, dataset: ImageDataset, checkpoint: Path, watcher: Watcher | 
     """Train until all epochs are done, measuring on training and test data after every one.
 
     A run that was interrupted, and restored from its checkpoint, ends bit for bit as one that was not. Nothing
-    but the run is changed, torch's global random generator included.
+    but the run is changed, torch's global random generator included. Of several processes each trains on its share of
+    every batch, and the first one measures, saves and tells.
 
     Args:
         run: A run that was just started, or restored.
@@ -62,6 +64,8 @@ def train(run: Run, dataset: ImageDataset, checkpoint: Path, watcher: Watcher | 
     while run.epoch < run.config.epochs:
         _train_epoch(run, dataset, watcher)
         run.epoch += 1
+        if not processes.is_first():
+            continue
         run.records += evaluate(run, dataset)
         run.layers += layer_records(run.config.optimizer, run.epoch, run.optimizer)
         save(run, checkpoint)
@@ -75,7 +79,7 @@ def _train_epoch(run: Run, dataset: ImageDataset, watcher: Watcher) -> None:
         lr = learning_rate(config, run.epoch * len(batches) + index, config.epochs * len(batches))
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss = _train_step(run, dataset.train_inputs[rows], dataset.train_targets[rows]).item()
+        loss = _train_step(run, dataset, rows).item()
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss of {config.optimizer} became {loss} in epoch {epoch}: the training diverged; "
@@ -110,14 +114,18 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.settings.lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
+def _train_step(run: Run, dataset: ImageDataset, rows: Tensor) -> Tensor:
+    """Train one batch, and return the mean loss of this process's share of it."""
+    own = processes.own_share(rows)
+    inputs, targets = dataset.train_inputs[own], dataset.train_targets[own]
     optimizer = run.optimizer
     if isinstance(optimizer, VOGN):
-        loss = optimizer.observe(inputs, targets)
+        loss = optimizer.observe(inputs, targets) if len(own) else torch.zeros(())
         optimizer.step()
         return loss
     optimizer.zero_grad()
-    loss = losses.cross_entropy(run.model(inputs), targets).mean()
-    loss.backward()
+    total = losses.cross_entropy(run.model(inputs), targets).sum()
+    (total / len(rows)).backward()
+    processes.add_up(p.grad for p in run.model.parameters() if p.grad is not None)
     optimizer.step()
-    return loss.detach()
+    return total.detach() / max(1, len(own))
