@@ -101,12 +101,12 @@ def nothing():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["whole"], "backend 'hooks' may serve this model"),
-        (["whole", "--shape", "3"], "backend 'hooks' serves this model"),
-        (["build", "--shape", "5", "--tokens", "9", "--backend", "fused"], "backend 'fused' serves this model"),
-        (["build", "--shape", "5", "--tokens", "9"], "backend 'hooks' refuses this model"),
+        (["whole"], "backend 'fused' may serve this model"),
+        (["whole", "--shape", "3"], "backend 'fused' serves this model"),
+        (["build", "--shape", "5", "--tokens", "9"], "backend 'fused' serves this model"),
+        (["build", "--shape", "5", "--tokens", "9", "--backend", "hooks"], "backend 'hooks' refuses this model"),
         (["with_batch"], "persample.fix(model)"),
-        (["with_batch", "--eval"], "backend 'hooks' serves this model"),
+        (["with_batch", "--eval"], "backend 'fused' serves this model"),
     ],
 )
 def test_explains_a_model_of_the_user(persample, tmp_path: Path, arguments: list[str], expected: str) -> None:

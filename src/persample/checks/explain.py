@@ -122,7 +122,7 @@ def explain(
     targets: Any = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     *,
-    backend: str = "hooks",
+    backend: str = "fused",
     **options: Any,
 ) -> Explanation:
     """Tell, before anything is computed, what would serve each parameter of `model`: a rule, a fallback, or nothing.

@@ -234,7 +234,7 @@ def explain(
         str, typer.Argument(help=f"{', '.join(MODELS)}, or package.module:factory of yours.", metavar="MODEL")
     ],
     backend: Annotated[
-        list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. [default: hooks]")
+        list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. [default: fused]")
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Shape of one sample, such as 3,32,32, for an example batch of random numbers.")
@@ -259,7 +259,7 @@ def explain(
     if sizes is not None:
         network, inputs = network.to(_dtype(dtype)), random_inputs(sizes, tokens, batch_size, _dtype(dtype))
     network.train(network.training and not eval_mode)
-    for name in backend or ["hooks"]:
+    for name in backend or ["fused"]:
         Console().print(persample.explain(network, inputs, backend=name))
 
 

@@ -45,7 +45,7 @@ def uses_of_layers(
         own = _names_in(module, names)
         reason = reason_against(module) if own else None
         if reason:
-            why = f"{describe(path, module)} {reason} Use backend 'vmap' or 'loop'."
+            why = f"{describe(path, module)} {reason} Use backend 'fused' or 'loop'."
             refused.update(own)
             yield from (Use(name, "refused", type(module).__name__, path, why) for name in own)
         elif own:

@@ -126,13 +126,13 @@ def unseen_uses(
                 names[variable],
                 f"Parameter {names[variable]!r} is used outside the call of a module that this backend has a rule "
                 "for (by a functional call, as a bare parameter, or by a module's method): its gradient would lack "
-                "that use. Use backend 'vmap' or 'loop'.",
+                "that use. Use backend 'fused' or 'loop'.",
             )
         if moves_rows(node):
             yield (
                 None,
                 f"The model picks or reorders entries of dim 0 between its layers ({node.name()}), so row i need not "
-                "be sample i there: this backend needs that. Use backend 'vmap' or 'loop'.",
+                "be sample i there: this backend needs that. Use backend 'fused' or 'loop'.",
             )
         if "CheckpointFunction" in node.name():
             yield (
@@ -184,5 +184,5 @@ def require_batch_first(call: ModuleCall, batch_size: int) -> None:
             raise UnsupportedModelError(
                 f"{call.name} was called with a tensor of shape {tuple(tensor.shape)} in a batch of {batch_size} "
                 "samples: this backend needs dim 0 of its inputs and outputs to be the sample (no folded batches, no "
-                "time-first layouts). Use backend 'vmap' or 'loop'."
+                "time-first layouts). Use backend 'fused' or 'loop'."
             )

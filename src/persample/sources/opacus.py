@@ -104,7 +104,7 @@ def _refuse_chosen_output_size(use: LayerUse, layer: _ConvTransposeNd) -> None:
         if use.delta.shape[2 + d] != size:
             raise UnsupportedModelError(
                 f"{use.name} was called with an output_size of its own, which Opacus does not pass on: set "
-                "output_padding in the layer, or use backend 'vmap' or 'loop'."
+                "output_padding in the layer, or use backend 'fused' or 'loop'."
             )
 
 

@@ -100,7 +100,7 @@ class PeerRulesSource(PerSampleGradSource):
             if trainable(module):
                 reason = self.reason_against(module)
                 if reason:
-                    raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'vmap' or 'loop'.")
+                    raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'fused' or 'loop'.")
                 layers[path] = module
         return layers
 
@@ -152,7 +152,7 @@ class PeerRulesSource(PerSampleGradSource):
             shapes = ", ".join(str(tuple(a.shape)) for a in use.inputs)
             raise UnsupportedModelError(
                 f"{self.package} cannot handle {use.name} with an input of shape {shapes} ({type(error).__name__}: "
-                f"{str(error).rstrip('.')}). Use backend 'vmap' or 'loop'."
+                f"{str(error).rstrip('.')}). Use backend 'fused' or 'loop'."
             ) from error
         # Some rules return δ itself, which layers side by side have in common.
         shared = use.delta.untyped_storage().data_ptr()

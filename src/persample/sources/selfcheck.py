@@ -209,7 +209,7 @@ def _some_rows(batch: Batch) -> list[int]:
 
 
 _ADVICE = (
-    "Use another backend for this model ('vmap' runs the largest number of models exactly, 'loop' all of them), and "
+    "Use another backend for this model ('loop' runs every model that has per-sample gradients), and "
     "please report it with the model's code."
 )
 

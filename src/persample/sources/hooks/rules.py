@@ -54,7 +54,7 @@ def modules_with_rules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         reason = reason_against(module)
         if reason:
-            raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'vmap' or 'loop'.")
+            raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'fused' or 'loop'.")
         found[path] = module
     return found
 
