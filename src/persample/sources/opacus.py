@@ -122,4 +122,5 @@ def _cudnn_flag_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic = before
+        if torch.backends.cudnn.deterministic != before:  # frozen flags cannot even be set to what they are
+            torch.backends.cudnn.deterministic = before

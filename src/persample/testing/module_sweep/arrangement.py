@@ -95,7 +95,7 @@ def arrange(module: nn.Module, call: Call) -> Arrangement:
     reasons: list[DoesNotFitError] = []
     for dims, batched in _ways(call.tensors):
         mixing = [reason for reason in reasons if isinstance(reason, MixesError)]
-        if dims is None and mixing:
+        if dims is None and mixing and all(x.dim() > 0 for x in call.tensors):  # a number by itself has no rows to mix
             raise mixing[0]
         try:
             return _fitted(module, call, dims, batched)

@@ -60,7 +60,9 @@ class Swept(nn.Module):
 def samples(most: int = 1000) -> Iterator[Sample]:
     """Yield the entries of the list in training and in eval mode, at most so many of each module in each mode."""
     try:
-        from torch.testing._internal.common_modules import module_db
+        # Importing PyTorch's own test tools freezes the flags of its backends, of the whole process.
+        with torch.backends.__allow_nonbracketed_mutation():
+            from torch.testing._internal.common_modules import module_db
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f'PyTorch\'s list of modules cannot be used here ({error}); run: pip install "persample[testing]"'
