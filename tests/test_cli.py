@@ -47,6 +47,16 @@ def test_trains_one_optimizer_and_resumes_it(persample, tmp_path: Path) -> None:
     assert (tmp_path / "once/metrics.csv").read_bytes() == (tmp_path / "twice/metrics.csv").read_bytes()
 
 
+def test_measures_on_held_out_training_data(persample, tmp_path: Path) -> None:
+    settings = ("--validation", "500", "--epochs", "2", "--evaluate-every", "2", "--batch-size", "1000")
+
+    code, out, _ = persample("train", "--temperature", "0.5", *settings)
+
+    assert code == 0
+    assert "vogn epoch 2/2: validation accuracy" in out
+    assert "vogn epoch 1/2" not in out
+
+
 def test_says_how_to_go_on_after_an_interrupt(persample, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ RUN = {"dataset": "mnist", "epochs": 2, "batch_size": 3, "schedule": "cosine", "
 def test_as_dict_has_all_settings_in_one_level() -> None:
     config = TrainConfig(**RUN, settings=AdamSettings(lr=0.5))
 
-    assert config.as_dict() == {"optimizer": "adam", **RUN, "lr": 0.5}
+    assert config.as_dict() == {"optimizer": "adam", **RUN, "validation": 0, "evaluate_every": 1, "lr": 0.5}
 
 
 def test_the_settings_say_which_optimizer_it_is() -> None:
@@ -20,7 +20,10 @@ def test_the_settings_say_which_optimizer_it_is() -> None:
     assert TrainConfig(**RUN, settings=settings).optimizer == "vogn"
 
 
-@pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("batch_size", 0), ("seed", -1), ("schedule", "linear")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", 0), ("batch_size", 0), ("seed", -1), ("validation", -1), ("evaluate_every", 0), ("schedule", "linear")],
+)
 def test_refuses_impossible_runs(name: str, value: object) -> None:
     with pytest.raises(OptionError, match=f"^{name}='?{value}'? must be"):
         TrainConfig(**RUN | {name: value}, settings=AdamSettings(lr=0.5))

@@ -11,12 +11,12 @@ import pytest
 from persample.errors import OptionError
 from persample.experiments.figures import figure2
 from persample.experiments.metrics import Metrics
-from persample.experiments.records import Record
+from persample.experiments.records import Record, Split
 
 COLOURS = {"point": (0xD5, 0x5E, 0x00), "averaged": (0x00, 0x72, 0xB2), "mean": (0x56, 0xB4, 0xE9)}
 
 
-def records(epochs: int) -> list[Record]:
+def records(epochs: int, held_out: Split = "test") -> list[Record]:
     return [
         Record(optimizer, epoch, split, prediction, Metrics(0.9 - height / epoch, 0.1 + height / epoch, 0.0))
         for optimizer, prediction, height in [
@@ -24,7 +24,7 @@ def records(epochs: int) -> list[Record]:
             ("vogn", "mean", 0.3),
             ("vogn", "averaged", 0.5),
         ]
-        for split in ("train", "test")
+        for split in ("train", held_out)
         for epoch in range(1, epochs + 1)
     ]
 
@@ -34,11 +34,11 @@ def coloured(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     return (np.abs(picture[..., :3] * 255 - colour) < 2).all(axis=-1)
 
 
-@pytest.mark.parametrize("epochs", [1, 20])
-def test_every_panel_shows_every_curve(tmp_path: Path, epochs: int) -> None:
+@pytest.mark.parametrize(("epochs", "held_out"), [(1, "test"), (20, "test"), (2, "validation")])
+def test_every_panel_shows_every_curve(tmp_path: Path, epochs: int, held_out: Split) -> None:
     path = tmp_path / "figure2.png"
 
-    figure2(records(epochs), path, "A title")
+    figure2(records(epochs, held_out), path, "A title")
 
     picture = matplotlib.image.imread(path)
     height, width = picture.shape[:2]

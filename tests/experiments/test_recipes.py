@@ -30,7 +30,11 @@ def test_changes_reach_the_run_and_the_optimizer() -> None:
     [
         (("svhn", "adam"), {}, "'svhn'; choose one of mnist-5k, mnist, fashion-mnist, cifar10"),
         (("mnist", "sgd"), {}, "'sgd'; choose adam or vogn"),
-        (("mnist", "adam"), {"momentum": 0.9}, "adam has no setting momentum; it has batch_size, epochs, lr"),
+        (
+            ("mnist", "adam"),
+            {"momentum": 0.9},
+            "adam has no setting momentum; it has batch_size, epochs, evaluate_every, lr",
+        ),
         (("mnist", "vogn"), {"epochs": 0}, "epochs=0 must be at least 1"),
     ],
 )

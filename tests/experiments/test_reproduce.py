@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def test_every_backend_learns_the_same(data_dir: Path, tmp_path: Path, backend: 
 
     for one, two in zip(hooks, other, strict=True):
         assert one.metrics.log_loss == pytest.approx(two.metrics.log_loss, rel=1e-3)
+
+
+def test_holds_training_samples_out_in_place_of_the_test_data(data_dir: Path, tmp_path: Path) -> None:
+    configs = [replace(config, validation=2) for config in both()]
+
+    records = reproduce(configs, tmp_path / "out", data_dir=data_dir).records
+
+    assert {record.split for record in records} == {"train", "validation"}
 
 
 class StopError(Exception):

@@ -12,11 +12,12 @@ from persample import losses
 from persample.errors import NonFiniteLossError, OptionError, UnknownBackendError
 from persample.experiments.checkpoint import restore
 from persample.experiments.config import TrainConfig
-from persample.experiments.data import ImageDataset, load_dataset
+from persample.experiments.data import ImageDataset, hold_out, load_dataset
 from persample.experiments.models import mnist_convnet
 from persample.experiments.recipes import configure
 from persample.experiments.records import Record
 from persample.experiments.run import Run, start
+from persample.experiments.seeds import make_generator
 from persample.experiments.train import learning_rate, shuffled_batches, train
 
 
@@ -178,6 +179,34 @@ def test_measures_train_and_test_in_every_way(digits: ImageDataset, tmp_path: Pa
         for split in ("train", "test")
         for prediction in ("mean", "averaged")
     ]
+
+
+@pytest.mark.parametrize(("every", "measured"), [(2, [2, 3]), (3, [3]), (5, [3])])
+def test_measures_after_some_epochs_and_the_last(
+    digits: ImageDataset, tmp_path: Path, every: int, measured: list[int]
+) -> None:
+    often = trained(small("adam"), digits, tmp_path / "often.pt").records
+
+    seldom = trained(small("adam", evaluate_every=every), digits, tmp_path / "seldom.pt").records
+
+    assert seldom == [record for record in often if record.epoch in measured]
+
+
+def test_held_out_data_are_measured_as_what_they_are(digits: ImageDataset, tmp_path: Path) -> None:
+    split = hold_out(digits, 10, make_generator(0, "validation"))
+
+    records = trained(small("adam", epochs=1), split, tmp_path / "run.pt").records
+
+    assert [(record.split, record.prediction) for record in records] == [("train", "point"), ("validation", "point")]
+
+
+def test_every_setting_of_vogn_reaches_it() -> None:
+    settings = {"damping": 0.01, "temperature": 0.5, "temperature_start": 0.1, "temperature_steps": 7, "decay": 0.9}
+
+    optimizer = start(small("vogn", **settings), 40).optimizer
+
+    assert {name: optimizer.defaults[name] for name in settings} == settings
+    assert optimizer.mc_samples == 2
 
 
 def test_says_that_adam_diverged(digits: ImageDataset, tmp_path: Path) -> None:

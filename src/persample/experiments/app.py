@@ -53,6 +53,10 @@ OutOption = Annotated[Path | None, typer.Option(help="Folder for the results; on
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier experiment in --out.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="Of the learning rate: constant, or cosine (falls to 0).")]
+ValidationOption = Annotated[
+    int | None, typer.Option(help="Training samples to hold out and measure in place of the test data.")
+]
+EvaluateEveryOption = Annotated[int | None, typer.Option(help="Measure after every so many epochs, and the last.")]
 TensorboardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Write metrics and diagnostics for TensorBoard too.")
 ]
@@ -73,6 +77,8 @@ def reproduce(
     batch_size: BatchSizeOption = None,
     schedule: ScheduleOption = None,
     seed: SeedOption = 0,
+    validation: ValidationOption = None,
+    evaluate_every: EvaluateEveryOption = None,
     out: OutOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -82,7 +88,14 @@ def reproduce(
 
     Settings that are not given are those of the data set's recipe.
     """
-    shared: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule, "seed": seed}
+    shared: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "seed": seed,
+        "validation": validation,
+        "evaluate_every": evaluate_every,
+    }
     configs = [configure(dataset, "adam", **shared), configure(dataset, "vogn", backend=backend, **shared)]
     _run(configs, out or Path("runs") / dataset, data_dir, resume, overwrite, tensorboard)
 
@@ -97,15 +110,24 @@ def train(
     batch_size: BatchSizeOption = None,
     schedule: ScheduleOption = None,
     seed: SeedOption = 0,
+    validation: ValidationOption = None,
+    evaluate_every: EvaluateEveryOption = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     prior_precision: Annotated[float | None, typer.Option(help="VOGN: λ of the prior.")] = None,
     decay: Annotated[float | None, typer.Option(help="VOGN: γ of the curvature.")] = None,
     hess_init: Annotated[float | None, typer.Option(help="VOGN: the first curvature s_0.")] = None,
     momentum: Annotated[float | None, typer.Option(help="VOGN: momentum of the gradient.")] = None,
+    damping: Annotated[float | None, typer.Option(help="VOGN: a lower bound for the curvature.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="VOGN: weight τ of the divergence from the prior; below 1 trusts the data more."),
+    ] = None,
+    temperature_start: Annotated[float | None, typer.Option(help="VOGN: τ at the first step of a warm-up.")] = None,
+    temperature_steps: Annotated[int | None, typer.Option(help="VOGN: steps of the warm-up of τ.")] = None,
     mc_samples: Annotated[int | None, typer.Option(help="VOGN: draws of the weights per batch.")] = None,
     order: Annotated[str | None, typer.Option(help="VOGN: divide by s_t (printed) or s_{t+1} (updated).")] = None,
     train_draws: Annotated[int | None, typer.Option(help="VOGN: draws to predict training data.")] = None,
-    test_draws: Annotated[int | None, typer.Option(help="VOGN: draws to predict test data.")] = None,
+    test_draws: Annotated[int | None, typer.Option(help="VOGN: draws to predict test or validation data.")] = None,
     out: OutOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -123,11 +145,17 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         schedule=schedule,
+        validation=validation,
+        evaluate_every=evaluate_every,
         lr=lr,
         prior_precision=prior_precision,
         decay=decay,
         hess_init=hess_init,
         momentum=momentum,
+        damping=damping,
+        temperature=temperature,
+        temperature_start=temperature_start,
+        temperature_steps=temperature_steps,
         mc_samples=mc_samples,
         order=order,
         train_draws=train_draws,

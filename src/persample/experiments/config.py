@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from persample.errors import OptionError
 from persample.experiments.records import OptimizerName
@@ -37,11 +37,15 @@ class VognSettings:
         decay: See `persample.VOGN`.
         hess_init: See `persample.VOGN`.
         momentum: See `persample.VOGN`.
+        damping: See `persample.VOGN`.
+        temperature: See `persample.VOGN`.
+        temperature_start: See `persample.VOGN`.
+        temperature_steps: See `persample.VOGN`.
         mc_samples: See `persample.VOGN`.
         order: See `persample.VOGN`.
         backend: The source of the per-sample gradients, one of `persample.backends()`.
         train_draws: Draws from the posterior that predictions on the training data are averaged over.
-        test_draws: The same on the test data.
+        test_draws: The same on the test data, or on the data held out for validation.
     """
 
     lr: float
@@ -49,6 +53,10 @@ class VognSettings:
     decay: float
     hess_init: float
     momentum: float = 0.0
+    damping: float = 0.0
+    temperature: float = 1.0
+    temperature_start: float = 0.01
+    temperature_steps: int = 0
     mc_samples: int = 1
     order: Literal["printed", "updated"] = "printed"
     backend: str = "fused"
@@ -59,6 +67,10 @@ class VognSettings:
         for name in ("train_draws", "test_draws"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def of_optimizer(self) -> dict[str, Any]:
+        """Return the settings that are keyword arguments of `persample.VOGN`."""
+        return {name: value for name, value in asdict(self).items() if name not in ("train_draws", "test_draws")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,9 @@ class TrainConfig:
         batch_size: Samples per step; the last batch of an epoch may be smaller.
         schedule: "constant", or "cosine" for a learning rate that falls to 0 over the run along half a cosine.
         seed: What the first weights, the order of the data and all noise are derived from.
+        validation: How many training samples are held out, drawn by the seed, and measured in place of the test data,
+            which then stay unseen; 0 trains on all.
+        evaluate_every: The metrics are measured after every so many epochs, and after the last one.
         settings: The optimizer's settings, whose type says which optimizer it is.
     """
 
@@ -79,10 +94,12 @@ class TrainConfig:
     batch_size: int
     schedule: Schedule
     seed: int
+    validation: int = 0
+    evaluate_every: int = 1
     settings: AdamSettings | VognSettings
 
     def __post_init__(self) -> None:
-        for name, least in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
+        for name, least in {"epochs": 1, "batch_size": 1, "seed": 0, "validation": 0, "evaluate_every": 1}.items():
             if getattr(self, name) < least:
                 raise OptionError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.schedule not in SCHEDULES:

@@ -17,7 +17,7 @@ _CHUNK = 500
 
 
 def evaluate(run: Run, dataset: ImageDataset) -> list[Record]:
-    """Return the metrics on training and test data after the epochs done.
+    """Return the metrics on training and held-out data after the epochs done.
 
     With VOGN both at the posterior's mean and with probabilities averaged over draws from the posterior. The
     draws come from a generator of their own, so that the training goes on as if nothing had been measured.
@@ -28,7 +28,7 @@ def evaluate(run: Run, dataset: ImageDataset) -> list[Record]:
     """
     parts: dict[Split, tuple[Tensor, Tensor]] = {
         "train": (dataset.train_inputs, dataset.train_targets),
-        "test": (dataset.test_inputs, dataset.test_targets),
+        dataset.held_out: (dataset.test_inputs, dataset.test_targets),
     }
     run.model.eval()
     records = []

@@ -21,7 +21,7 @@ _CURVES: dict[Prediction, tuple[str, str, str]] = {
     "mean": ("VOGN, posterior mean", "#56B4E9", "--"),
 }
 _COLUMNS = {"accuracy": "Accuracy (higher is better)", "log_loss": "Log loss in nats (lower is better)"}
-_ROWS: dict[Split, str] = {"train": "Training data", "test": "Test data"}
+_ROWS: dict[Split, str] = {"train": "Training data", "validation": "Validation data", "test": "Test data"}
 
 
 def figure2(records: Sequence[Record], path: Path, title: str) -> None:
@@ -40,15 +40,17 @@ def figure2(records: Sequence[Record], path: Path, title: str) -> None:
     if not records:
         raise OptionError("there is nothing to draw in figure 2: records is empty; train for at least one epoch")
     figure = require("matplotlib.figure", "Figures").Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(len(_ROWS), len(_COLUMNS), sharex=True, sharey="col")
-    for row, split in enumerate(_ROWS):
+    measured = {record.split for record in records}
+    rows = [split for split in _ROWS if split in measured]
+    axes = figure.subplots(len(rows), len(_COLUMNS), sharex=True, sharey="col", squeeze=False)
+    for row, split in enumerate(rows):
         for column, metric in enumerate(_COLUMNS):
             _draw(axes[row, column], [r for r in records if r.split == split], metric)
     for column, heading in enumerate(_COLUMNS.values()):
         axes[0, column].set_title(heading)
         axes[-1, column].set_xlabel("Epoch")
-    for row, heading in enumerate(_ROWS.values()):
-        axes[row, 0].set_ylabel(heading, fontsize="large")
+    for row, split in enumerate(rows):
+        axes[row, 0].set_ylabel(_ROWS[split], fontsize="large")
     figure.suptitle(title, fontsize="x-large")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)

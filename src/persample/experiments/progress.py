@@ -37,9 +37,12 @@ class LiveProgress(Progress):
         )
 
     def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
-        """Show the metrics on the test data, with VOGN those of the averaged predictions."""
-        metrics = [r.metrics for r in records if r.epoch == epoch and r.split == "test"][-1]
-        result = f"test accuracy {metrics.accuracy:.1%}, log loss {metrics.log_loss:.3f}"
+        """Show the metrics on the held-out data, with VOGN those of the averaged predictions, if they were measured."""
+        measured = [r for r in records if r.epoch == epoch and r.split != "train"]
+        if not measured:
+            return
+        metrics = measured[-1].metrics
+        result = f"{measured[-1].split} accuracy {metrics.accuracy:.1%}, log loss {metrics.log_loss:.3f}"
         self.update(self._task(config), epoch=epoch, result=result)
         if not self.console.is_terminal:
             self.console.print(f"{config.optimizer} epoch {epoch}/{config.epochs}: {result}")

@@ -16,6 +16,7 @@ class Recipe:
     epochs: int
     batch_size: int
     schedule: Schedule
+    evaluate_every: int = 1
     adam: AdamSettings
     vogn: VognSettings
 
@@ -75,7 +76,7 @@ def configure(dataset: str, optimizer: str, seed: int = 0, **changes: Any) -> Tr
     settings: AdamSettings | VognSettings = getattr(recipe, optimizer)
     given = {name: value for name, value in changes.items() if value is not None}
     own = {field.name for field in fields(settings)}
-    run = {"epochs", "batch_size", "schedule"}
+    run = {"epochs", "batch_size", "schedule", "validation", "evaluate_every"}
     if unknown := given.keys() - own - run:
         raise OptionError(
             f"{optimizer} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(own | run))}"
@@ -85,6 +86,7 @@ def configure(dataset: str, optimizer: str, seed: int = 0, **changes: Any) -> Tr
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         schedule=recipe.schedule,
+        evaluate_every=recipe.evaluate_every,
         seed=seed,
         settings=replace(settings, **{name: given[name] for name in given.keys() & own}),
     )

@@ -12,7 +12,7 @@ from persample.experiments.metrics import Metrics
 from persample.files import replacing
 
 OptimizerName = Literal["adam", "vogn"]
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 Prediction = Literal["point", "mean", "averaged"]
 
 

@@ -17,13 +17,14 @@ from persample.errors import DataError
 from persample.experiments import processes
 from persample.experiments.checkpoint import restore
 from persample.experiments.config import TrainConfig
-from persample.experiments.data import DATASET_TITLES, ImageDataset, load_dataset
+from persample.experiments.data import DATASET_TITLES, ImageDataset, hold_out, load_dataset
 from persample.experiments.extras import require
 from persample.experiments.figures import figure2
 from persample.experiments.layers import write_layers_csv
 from persample.experiments.models import MODEL_OF_DATASET, MODEL_TITLES
 from persample.experiments.records import Record, write_csv
 from persample.experiments.run import Run, start
+from persample.experiments.seeds import make_generator
 from persample.experiments.tensorboard import write_tensorboard
 from persample.experiments.train import Watcher, train
 from persample.files import replacing
@@ -62,7 +63,7 @@ def reproduce(
     `vogn.pt` after every epoch, `metrics.csv`, `diagnostics.csv` (of the posterior) and `figure2.png`.
 
     Args:
-        configs: The runs, with different optimizers on one data set.
+        configs: The runs, with different optimizers on one data set, of which the same samples are held out.
         out: The folder to write to; it is made.
         data_dir: See `load_dataset`.
         resume: Go on where the experiment in `out` was interrupted.
@@ -90,7 +91,7 @@ def reproduce(
             "replace it (--overwrite), or choose another folder (--out)"
         )
     make_folder(out)
-    dataset = load_dataset(configs[0].dataset, data_dir)
+    dataset = _load(configs[0], data_dir)
     processes.wait_for_all()  # now the others find the data, perhaps downloaded, and nobody writes checkpoints
     runs = _start(configs, checkpoints, dataset, resume)
     if not resume:
@@ -113,9 +114,15 @@ def assist(configs: Sequence[TrainConfig], out: Path, *, data_dir: Path | None =
     """Train with the first process, and write nothing. Arguments as for `reproduce`."""
     processes.wait_for_all()
     checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
-    dataset = load_dataset(configs[0].dataset, data_dir)
+    dataset = _load(configs[0], data_dir)
     for run, checkpoint in zip(_start(configs, checkpoints, dataset, resume), checkpoints, strict=True):
         train(run, dataset, checkpoint)
+
+
+def _load(config: TrainConfig, data_dir: Path | None) -> ImageDataset:
+    """Load the data, and hold out what the settings ask for: the same samples for all runs with this seed."""
+    dataset = load_dataset(config.dataset, data_dir)
+    return hold_out(dataset, config.validation, make_generator(config.seed, "validation"))
 
 
 def _start(

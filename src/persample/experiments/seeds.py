@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Purpose = Literal["weights", "noise", "order", "evaluation"]
+Purpose = Literal["weights", "noise", "order", "evaluation", "validation"]
 
 
 def derive_seed(seed: int, purpose: Purpose, epoch: int = 0) -> int:

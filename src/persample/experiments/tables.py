@@ -37,7 +37,7 @@ def results_table(records: Sequence[Record]) -> Table:
                 f"{metrics.accuracy:.2%}",
                 f"{metrics.log_loss:.4f}",
                 f"{metrics.calibration_error:.4f}",
-                end_section=record.split == "test",
+                end_section=record.split != "train",
             )
     return table
 

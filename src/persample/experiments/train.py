@@ -43,7 +43,7 @@ class SilentWatcher:
 
 
 def train(run: Run, dataset: ImageDataset, checkpoint: Path, watcher: Watcher | None = None) -> None:
-    """Train until all epochs are done, measuring on training and test data after every one.
+    """Train until all epochs are done, measuring on training and held-out data.
 
     A run that was interrupted, and restored from its checkpoint, ends bit for bit as one that was not. Nothing
     but the run is changed, torch's global random generator included. Of several processes each trains on its share of
@@ -66,7 +66,8 @@ def train(run: Run, dataset: ImageDataset, checkpoint: Path, watcher: Watcher | 
         run.epoch += 1
         if not processes.is_first():
             continue
-        run.records += evaluate(run, dataset)
+        if run.epoch % run.config.evaluate_every == 0 or run.epoch == run.config.epochs:
+            run.records += evaluate(run, dataset)
         run.layers += layer_records(run.config.optimizer, run.epoch, run.optimizer)
         save(run, checkpoint)
         watcher.on_epoch(run.config, run.epoch, run.records)

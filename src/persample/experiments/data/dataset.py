@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class ImageDataset:
         test_inputs: (M, C, H, W) float32, standardised with the numbers of the training part.
         test_targets: (M,) int64.
         num_classes: How many classes there are.
+        held_out: What the test part is: the published one, or samples held out of the training part to choose
+            settings by (`hold_out`).
     """
 
     name: str
@@ -33,6 +36,7 @@ class ImageDataset:
     test_inputs: Tensor
     test_targets: Tensor
     num_classes: int
+    held_out: Literal["validation", "test"] = "test"
 
 
 @dataclass(frozen=True)
