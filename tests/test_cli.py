@@ -57,6 +57,19 @@ def test_measures_on_held_out_training_data(persample, tmp_path: Path) -> None:
     assert "vogn epoch 1/2" not in out
 
 
+def test_sums_up_runs_with_different_seeds(persample) -> None:
+    for seed in ("0", "1"):
+        settings = ("--optimizer", "adam", "--epochs", "1", "--batch-size", "1000")
+        persample("train", *settings, "--seed", seed, "--out", seed)
+
+    code, out, _ = persample("summary", "0", "1")
+
+    assert code == 0
+    assert "over 2 seeds" in " ".join(out.split())
+    assert out.count("±") >= 6
+    assert persample("summary", "0", "2")[0] == 1
+
+
 def test_says_how_to_go_on_after_an_interrupt(persample, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 from persample.experiments.metrics import Metrics
-from persample.experiments.records import Record, write_csv
+from persample.experiments.records import Record, read_csv, write_csv
 
 
 def test_writes_a_row_per_record_without_losing_a_digit(tmp_path: Path) -> None:
@@ -26,13 +26,5 @@ def test_writes_a_row_per_record_without_losing_a_digit(tmp_path: Path) -> None:
         "log_loss",
         "calibration_error",
     ]
-    assert [
-        Record(
-            row["optimizer"],
-            int(row["epoch"]),
-            row["split"],
-            row["prediction"],
-            Metrics(float(row["accuracy"]), float(row["log_loss"]), float(row["calibration_error"])),
-        )
-        for row in rows
-    ] == records
+    assert float(rows[0]["log_loss"]) == 2 / 3
+    assert read_csv(tmp_path / "metrics.csv") == records

@@ -26,7 +26,15 @@ from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
 from persample.experiments.reproduce import assist, make_folder
 from persample.experiments.reproduce import reproduce as run_experiment
-from persample.experiments.tables import agreement_table, australian_table, backends_table, cost_table, results_table
+from persample.experiments.summary import last_records
+from persample.experiments.tables import (
+    agreement_table,
+    australian_table,
+    backends_table,
+    cost_table,
+    results_table,
+    summary_table,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,6 +170,14 @@ def train(
         test_draws=test_draws,
     )
     _run([config], out or Path("runs") / f"{dataset}-{optimizer}", data_dir, resume, overwrite, tensorboard)
+
+
+@app.command()
+def summary(
+    folders: Annotated[list[Path], typer.Argument(help="The folders of runs with different seeds.", metavar="FOLDER…")],
+) -> None:
+    """Show mean and standard deviation over runs that differ in their seeds alone."""
+    Console().print(summary_table(last_records(folders)))
 
 
 @app.command()

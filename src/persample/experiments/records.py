@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from persample.experiments.metrics import Metrics
 from persample.files import replacing
@@ -51,3 +51,18 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
         for record in records:
             row = {column: getattr(record, column) for column in columns}
             writer.writerow(row | asdict(record.metrics))
+
+
+def read_csv(path: Path) -> list[Record]:
+    """Read what `write_csv` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Record(
+                optimizer=cast(OptimizerName, row["optimizer"]),
+                epoch=int(row["epoch"]),
+                split=cast(Split, row["split"]),
+                prediction=cast(Prediction, row["prediction"]),
+                metrics=Metrics(**{metric.name: float(row[metric.name]) for metric in fields(Metrics)}),
+            )
+            for row in csv.DictReader(file)
+        ]

@@ -42,6 +42,29 @@ def results_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def summary_table(runs: Sequence[Sequence[Record]]) -> Table:
+    """Return mean and standard deviation of the metrics over runs, each a list of records in the same order."""
+    table = Table(title=f"After epoch {runs[0][0].epoch}: mean ± standard deviation over {len(runs)} seeds")
+    for heading in ("predictions", "data"):
+        table.add_column(heading)
+    for heading in ("accuracy in %", "log loss", "calibration error"):
+        table.add_column(heading, justify="right")
+    for prediction, name in _PREDICTIONS.items():
+        for same in zip(*runs, strict=True):
+            if same[0].prediction != prediction:
+                continue
+            metrics = [record.metrics for record in same]
+            table.add_row(
+                name,
+                same[0].split,
+                _spread([100 * m.accuracy for m in metrics], 2),
+                _spread([m.log_loss for m in metrics], 4),
+                _spread([m.calibration_error for m in metrics], 4),
+                end_section=same[0].split != "train",
+            )
+    return table
+
+
 def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
     """Return how far each backend is from the oracle."""
     table = Table(title=title, caption="Largest relative errors against a loop over the samples in float64")
@@ -111,8 +134,10 @@ def australian_table(scores: Sequence[Score]) -> Table:
     return table
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
 def _last_epoch(records: list[Record]) -> list[Record]:
