@@ -331,7 +331,7 @@ class Capture(TorchFunctionMode):
             if func in families.SAME or result.numel() == args[0].numel():
                 self.layouts[result] = where
                 return result
-        if func in families.POINTWISE and len(followed) == 1 and not kwargs:
+        if func in families.SHAPE_KEEPING and len(followed) == 1 and not kwargs:
             (operand,) = followed
             if result is not operand and result.shape == operand.shape:
                 self.layouts[result] = self.layouts.get(operand)

@@ -168,3 +168,7 @@ def is_in_place(func: Any) -> bool:
 _IN_PLACE = {"__setitem__"} | {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow")
 }
+
+
+#: Operations of `POINTWISE` with one result, which is not written into an operand.
+SHAPE_KEEPING = frozenset(f for f in POINTWISE - functions("where broadcast_tensors") if not is_in_place(f))

@@ -264,7 +264,7 @@ def _of_all(call: Call, shape: torch.Size) -> Lost:
 
 def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: Where = _NO_TRACE) -> Where:
     if labels.numel() == 0:
-        return None
+        return Layout(1, call.batch, 0)
     outer, rows, inner = rows_in(labels)
     rows = read(rows)
     picked = any(layout.owners is not None for layout in call.samples.values())

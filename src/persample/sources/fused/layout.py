@@ -71,10 +71,12 @@ class Layout(NamedTuple):
 
     def place(self, shape: Sequence[int]) -> Place | None:
         """Return the dimension of `shape` that holds the rows, or None if no single one does."""
+        if 0 in shape:
+            return None
         before = 1
         for index, size in enumerate(shape):
             after = math.prod(shape[index + 1 :])
-            if after and self.outer % before == 0 and self.inner % after == 0:
+            if self.outer % before == 0 and self.inner % after == 0:
                 folded_before, folded_after = self.outer // before, self.inner // after
                 if size == folded_before * self.rows * folded_after:
                     return Place(index, folded_before, folded_after)

@@ -53,6 +53,7 @@ RULES: Mapping[Any, Rule] = {
             "addmm addmv baddbmm": rewritten.addmm,
             "bilinear": rewritten.bilinear,
             "prelu": rewritten.prelu,
+            "linear_cross_entropy": rewritten.linear_cross_entropy,
             "masked_fill": rewritten.masked_fill,
             "index_put": rewritten.index_put,
             "index_select": rewritten.index_select,

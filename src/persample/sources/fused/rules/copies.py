@@ -54,7 +54,7 @@ def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs
     layout = capture.layout(beside, "torch.cat")
     place = _place(layout, beside.shape)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
-    if not JOINING[func] and dim % beside.dim() == place.dim:
+    if not JOINING[func] and dim % beside.dim() == place.dim and layout.rows > 1:
         raise ValueError("it puts a parameter beside whole samples")
     copies = {
         id(t): copied(capture, t, beside.dim(), layout, place) for t in tensors if capture.expression(t) is not None
@@ -70,7 +70,7 @@ def attended(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
     layout = samples[id(largest)]
     place = _place(layout, largest.shape)
     if place.dim >= largest.dim() - 2:
-        raise ValueError("the samples are in the last two dimensions")
+        return capture.fall_back(func, args, kwargs)
     copies = {
         id(t): copied(capture, t, largest.dim(), layout, place) for t in operands if capture.expression(t) is not None
     }
@@ -102,6 +102,9 @@ def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: 
         ValueError: the operand has another size there.
     """
     expression = capture.expressions[id(operand)][1]
+    if layout.rows == 1:  # all is of one sample
+        whole = Layout(1, layout.batch, operand.numel(), layout.owners)
+        return capture.copies(expression.value, whole, expression, _of_own_rows(whole, Place(0)))
     missing = ndim - operand.dim()
     own = place._replace(dim=place.dim - missing)
     size = layout.rows * place.folded

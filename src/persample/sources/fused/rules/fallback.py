@@ -34,7 +34,8 @@ _PIECE = 2**20
 
 def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, which has no rule, on samples and parameters."""
-    rows = _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
+    rows = _of_one_sample(capture, args, kwargs)
+    rows = rows or _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
     if rows:
         return capture.again(func, args, kwargs, rows)
     inside = opened(func)
@@ -55,6 +56,16 @@ def no_rule(name: str, reason: str) -> UnsupportedModelError:
         f"{name} uses a parameter, backend 'fused' has no rule for it, and it cannot be mapped over single samples "
         f"({reason.splitlines()[0] if reason else 'no reason given'}). Use backend 'vmap' or 'loop'."
     )
+
+
+def _of_one_sample(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Return the operands made of parameters as that sample's own, if all others are of one and the same sample."""
+    layouts = list(capture.samples_in(args, kwargs).values())
+    owners = {int(layout.owners.labels) if layout.owners and layout.rows == 1 else None for layout in layouts}
+    if len(owners) != 1 or None in owners:
+        return {}
+    operands = {id(t): t for t in tensors_in((args, dict(kwargs))) if capture.expression(t) is not None}
+    return {key: copied(capture, t, t.dim(), layouts[0], Place(0)) for key, t in operands.items()}
 
 
 def _rows(
@@ -82,10 +93,10 @@ def _rows(
     if not places:
         return {}
     rows = {id(operands[key]): layout.at(place, operands[key].shape) for key, (layout, place) in places.items()}
-    if not all(
-        isinstance(where, Layout) for where in after(Call(func, args, kwargs, samples | rows, capture.batch_size))
-    ):
-        return {}
+    in_order = all(layout.owners is None for layout in samples.values())
+    for where in after(Call(func, args, kwargs, samples | rows, capture.batch_size)):
+        if not isinstance(where, Layout) or (where.owners is None) != in_order:
+            return {}
     return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in places.items()}
 
 

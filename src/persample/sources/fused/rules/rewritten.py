@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persample.sources.fused.opened import opened
+
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
 
@@ -104,3 +106,9 @@ def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> An
     if capture.expression(input) is None or dim % input.dim() != 0:
         return capture.fall_back(torch.index_select, (input, dim, index), {})
     return looked_up(capture, input, index)
+
+
+def linear_cross_entropy(capture: Capture, *args: Any, **kwargs: Any) -> Any:
+    """Without the chunks in which PyTorch hides the parameters from autograd."""
+    function: Any = F.linear_cross_entropy
+    return capture.again(opened(function), args, kwargs | {"options": None}, {})
