@@ -8,8 +8,10 @@ parameter; a tap at its result delivers δ to the contributions of the parameter
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression, express
 from persample.sources.fused.following import Call, Lost, Where, after, outputs_of
 from persample.sources.fused.layout import Layout, batch_first
-from persample.sources.fused.layouts import Layouts
+from persample.sources.fused.layouts import Layouts, Seen, saved_tensors_are_intercepted
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules.copies import copied
 from persample.sources.fused.taps import Copies, Operation, Tap
@@ -47,6 +49,7 @@ class Capture(TorchFunctionMode):
         self.forward_pass = True
         self.without_gradient = False  # whether a parameter was used where autograd does not look
         self.layouts = Layouts()
+        self.constants = Seen()  # in what activation checkpointing repeats
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
@@ -87,20 +90,21 @@ class Capture(TorchFunctionMode):
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
-        if followed:
-            self.layouts.remember(followed)
         if not used:
-            return self._carry(func, args, kwargs, followed) if followed else func(*args, **kwargs)
+            if followed:
+                return self._carry(func, args, kwargs, followed)
+            result = func(*args, **kwargs)
+            if not self.forward_pass:
+                self.constants.add(tensors_in(result))
+            return result
+        if func is Tensor.detach and not self.forward_pass and _asked_by_checkpoint():
+            return args[0]
         if not torch.is_grad_enabled():
             self.without_gradient = True
             return self.plain(func, *self.values((args, dict(kwargs))))
         if followed:
             return self._use(func, args, kwargs)
-        if any(t.grad_fn is not None and id(t) not in self.expressions for t in tensors):
-            raise UnsupportedModelError(
-                f"{_name(func)} was called with a parameter and with a result that backend 'fused' did not see come "
-                "into being (a custom torch.autograd.Function): use backend 'vmap' or 'loop'."
-            )
+        self._require_constants(func, [t for t in tensors if id(t) not in self.expressions])
         return self.express(func, args, kwargs)
 
     @contextmanager
@@ -308,6 +312,17 @@ class Capture(TorchFunctionMode):
             for expression in expressions:
                 self.sink.expect(expression)
 
+    def _require_constants(self, func: Any, tensors: list[Tensor]) -> None:
+        """Raise unless `tensors`, which are not followed, depend on no sample and no parameter."""
+        if self.forward_pass and saved_tensors_are_intercepted():
+            self.constants.add(tensors)
+        if any(t.grad_fn is not None or not (self.forward_pass or t in self.constants) for t in tensors):
+            raise UnsupportedModelError(
+                f"{_name(func)} was called with a parameter and with a tensor that backend 'fused' did not see come "
+                "into being (the result of a custom torch.autograd.Function, or what hooks on autograd's saved tensors "
+                "made of the input of an activation checkpoint): use backend 'vmap' or 'loop'."
+            )
+
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation on samples and expressions of parameters."""
         rule = operations.RULES.get(func)
@@ -367,6 +382,14 @@ class Capture(TorchFunctionMode):
         if base is not None and families.is_in_place(func) and self.layouts.get(output) != where:
             self.layouts[base] = Lost(f"{_name(func)} writes samples into a part of a tensor")
         self.layouts[output] = where
+
+
+def _asked_by_checkpoint() -> bool:
+    """Whether activation checkpointing asked for the operation that the mode sees, for its own purposes."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals["__name__"].startswith("persample.sources.fused."):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals["__name__"] == "torch.utils.checkpoint"
 
 
 def _name(func: Any) -> str:

@@ -8,7 +8,8 @@ squaring commutes with it, and sums can be pulled back in place of single sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from persample.errors import UnsupportedModelError
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.families import RESHAPES, SAME, functions
+from persample.sources.fused.layouts import saved_tensors_are_intercepted
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def express(
     name = getattr(func, "__name__", str(func))
     new_args, new_kwargs = substitute((args, dict(kwargs)), {key: source.graph for key, source in sources.items()})
     versions = [source.graph._version for source in sources.values()]
-    result = func(*new_args, **new_kwargs)
+    with _own_saved_tensors():
+        result = func(*new_args, **new_kwargs)
     if [source.graph._version for source in sources.values()] != versions:
         raise UnsupportedModelError(
             f"{name} changes a parameter, or a tensor computed from parameters, in place, which backend 'fused' cannot "
@@ -136,6 +139,19 @@ def express(
         outputs = map(expression, result)
         return type(result)(*outputs) if hasattr(result, "_fields") else type(result)(outputs)
     return expression(result)
+
+
+@contextmanager
+def _own_saved_tensors() -> Iterator[None]:
+    """Save what the graph of an expression needs as usual, even within activation checkpointing.
+
+    Expressions are pulled back when the backward pass is over, and nobody repeats the forward pass any more.
+    """
+    if not saved_tensors_are_intercepted():
+        yield
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved):
+            yield
 
 
 _EXPANSIONS = functions("expand expand_as broadcast_to repeat tile")

@@ -14,9 +14,8 @@ from persample.sources.fused.following import Where
 class Layouts:
     """Where the samples are in tensors, found by the tensor's identity; no tensor is kept alive by it.
 
-    Activation checkpointing may repeat a part of the forward pass on other tensors with the same memory as before. So
-    in the backward pass, tensors that were seen where something intercepts autograd's saved tensors, as it does, are
-    found by their memory, too. That serves to repeat the same operations; what has been tapped stays as it was.
+    Activation checkpointing repeats parts of the forward pass. What goes in is the same object as before; or, where
+    another checkpoint intercepts autograd's saved tensors, one with the same memory and with a history.
     """
 
     def __init__(self) -> None:
@@ -26,25 +25,41 @@ class Layouts:
 
     def __setitem__(self, tensor: Tensor, where: Where) -> None:
         self._entries[id(tensor)] = (weakref.ref(tensor), where)
+        if saved_tensors_are_intercepted():
+            self._by_memory[_memory(tensor)] = where
 
     def __contains__(self, tensor: Tensor) -> bool:
         entry = self._entries.get(id(tensor))
         if entry is not None and entry[0]() is tensor:  # another tensor may have its address by now
             return True
-        return not self.forward_pass and _memory(tensor) in self._by_memory
+        return not self.forward_pass and tensor.grad_fn is not None and _memory(tensor) in self._by_memory
 
     def get(self, tensor: Tensor) -> Where:
         """Return where the samples are in `tensor`; None if it is not followed."""
         entry = self._entries.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
             return entry[1]
-        return None if self.forward_pass else self._by_memory.get(_memory(tensor))
+        return self._by_memory.get(_memory(tensor)) if tensor in self else None
 
-    def remember(self, tensors: Iterable[Tensor]) -> None:
-        """Make followed tensors findable by their memory, where checkpointing may need that."""
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            for tensor in tensors:
-                self._by_memory[_memory(tensor)] = self.get(tensor)
+
+class Seen:
+    """Tensors that have been seen, found by their identity."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, weakref.ref[Tensor]] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Remember `tensors`."""
+        self._entries.update((id(tensor), weakref.ref(tensor)) for tensor in tensors)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        entry = self._entries.get(id(tensor))
+        return entry is not None and entry() is tensor
+
+
+def saved_tensors_are_intercepted() -> bool:
+    """Whether something intercepts what autograd saves, as activation checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

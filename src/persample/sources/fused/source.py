@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from persample.errors import UnsupportedModelError
 from persample.moments import Moments
@@ -113,13 +115,26 @@ class FusedSource(PerSampleGradSource):
         inputs = [capture.anchor, *parameters.values()]
         if capture.without_gradient:
             inputs += other_leaves(total, inputs)
-        with reentrant_refused():
+        with reentrant_refused(), _failed_repetition_refused():
             _, *unseen = _grad(total, inputs, allow_unused=True)
         if capture.without_gradient:
             refuse_accumulated(parameters)
         for name, part in zip(parameters, unseen, strict=False):
             if part is not None:
                 raise UnsupportedModelError(unseen_use(name))
+
+
+@contextmanager
+def _failed_repetition_refused() -> Iterator[None]:
+    """Say what to do where activation checkpointing did not repeat what it did before."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise UnsupportedModelError(
+            "Activation checkpointing did not repeat the same operations in the backward pass: give parameters to no "
+            "checkpoint inside another one as arguments (use them inside), change no saved tensors by hooks, or use "
+            f"backend 'loop'. {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
