@@ -26,11 +26,7 @@ class TestLoop(DocumentedSuite):
 
 class TestFused(DocumentedSuite):
     backend = "fused"
-    serves = "layers"
-
-    def accept(self, case: Case, verdict: Verdict) -> None:
-        if verdict.kind != "exact":  # it may serve more than is documented
-            super().accept(case, verdict)
+    serves = "everything"
 
 
 class TestVmap(DocumentedSuite):

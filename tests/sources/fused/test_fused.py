@@ -148,6 +148,23 @@ def test_exact_where_modules_do_not_show_the_use(name: str) -> None:
     assert_exact(build(), inputs)
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this PyTorch has no LinearCrossEntropyLoss")
+@pytest.mark.parametrize("chunks", [False, True])
+def test_linear_layer_and_cross_entropy_at_once(chunks: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            options = nn.LinearCrossEntropyOptions() if chunks else None
+            self.hidden = nn.Linear(3, 4)
+            self.loss = nn.LinearCrossEntropyLoss(4, 2, bias=True, reduction="none", options=options)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.loss(self.hidden(x), (x[:, 0] > 0).long()).unsqueeze(1)
+
+    torch.manual_seed(0)
+    assert_exact(Model(), torch.randn(5, 3))
+
+
 @pytest.mark.parametrize("batch", [1, 3, 15, 16, 17, 64, 65])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_convolutions_on_both_sides_of_every_chunk(batch: int, deterministic: bool) -> None:

@@ -331,7 +331,9 @@ class Capture(TorchFunctionMode):
                 return rule(self, *args, **kwargs)
             return operations.fallback(self, func, args, kwargs)
         except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-            func(*args, **kwargs)  # if the call itself is wrong, this raises what PyTorch says of it
+            result = func(*args, **kwargs)  # if the call itself is wrong, this raises what PyTorch says of it
+            if {output.numel() for output in outputs_of(func, args, result)} == {0}:
+                return self.plain(func, *self.values((args, dict(kwargs))))  # no entry, no gradient
             raise operations.no_rule(_name(func), str(error)) from error
 
     def _carry(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor]) -> Any:

@@ -5,15 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
-from persample.testing.zoo.case import Case, Net, frozen, reals
+from persample.testing.zoo.case import Case, Net, frozen, parameter, reals
 
 
 def _sign_of_itself(model: Any, x: Tensor) -> Any:
     y: Tensor = model.inner(x.clone())
     return y * y.detach().sign()
+
+
+def _sample_by_sample(model: Any, x: Tensor) -> Any:
+    return torch.stack([torch.cat([model.inner(sample) * model.scale, model.token]).tanh() for sample in x])
+
+
+def _checkpoint_in_checkpoint(model: Any, x: Tensor) -> Any:
+    def inside(h: Tensor) -> Any:
+        return F.linear(h, model.first.weight.tanh() @ torch.eye(4, dtype=h.dtype)).tanh()
+
+    def outside(h: Tensor) -> Any:
+        return model.second(checkpoint(inside, h, use_reentrant=False) * model.first.bias)
+
+    return checkpoint(outside, model.first(x), use_reentrant=False)
 
 
 CASES = (
@@ -40,4 +56,14 @@ CASES = (
         reals(2),
     ),
     Case("Sign of itself", lambda: Net(_sign_of_itself, inner=nn.Linear(4, 4)), reals(4)),
+    Case(
+        "Sample by sample in a loop",
+        lambda: Net(_sample_by_sample, inner=nn.Linear(3, 2), scale=parameter(2), token=parameter(2)),
+        reals(3),
+    ),
+    Case(
+        "Activation checkpointing inside activation checkpointing",
+        lambda: Net(_checkpoint_in_checkpoint, first=nn.Linear(4, 4), second=nn.Linear(4, 4)),
+        reals(3, 4),
+    ),
 )
