@@ -32,7 +32,7 @@ def test_averages_over_draws_from_the_posterior(digits: ImageDataset) -> None:
     generator = make_generator(5, "evaluation", 2)
     total = torch.zeros(len(inputs), 10)
     for _ in range(3):
-        with optimizer.sampled_params(generator), torch.no_grad():
+        with optimizer.sampled_params(generator=generator), torch.no_grad():
             total += optimizer.model(inputs).softmax(1)
 
     averaged = predict_averaged(optimizer, inputs, draws=3, seed=5, epoch=2)

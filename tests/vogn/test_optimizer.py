@@ -40,7 +40,7 @@ class TestObserve:
         again = torch.Generator().manual_seed(2)
         expected = []
         for _ in range(3):
-            with vogn.sampled_params(again), torch.no_grad():
+            with vogn.sampled_params(generator=again), torch.no_grad():
                 expected.append(losses.cross_entropy(model(batch[0]), batch[1]))
         torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-12, atol=0)
         assert loss.shape == ()
@@ -71,7 +71,7 @@ class TestObserve:
         source, again = make_source("loop", model, losses.cross_entropy), torch.Generator().manual_seed(2)
         rows: list[dict[str, Tensor]] = []
         for part in (slice(0, 1), slice(0, 1), slice(1, 6), slice(1, 6)):
-            with vogn.sampled_params(again):
+            with vogn.sampled_params(generator=again):
                 rows.append(source.per_sample(x[part], y[part]))
         assert len(waiting["losses"]) == 12
         for name in waiting["mean"]:
@@ -141,7 +141,7 @@ class TestAccumulation:
     def test_needs_as_many_draws_as_before(self, vogn: VOGN, batch: Batch) -> None:
         vogn.observe(*batch)
         vogn.mc_samples = 2
-        with pytest.raises(UsageError, match="mc_samples was 1 and is now 2"):
+        with pytest.raises(UsageError, match=r"There were 1 draws.*mc_samples is 2"):
             vogn.observe(*batch, redraw=False)
 
 

@@ -105,7 +105,7 @@ class TestOfAnOptimizer:
     def test_draws_what_the_optimizer_draws(self, model: nn.Module, vogn: VOGN, train: Train) -> None:
         train(vogn)
         drawn = vogn.posterior.sample(torch.Generator().manual_seed(4))
-        with vogn.sampled_params(torch.Generator().manual_seed(4)):
+        with vogn.sampled_params(generator=torch.Generator().manual_seed(4)):
             for name, p in model.named_parameters():
                 assert torch.equal(drawn[name], p.detach())
 

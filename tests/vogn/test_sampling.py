@@ -39,7 +39,7 @@ def test_the_weights_are_the_mean_plus_sigma_times_the_generators_noise(
     sizes = [p.numel() for p in model.parameters()]
     noise = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(5), dtype=torch.float64).split(sizes)
     expected = [p.detach() + e.view(p.shape) / 5.0 for p, e in zip(model.parameters(), noise, strict=True)]
-    with vogn.sampled_params(torch.Generator().manual_seed(5)):
+    with vogn.sampled_params(generator=torch.Generator().manual_seed(5)):
         for p, w in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-14, atol=1e-14)
 
@@ -198,7 +198,7 @@ class TestPredict:
         predicted = vogn.predict(batch[0], samples=5, generator=generator).probabilities
         each = []
         for _ in range(5):
-            with vogn.sampled_params(again), torch.no_grad():
+            with vogn.sampled_params(generator=again), torch.no_grad():
                 each.append(model(batch[0]).softmax(1))
         torch.testing.assert_close(predicted, torch.stack(each).mean(0), rtol=1e-12, atol=0)
         assert not predicted.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,15 +53,7 @@ class BackpackSource(PeerRulesSource):
     def compute_moments(self, batch: Batch) -> Moments:
         parameters = self.parameters()
         losses, total, uses = self.backward(batch, parameters.values())
-        times = Counter(p for use in uses for p in trainable(use.layer))
-        squares: dict[nn.Parameter, Tensor] = {}
-        others = []
-        for use in uses:
-            if _is_summable(use, times):
-                squares |= self.by_rule(_square_sums, use)
-            else:
-                others.append(use)
-        squares |= {p: g.square().sum(0) for p, g in self.summed_rows(others).items()}
+        squares = self.square_sums(uses)
         return Moments(
             losses=losses,
             mean={
@@ -72,6 +65,18 @@ class BackpackSource(PeerRulesSource):
                 for name, p in parameters.items()
             },
         )
+
+    def square_sums(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+        uses = list(uses)
+        times = Counter(p for use in uses for p in trainable(use.layer))
+        squares: dict[nn.Parameter, Tensor] = {}
+        others = []
+        for use in uses:
+            if _is_summable(use, times):
+                squares |= self.by_rule(_square_sums, use)
+            else:
+                others.append(use)
+        return squares | super().square_sums(others)
 
     def rows(self, use: LayerUse) -> dict[nn.Parameter, Tensor]:
         return _extended(_BATCH_GRAD, use)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from persample.errors import OptionError, UnsupportedModelError
+from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import verify, verify_unmixed
@@ -139,6 +142,31 @@ class PerSampleGradSource(ABC):
             found.append(Use(None, "refused", "the model", "", str(refusal)))
         return found
 
+    def recording(self, loss_reduction: LossReduction = "mean") -> AbstractContextManager[Recorded]:
+        """Record the moments of forward and backward passes that the user runs himself, inside a `with` block.
+
+            with source.recording() as recorded:
+                loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+                loss.backward()
+            moments = recorded.moments()
+
+        The model is called as a whole, and `backward()` after each call of it. Dim 0 of its tensor arguments is the
+        sample. `loss_fn` is not used. `p.grad` gets the gradient, as ever.
+
+        Args:
+            loss_reduction: how the losses of the samples were reduced to a scalar, `"mean"` or `"sum"`. A mean is one
+                over all samples that the model was called with.
+
+        Raises:
+            UsageError: this backend runs the model itself and cannot record; nothing was recorded; or backward passes
+                cannot be told apart.
+            UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend.
+        """
+        raise UsageError(
+            f"{type(self).__name__} runs the model itself, so it cannot record your own forward and backward pass: "
+            "use optimizer.observe(inputs, targets), or another backend ('fused', 'hooks')."
+        )
+
     # What a backend implements.
 
     @abstractmethod
@@ -190,6 +218,36 @@ class PerSampleGradSource(ABC):
         """
         outputs = (model or self.model)(*batch.args, **batch.kwargs)
         return check_losses(self.loss_fn(outputs, batch.targets), batch.size)
+
+    def check_once(self, batch: Batch, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind.
+
+        Nothing remains of it, no random number is used up.
+
+        Raises:
+            DisagreementError, UnsupportedModelError: what the self-check found.
+        """
+        if not self.check_is_due(batch):
+            return
+        checked = copy.copy(self)
+        checked.loss_fn = loss_fn
+        start = random_state(self.model)
+        with (
+            _ONE_AT_A_TIME,
+            untouched(self.model),
+            buffers_restored(self.model),
+            random_state_restored(self.model, start),
+            torch.enable_grad(),
+        ):
+            checked._compute_and_check(batch, checked.compute_moments)
+        if batch.size > 1:
+            self._checked.add(self._kind(batch, "recording"))
+
+    def check_is_due(self, batch: Batch) -> bool:
+        """Whether `check` says that the self-check of `check_once` is due for `batch`."""
+        if self.check == "first":
+            return self._kind(batch, "recording") not in self._checked
+        return self.check == "always"
 
     def _run(self, inputs: Any, targets: Any, compute: Callable[[Batch], Any], method: str) -> Any:
         batch = as_batch(inputs, targets)

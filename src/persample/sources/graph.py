@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -10,13 +10,19 @@ from torch.autograd.graph import Node
 
 def nodes_behind(losses: Tensor) -> set[Node]:
     """Return all nodes of the autograd graph of `losses`."""
+    return nodes_from([losses.grad_fn])
+
+
+def nodes_from(start: Iterable[Node | None], stop: Collection[Node] = ()) -> set[Node]:
+    """Return all nodes of the autograd graph that can be reached from `start`, but nothing behind those of `stop`."""
     found: set[Node] = set()
-    pending = [losses.grad_fn] if losses.grad_fn is not None else []
+    pending = [node for node in start if node is not None]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += [following for following, _ in node.next_functions if following is not None]
+            if node not in stop:
+                pending += [following for following, _ in node.next_functions if following is not None]
     return found
 
 

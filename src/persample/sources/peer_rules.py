@@ -9,7 +9,8 @@ and one backward pass give a and δ of every call, and the package gives what it
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from persample.errors import UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import Batch
+from persample.sources.call_recorder import CallRecorder
 from persample.sources.contributions import without_autocast
 from persample.sources.layer_uses import uses_of_layers
 from persample.sources.module_calls import (
@@ -28,6 +30,8 @@ from persample.sources.module_calls import (
     refuse_unseen_uses,
     require_batch_first,
 )
+from persample.sources.recorder import ForwardPass
+from persample.sources.recording import LossReduction, Recorded
 from persample.sources.refusals import describe
 from persample.sources.use import Use
 
@@ -128,6 +132,15 @@ class PeerRulesSource(PerSampleGradSource):
         uses = [_use(call, delta) for call, delta in zip(calls, deltas, strict=True) if delta is not None]
         return losses.detach(), list(gradients[: len(parameters)]), uses
 
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        with PeerRecorder(self, loss_reduction) as recorder:
+            yield recorder.recorded
+
+    def square_sums(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+        """Return Σ_i g_i² of the parameters in use."""
+        return {p: g.square().sum(0) for p, g in self.summed_rows(uses).items()}
+
     def summed_rows(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
         """Return the per-sample gradients, each the sum over all uses of its parameter."""
         total: dict[nn.Parameter, Tensor] = {}
@@ -157,6 +170,27 @@ class PeerRulesSource(PerSampleGradSource):
         # Some rules return δ itself, which layers side by side have in common.
         shared = use.delta.untyped_storage().data_ptr()
         return {p: g.clone() if g.untyped_storage().data_ptr() == shared else g for p, g in results.items()}
+
+
+class PeerRecorder(CallRecorder):
+    """Applies the package's rules once all gradients at the outputs of layers are known."""
+
+    source: PeerRulesSource
+
+    def __init__(self, source: PeerRulesSource, reduction: LossReduction) -> None:
+        super().__init__(source, source.layers(), reduction)
+        self._uses: dict[ForwardPass, list[LayerUse]] = {}
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        super().begin(forward_pass)
+        self._uses[forward_pass] = []
+
+    def receive(self, forward_pass: ForwardPass, call: ModuleCall, delta: Tensor) -> None:
+        self._uses[forward_pass].append(_use(call, delta))
+
+    def sums(self, forward_pass: ForwardPass) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        squares = self.source.square_sums(self._uses.pop(forward_pass))
+        return {}, {name: squares[p] for name, p in self.recorded.parameters.items() if p in squares}
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -152,9 +152,9 @@ def _verify_moments(
     before: RandomState,
     rounding: float,
 ) -> None:
-    _require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, rounding)
+    require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, rounding)
     mean = {name: g / batch.size for name, g in total.items()}
-    _require_close(source, "mean gradient", claimed.mean, mean, rounding, _largest(losses))
+    require_close(source, "mean gradient", claimed.mean, mean, rounding, _largest(losses))
     if not source.exact:
         return
     few = batch.rows(_some_rows(batch))
@@ -167,7 +167,7 @@ def _verify_moments(
     # Compared as root mean squares, in the unit of the gradients, where the tolerance has a meaning.
     root = {name: torch.stack([g[name] for g in gradients]).square().mean(0).sqrt() for name in total}
     claimed_root = {name: s.sqrt() for name, s in claimed_few.second_moment.items()}
-    _require_close(source, "second moment", claimed_root, root, rounding, _largest(losses))
+    require_close(source, "second moment", claimed_root, root, rounding, _largest(losses))
 
 
 def _verify_rows(
@@ -179,7 +179,7 @@ def _verify_rows(
     rounding: float,
 ) -> None:
     claimed_losses, gradients = claimed
-    _require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, rounding)
+    require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, rounding)
     for name, p in source.parameters().items():
         shape = tuple(gradients[name].shape) if name in gradients else None
         if shape != (batch.size, *p.shape):
@@ -188,19 +188,19 @@ def _verify_rows(
                 f"{batch.size} samples of shape {tuple(p.shape)} were due. {_ADVICE}"
             )
     sums = {name: g.sum(0) for name, g in gradients.items()}
-    _require_close(source, "sum of the per-sample gradients", sums, total, rounding, len(losses) * _largest(losses))
+    require_close(source, "sum of the per-sample gradients", sums, total, rounding, len(losses) * _largest(losses))
     # With random weights, any exchange of rows shows.
     weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
     with _replayed(source, random_state(source.model)):
         weighted = gradient((weights * source.losses(batch)).sum(), source)
     found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
     unit = len(losses) * _largest(losses)
-    _require_close(source, "weighted sum of the per-sample gradients", found, weighted, rounding, unit)
+    require_close(source, "weighted sum of the per-sample gradients", found, weighted, rounding, unit)
     few = _some_rows(batch)
     _, rows = sample_gradients(source, batch, few)
     for i, row in zip(few, rows, strict=True):
         claimed_row = {name: g[i] for name, g in gradients.items()}
-        _require_close(source, f"gradient of sample {i}", claimed_row, row, rounding, _largest(losses))
+        require_close(source, f"gradient of sample {i}", claimed_row, row, rounding, _largest(losses))
 
 
 def _some_rows(batch: Batch) -> list[int]:
@@ -218,7 +218,7 @@ def _name(source: PerSampleGradSource) -> str:
     return type(source).__name__
 
 
-def _require_close(
+def require_close(
     source: PerSampleGradSource,
     what: str,
     claimed: Mapping[str, Tensor],
@@ -226,6 +226,16 @@ def _require_close(
     rounding: float,
     largest_loss: float = 0.0,
 ) -> None:
+    """Raise `DisagreementError` unless what `source` claims is what is expected, but for rounding.
+
+    Args:
+        source: the backend.
+        what: how the error names it.
+        claimed: tensors by the names of parameters.
+        expected: the same, from ordinary gradients.
+        rounding: the relative difference that rounding can explain.
+        largest_loss: a unit for gradients that vanish in exact arithmetic.
+    """
     if claimed.keys() != expected.keys():
         missing = sorted(expected.keys() ^ claimed.keys())
         raise DisagreementError(

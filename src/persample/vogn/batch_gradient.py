@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import as_batch
+from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
+from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.untouched import untouched
 
 
@@ -49,3 +52,28 @@ class BatchGradient:
             for (name, p), g in zip(params.items(), gradients, strict=True)
         }
         return Moments(losses.detach(), mean, {})
+
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        """Record forward and backward passes of the user, as `PerSampleGradSource.recording` does."""
+        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with GradientRecorder(self.model, params, loss_reduction) as recorder:
+            yield recorder.recorded
+
+
+class GradientRecorder(Recorder):
+    """Records the ordinary gradients of the user's backward passes."""
+
+    def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        return self._with_gradients()
+
+    def after_backward(self, forward_pass: ForwardPass) -> Sums:
+        return Sums(forward_pass.batch.size, self._gradients, None)
+
+    def left_out(self) -> Iterable[str]:
+        return self._gradients
+
+    @contextmanager
+    def _with_gradients(self) -> Iterator[None]:
+        with ordinary_gradients(self.recorded.parameters) as self._gradients:
+            yield

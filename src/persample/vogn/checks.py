@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import OptionError, PersampleError
-from persample.vogn.warn import warn
+from persample.warn import warn
 
 # Measured on small convolutional networks: above this length of lr / (hess_init + λ/N), ReLUs die or training diverges.
 LONGEST_FIRST_STEP = 0.5

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from persample.vogn.warn import warn
+from persample.warn import warn
 
 # The posterior is looked at after so many steps, and whenever their number has doubled.
 FIRST_LOOK = 128

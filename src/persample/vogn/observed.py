@@ -32,10 +32,12 @@ class Observations:
     Attributes:
         parts: what was observed; one entry for each draw if the rule keeps draws apart, else at most one.
         draws: where the noise of the latest draws began, one for each.
+        without_scaler: whether passes of the user were recorded without a gradient scaler.
     """
 
     parts: list[Observed] = field(default_factory=list)
     draws: list[NoiseState] = field(default_factory=list)
+    without_scaler: bool = False
 
     def with_more(self, new: Observed, place: int | None) -> Observations:
         """Return the same with more: further samples of the part at `place`, or, if that is None, another part."""
@@ -63,7 +65,7 @@ class Observations:
             }
             for part in self.parts
         ]
-        return {"parts": parts, "draws": list(self.draws)}
+        return {"parts": parts, "draws": list(self.draws), "without_scaler": self.without_scaler}
 
     @staticmethod
     def unpacked(packed: Mapping[str, Any], params: Mapping[str, Tensor]) -> Observations:
@@ -79,4 +81,4 @@ class Observations:
             )
             for part in packed["parts"]
         ]
-        return Observations(parts, list(packed["draws"]))
+        return Observations(parts, list(packed["draws"]), packed["without_scaler"])

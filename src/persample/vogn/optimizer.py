@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError, UsageError
-from persample.moments import Moments
+from persample.sources.recording import LossReduction
 from persample.vogn import core
 from persample.vogn.checks import check_positive, first_non_finite, skip_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import FIRST_LOOK, Diagnostics, LayerDiagnostics, layer_diagnostics, warn_of_width
 from persample.vogn.observed import Observations, Observed
-from persample.vogn.part import Part, at_least_float32, make_part
+from persample.vogn.part import Part, make_part
 from persample.vogn.posterior import Posterior
 from persample.vogn.prior import Prior
 from persample.vogn.processes import Processes
-from persample.vogn.sampling import noise_from, noise_state, restored, standard_noise
 from persample.vogn.settings import check_count, check_positive_number, check_settings, each_weights, name_params
+from persample.vogn.with_draws import MomentSource, WithDraws
 from persample.vogn.with_posterior import WithPosterior
 from persample.vogn.with_saving import WithSaving
 
 
-class MomentSource(Protocol):
-    """What gives the moments of the gradients of a batch at the weights that the model has."""
-
-    def moments(self, inputs: Any, targets: Any) -> Moments:
-        """Return the moments, as `persample.PerSampleGradSource.moments` does."""
-
-
-class VariationalOptimizer(WithPosterior, WithSaving):
+class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
     """Base of the optimizers that train a Gaussian posterior over the weights of a model.
 
     The model holds the mean μ, except inside `observe()`, `predict()` and `sampled_params()`, which put it back bit for
@@ -56,6 +47,7 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         data_size: N, the number of training samples.
         augmentation: ρ, by which N is multiplied where random changes of the inputs make more of them.
         mc_samples: draws of the weights in each `observe()`.
+        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
         max_grad_norm: ĝ is scaled down to this norm if it is longer; None leaves it as it is.
         prior: a Gaussian prior with a mean and a precision for each weight, in place of the settings prior_mean and
             prior_precision: for example an earlier posterior.
@@ -67,12 +59,6 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
     """
 
-    #: Whether the rule needs the moments of each draw apart, with the noise of the draw.
-    keeps_draws_apart: ClassVar[bool] = False
-
-    #: Whether gradients are taken at draws from the posterior; otherwise at its mean.
-    draws_for_training: ClassVar[bool] = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -82,6 +68,7 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         data_size: int,
         augmentation: float,
         mc_samples: int,
+        loss_reduction: LossReduction,
         max_grad_norm: float | None,
         prior: Prior | None,
         generator: torch.Generator | None,
@@ -92,6 +79,9 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         self.augmentation = check_positive_number("augmentation", augmentation)
         self.mc_samples = check_count("mc_samples", mc_samples)
         self.max_grad_norm = None if max_grad_norm is None else check_positive_number("max_grad_norm", max_grad_norm)
+        if loss_reduction not in get_args(LossReduction):
+            raise OptionError(f'loss_reduction={loss_reduction!r}: must be "mean" or "sum".')
+        self.loss_reduction = loss_reduction
         self.generator = generator
         self.model = model
         self.loss_fn = loss_fn
@@ -180,80 +170,51 @@ class VariationalOptimizer(WithPosterior, WithSaving):
         check_settings(group)
         super().add_param_group({**group, "params": list(named.items())})
 
-    def observe(self, inputs: Any, targets: Any, *, redraw: bool = True) -> Tensor:
-        """Draw weights from the posterior `mc_samples` times, and collect the moments of the gradients there.
-
-        Several `observe()` before one `step()` act as one large batch: batches count by their sizes, draws by their
-        mean.
-
-        Args:
-            inputs: what the model takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Dim
-                0 is the sample.
-            targets: what `loss_fn` takes.
-            redraw: whether to draw anew. False takes the draws of the `observe()` before, if there was one since the
-                last step: then the parts of a batch give exactly what the whole batch would have given.
-
-        Returns:
-            The loss, averaged over samples and draws, detached.
-
-        Raises:
-            UsageError: called inside `sampled_params()`, or `mc_samples` was changed before `redraw=False`.
-            PersampleError: whatever the source refuses.
-
-        If it raises, what was observed before stays, and nothing is added to it.
-        """
-        observations = self._observations
-        earlier = [] if redraw else observations.draws
-        if earlier and len(earlier) != self.mc_samples:
-            raise UsageError(
-                f"mc_samples was {len(earlier)} and is now {self.mc_samples}, so redraw=False cannot take the draws of "
-                "the observe() before: change it between steps."
-            )
-        draws, losses = [], []
-        generator = self._training_noise()
-        with self._draws("observe()", generator, noisy=self.draws_for_training) as draw_weights:
-            devices = {p.device for p in self._params().values()}
-            for index in range(self.mc_samples):
-                draws.append(earlier[index] if earlier else noise_state(generator, devices))
-                with noise_from(draws[index], generator) if earlier else nullcontext():
-                    noise = draw_weights()
-                moments = self._own_moments(self.source.moments(inputs, targets))
-                losses.append(moments.losses.mean())
-                if self.keeps_draws_apart:
-                    place = len(observations.parts) - self.mc_samples + index if earlier else None
-                else:
-                    place = 0 if observations.parts else None
-                observations = observations.with_more(Observed(moments, noise), place)
-        self._observations = replace(observations, draws=draws)
-        return torch.stack(losses).mean()
-
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the posterior from all that was observed since the last step, and forget it.
+
+        With a closure, `mc_samples` draws are observed before: at each of them the closure runs the model and
+        `loss.backward()` as inside `sampled_params(train=True)`, and returns the loss.
 
         A step that would make the mean or its precision infinite or not a number is skipped with a
         `SkippedStepWarning`: nothing is changed, and what was observed is forgotten. `skipped_steps` counts them.
 
+        Args:
+            closure: runs forward and backward.
+
+        Returns:
+            The loss that the closure returned, averaged over the draws, detached; None without a closure.
+
         Raises:
-            UsageError: nothing was observed, a closure was given, or it is called inside `sampled_params()`.
+            UsageError: nothing was observed, or it is called inside `sampled_params()`.
             OptionError: a setting of a group has left its range since.
             NonFiniteError: the fifth step in a row would be skipped.
+            PersampleError: whatever recording the closure's passes raises.
 
         If it raises, nothing is changed.
         """
         self._refuse_while_drawn("step()")
-        if closure is not None:
-            raise UsageError(
-                "step() takes no closure, because it needs the gradients of single samples: call "
-                "optimizer.observe(inputs, targets), then optimizer.step()."
-            )
+        loss = None if closure is None else self._observe_closure(closure)
         observations = self._observations
         if self._processes is not None:
             observations = self._processes.merged(observations, self._params())
         if not observations.parts:
-            raise UsageError("Nothing was observed since the last step: call optimizer.observe(inputs, targets) first.")
-        new = self._updated(observations)
+            raise UsageError(
+                "Nothing was observed since the last step: call optimizer.observe(inputs, targets) first, or run "
+                "forward and backward inside `with optimizer.sampled_params(train=True):` or in a closure."
+            )
+        overflowed = self._scaler_overflowed()
+        new = [] if overflowed else self._updated(observations)
         self._observations = Observations()
+        if overflowed:
+            self.skipped_steps += 1
+        else:
+            self._apply(new)
+        return loss
+
+    def _apply(self, new: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
+        """Give the parameters their new means and states, unless they are not finite."""
         spoilt = first_non_finite([(name, t) for name, mean, state in new for t in (mean, *_tensors(state))])
         if spoilt is not None:
             self.skipped_steps += 1
@@ -270,25 +231,13 @@ class VariationalOptimizer(WithPosterior, WithSaving):
             self._look()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step."""
-        super().zero_grad(set_to_none)
-        self._observations = Observations()
+        """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step.
 
-    @contextmanager
-    def sampled_params(self, generator: torch.Generator | None = None) -> Iterator[None]:
-        """Let the model have one draw of its weights inside a `with` block; afterwards it has its mean again.
-
-        Whatever is written to the parameters inside is overwritten by the mean.
-
-        Args:
-            generator: source of the noise; None is the optimizer's own.
-
-        Raises:
-            UsageError: called inside another `sampled_params()`.
+        Inside `sampled_params()` and closures only the gradients are reset.
         """
-        with self._draws("sampled_params()", generator or self.generator) as draw_weights:
-            draw_weights()
-            yield
+        super().zero_grad(set_to_none)
+        if not self._drawn:
+            self._observations = Observations()
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
@@ -330,50 +279,20 @@ class VariationalOptimizer(WithPosterior, WithSaving):
 
     # Inner workings.
 
-    @contextmanager
-    def _draws(
-        self, call: str, generator: torch.Generator | None, *, noisy: bool = True
-    ) -> Iterator[Callable[[], Mapping[str, Tensor] | None]]:
-        """Yield a function that gives the parameters a new draw; afterwards they have their mean again.
+    #: Asks `torch.amp.GradScaler.step` to say whether gradients overflowed, instead of leaving this step out.
+    _step_supports_amp_scaling = True
 
-        It returns the noise, by name, where the rule needs that. Unless `noisy`, the draws are the mean itself.
-        """
-        params = self._params()
-        with self._lend_params(call), restored(list(params.values())) as saved:
-            scale = core.precision_to_scale(self._precision()) if noisy else []
-
-            def draw_weights() -> Mapping[str, Tensor] | None:
-                if not noisy:
-                    return None
-                with torch.no_grad():
-                    noise = standard_noise(scale, generator)
-                    torch._foreach_copy_(list(params.values()), torch._foreach_addcmul(saved, scale, noise))
-                return dict(zip(params, noise, strict=True)) if self.keeps_draws_apart else None
-
-            yield draw_weights
-
-    @contextmanager
-    def _lend_params(self, call: str) -> Iterator[None]:
-        """Refuse what would find draws instead of the mean, for as long as `call` writes draws into the model."""
-        self._refuse_while_drawn(call)
-        self._drawn = True
-        try:
-            yield
-        finally:
-            self._drawn = False
-
-    def _refuse_while_drawn(self, call: str) -> None:
-        if self._drawn:
+    def _scaler_overflowed(self) -> bool:
+        """Whether a gradient scaler found gradients that are not finite, as it does now and then on purpose."""
+        found_inf = getattr(self, "found_inf", None)  # set by GradScaler.step for the time of the step
+        if found_inf is None:
+            return False
+        if self._observations.without_scaler:
             raise UsageError(
-                f"{call} came inside sampled_params(), or while observe() or predict() ran: there the parameters are "
-                "a draw from the posterior instead of its mean. Call it outside."
+                "The loss was scaled by a GradScaler, but sampled_params() was not told: write "
+                "sampled_params(train=True, grad_scaler=scaler), so that the scale can be taken out before squaring."
             )
-
-    def _training_noise(self) -> torch.Generator | None:
-        """Where the noise of this step comes from."""
-        if self._processes is None or self.generator is None:
-            return self.generator
-        return self._processes.noise(self.generator.initial_seed(), self.steps + self.skipped_steps)
+        return bool(found_inf) if self._processes is None else self._processes.any(bool(found_inf))
 
     def _params(self) -> dict[str, Tensor]:
         """All trained parameters by name, in the order of the groups."""
@@ -417,21 +336,6 @@ class VariationalOptimizer(WithPosterior, WithSaving):
             self._warned_of_width = warn_of_width(params, list(core.precision_to_scale(self._precision())))
         if not self._warned_of_state:
             self._warned_of_state = any(self._warn_of_state(part) for part in self._parts(self._params()))
-
-    def _own_moments(self, moments: Moments) -> Moments:
-        """Those of `moments` that belong to trained parameters, in at least float32.
-
-        A parameter that was frozen after the optimizer was made has no moments: it is still drawn, but not updated.
-        """
-        names = [name for name in self._params() if name in moments.mean]
-        if not names:
-            raise UsageError("All parameters of the optimizer were frozen after it was made: nothing is left to train.")
-        second = moments.second_moment
-        return Moments(
-            moments.losses,
-            {name: at_least_float32(moments.mean[name]) for name in names},
-            {name: at_least_float32(second[name]) for name in names if name in second},
-        )
 
     def _updated(self, observations: Observations) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """The observed parameters, each with the mean and the state that the step gives it. Changes nothing."""

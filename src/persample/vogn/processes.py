@@ -51,6 +51,12 @@ class Processes:
             self._noise = ((seed, step), noise_of_rank(seed, self.rank, step))
         return self._noise[1]
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any process."""
+        flags: list[bool | None] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(flags, flag, group=self.group)
+        return any(flags)
+
     def merged(self, observations: Observations, params: Mapping[str, Tensor]) -> Observations:
         """Return what all processes have observed together, by one `all_reduce` of one vector.
 

@@ -26,6 +26,7 @@ class WithSaving(torch.optim.Optimizer):
         "data_size",
         "augmentation",
         "mc_samples",
+        "loss_reduction",
         "max_grad_norm",
         "steps",
         "skipped_steps",

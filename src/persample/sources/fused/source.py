@@ -20,8 +20,10 @@ from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
 from persample.sources.fused.opened import opened
 from persample.sources.fused.recorder import Recorder, unseen_use
+from persample.sources.fused.recording import FusedRecorder
 from persample.sources.fused.uses import Moment, Rows
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import gradient, other_leaves, reentrant_refused, refuse_accumulated
 from persample.sources.use import Use, current_module
 
@@ -69,6 +71,12 @@ class FusedSource(PerSampleGradSource):
         if sink.total:
             torch._foreach_div_([*sink.total.values(), *sink.squares.values()], batch.size)
         return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
+
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        recorder = FusedRecorder(self, loss_reduction)
+        with deterministic_choice(self.deterministic), recorder:
+            yield recorder.recorded
 
     def _of_one(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of a single sample is the ordinary one."""

@@ -7,8 +7,8 @@ samples. The backward pass here stops at the outputs of the layers; autograd nev
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,16 +19,14 @@ from persample.errors import OptionError
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
-from persample.sources.contributions import Contribution, precise, without_autocast
-from persample.sources.hooks.rules import RULES, modules_with_rules, reason_against
+from persample.sources.contributions import Contribution
+from persample.sources.hooks.counting import Receive, UseCounter, contributions_of
+from persample.sources.hooks.recorder import HooksRecorder
+from persample.sources.hooks.rules import modules_with_rules, reason_against
+from persample.sources.hooks.sums import HookSums, zeros
 from persample.sources.layer_uses import uses_of_layers
-from persample.sources.module_calls import (
-    ModuleCall,
-    recorded_calls,
-    refuse_changed_inputs,
-    refuse_unseen_uses,
-    require_batch_first,
-)
+from persample.sources.module_calls import ModuleCall, recorded_calls, refuse_unseen_uses, require_batch_first
+from persample.sources.recording import LossReduction, Recorded
 from persample.sources.use import Use
 
 Curvature = Literal["exact", "printed"]
@@ -67,13 +65,13 @@ class HooksSource(PerSampleGradSource):
     def find_uses(self, batch: Batch | None) -> Iterable[Use]:
         def try_rule(call: ModuleCall, delta: Tensor) -> None:
             rows = slice(0, 1)
-            for contribution in _contributions(call, delta, rows).values():
+            for contribution in contributions_of(call, delta, rows).values():
                 contribution.per_sample()
 
         return uses_of_layers(self, batch, reason_against, try_rule)
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        gradients = {name: _zeros(p, batch.size) for name, p in self.parameters().items()}
+        gradients = {name: zeros(p, batch.size) for name, p in self.parameters().items()}
 
         def receive(name: str, contribution: Contribution, uses: int) -> None:
             gradients[name] += contribution.per_sample()
@@ -81,58 +79,36 @@ class HooksSource(PerSampleGradSource):
         return self._backward(batch, receive), self._in_own_dtype(gradients)
 
     def compute_moments(self, batch: Batch) -> Moments:
-        total = {name: _zeros(p) for name, p in self.parameters().items()}
-        squares = {name: _zeros(p) for name, p in self.parameters().items()}
-        shared: dict[str, Tensor] = {}
-
-        def receive(name: str, contribution: Contribution, uses: int) -> None:
-            if not self.exact:
-                total[name] += contribution.sums()[0]
-                squares[name] += contribution.printed_second_moment_sum()
-            elif uses == 1:
-                total[name], squares[name] = contribution.sums()
-            else:
-                # All uses of a parameter are added up for each sample before they are squared.
-                shared[name] = shared.get(name, 0) + contribution.per_sample()
-
-        losses = self._backward(batch, receive)
-        for name, g in shared.items():
-            total[name], squares[name] = g.sum(0), g.square().sum(0)
+        sums = HookSums(self.parameters(), exact=self.exact)
+        losses = self._backward(batch, sums.receive)
+        sums.finish()
         return Moments(
             losses=losses,
-            mean=self._in_own_dtype({name: value / batch.size for name, value in total.items()}),
-            second_moment=self._in_own_dtype({name: value / batch.size for name, value in squares.items()}),
+            mean=self._in_own_dtype({name: value / batch.size for name, value in sums.total.items()}),
+            second_moment=self._in_own_dtype({name: value / batch.size for name, value in sums.squares.items()}),
         )
 
-    def _backward(self, batch: Batch, receive: Callable[[str, Contribution, int], None]) -> Tensor:
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        with HooksRecorder(self, modules_with_rules(self.model), loss_reduction) as recorder:
+            yield recorder.recorded
+
+    def _backward(self, batch: Batch, receive: Receive) -> Tensor:
         """Run forward and backward once; give `receive` each contribution with its parameter's name and number of uses.
 
         Returns:
             The detached losses.
         """
         parameters = self.parameters()
-        names = {id(p): name for name, p in parameters.items()}
-        uses: Counter[str] = Counter()
+        uses = UseCounter(parameters)
         handles: list[RemovableHandle] = []
-
-        def used_parameters(module: nn.Module) -> dict[str, str]:
-            """Names in the model by names in the module."""
-            own = module._parameters.items()
-            return {local: names[id(p)] for local, p in own if p is not None and id(p) in names}
 
         def on_call(call: ModuleCall) -> None:
             require_batch_first(call, batch.size)
-            uses.update(used_parameters(call.module).values())
+            uses.expect(call)
             # Registered before anything can change the output in place, so δ belongs to the output as it is now.
             shape = call.output.shape
-            handles.append(call.origin.register_hook(lambda delta: on_gradient(call, delta.reshape(shape))))
-
-        def on_gradient(call: ModuleCall, delta: Tensor) -> None:
-            refuse_changed_inputs(call)
-            with without_autocast(delta.device):
-                contributions = _contributions(call, delta)
-                for local, name in used_parameters(call.module).items():
-                    receive(name, contributions[local], uses[name])
+            handles.append(call.origin.register_hook(lambda delta: uses.give(call, delta.reshape(shape), receive)))
 
         try:
             with recorded_calls(modules_with_rules(self.model), on_call) as calls:
@@ -148,14 +124,3 @@ class HooksSource(PerSampleGradSource):
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
-
-
-def _contributions(call: ModuleCall, delta: Tensor, rows: slice = slice(None)) -> dict[str, Contribution]:
-    """Return what the rule for a layer gives for its parameters, by their names in it, from some of the samples."""
-    a = precise(call.inputs[0])
-    return RULES[type(call.module)](call.module, a[rows], precise(delta)[rows])
-
-
-def _zeros(parameter: Tensor, *leading: int) -> Tensor:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros((*leading, *parameter.shape), dtype=dtype, device=parameter.device)

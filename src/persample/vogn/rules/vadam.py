@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from persample.sources.recording import LossReduction
 from persample.vogn import core
 from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.core import Tensors
 from persample.vogn.observed import Observed
-from persample.vogn.optimizer import MomentSource, VariationalOptimizer
+from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
 from persample.vogn.prior import Prior
+from persample.vogn.with_draws import MomentSource
 
 
 class Vadam(VariationalOptimizer):
@@ -48,7 +50,8 @@ class Vadam(VariationalOptimizer):
         temperature_steps: see `VOGN`.
         max_grad_norm: see `VOGN`.
         augmentation: see `VOGN`.
-        mc_samples: draws of the weights in each `observe()`.
+        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
+        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
         generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
         params: as for `VOGN`.
 
@@ -77,6 +80,7 @@ class Vadam(VariationalOptimizer):
         max_grad_norm: float | None = None,
         augmentation: float = 1.0,
         mc_samples: int = 1,
+        loss_reduction: LossReduction = "mean",
         generator: torch.Generator | None = None,
         params: Iterable[Any] | None = None,
     ) -> None:
@@ -97,6 +101,7 @@ class Vadam(VariationalOptimizer):
             data_size=data_size,
             augmentation=augmentation,
             mc_samples=mc_samples,
+            loss_reduction=loss_reduction,
             max_grad_norm=max_grad_norm,
             prior=prior,
             generator=generator,

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from persample.sources import make_source
+from persample.sources.recording import LossReduction
 from persample.vogn import core
 from persample.vogn.checks import warn_of_first_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import warn_of_stuck_curvature
 from persample.vogn.observed import Observed
-from persample.vogn.optimizer import MomentSource, VariationalOptimizer
+from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
 from persample.vogn.prior import Prior
+from persample.vogn.with_draws import MomentSource
 
 
 class VOGN(VariationalOptimizer):
@@ -73,7 +75,8 @@ class VOGN(VariationalOptimizer):
         max_update: ξ; None does not clip.
         max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; the curvature is not touched.
         augmentation: ρ, how many times more samples random changes of the inputs make of the data.
-        mc_samples: draws of the weights in each `observe()`.
+        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
+        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
         backend: name of the source of per-sample gradients (`persample.backends()` lists them).
         backend_options: options of that source, as `persample.make_source` takes them.
         generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
@@ -118,6 +121,7 @@ class VOGN(VariationalOptimizer):
         max_grad_norm: float | None = None,
         augmentation: float = 1.0,
         mc_samples: int = 1,
+        loss_reduction: LossReduction = "mean",
         backend: str = "fused",
         backend_options: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
@@ -149,6 +153,7 @@ class VOGN(VariationalOptimizer):
             data_size=data_size,
             augmentation=augmentation,
             mc_samples=mc_samples,
+            loss_reduction=loss_reduction,
             max_grad_norm=max_grad_norm,
             prior=prior,
             generator=generator,

@@ -1,0 +1,135 @@
+"""Recording what the user runs: the same capture of operations, in his own forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils import _pytree as pytree
+
+from persample.errors import UnsupportedModelError
+from persample.sources.base import PerSampleGradSource
+from persample.sources.contributions import without_autocast
+from persample.sources.fused.arguments import tensors_in
+from persample.sources.fused.capture import Capture
+from persample.sources.fused.following import Lost
+from persample.sources.fused.opened import opened
+from persample.sources.fused.uses import Moment
+from persample.sources.graph import nodes_behind
+from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
+from persample.sources.recording import LossReduction, Sums
+from persample.sources.refusals import refuse_impossible
+from persample.sources.scalar_loss import refuse_uses_past_outputs, used_outside
+
+# The mode is active meanwhile, for activation checkpointing, but this call is not the model's.
+_backward: Callable[..., None] = opened(torch.autograd.backward) or torch.autograd.backward
+
+
+class FusedRecorder(Recorder):
+    """Sends the operations of a user's forward pass to the rules of this backend, and leaves the gradient in `p.grad`.
+
+    Autograd never computes the gradient of a parameter that is used in the forward pass. So if it accumulates one all
+    the same, the parameter was used by something unseen.
+    """
+
+    def __init__(self, source: PerSampleGradSource, reduction: LossReduction) -> None:
+        parameters = source.parameters()
+        super().__init__(source.model, parameters, reduction)
+        self.source = source
+        self.capture: Capture | None = None
+        self._alone: dict[str, Tensor] = {}
+        self._mixed: dict[Node, str] = {}
+        for name, p in parameters.items():
+            self.hold(p.register_post_accumulate_grad_hook(self._unseen(name)))
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        refuse_impossible(self.model)
+        self.capture = None
+        self._mixed.clear()
+        if forward_pass.batch.size == 1:  # the gradient of a single sample is the ordinary one
+            return
+        recorder, size = self, forward_pass.batch.size
+
+        class Watched(Moment):
+            def receive(self, expression: Any, contribution: Any) -> None:
+                recorder.reach(forward_pass)
+                super().receive(expression, contribution)
+
+        self.capture = Capture(self.recorded.parameters, size, Watched(size))
+        leaves = pytree.tree_leaves((forward_pass.batch.args, dict(forward_pass.batch.kwargs)))
+        self.capture.follow(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.capture is None:
+            return func(*args, **kwargs)
+        result = self.capture.__torch_function__(func, types, args, kwargs)
+        for output in tensors_in((result,)):
+            if output.grad_fn is not None and output.dim() > 0:
+                where = self.capture.layouts.get(output)
+                if isinstance(where, Lost) and where.mixed:
+                    self._mixed[output.grad_fn] = where.reason
+        return result
+
+    def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        self._refuse_mixing(losses)
+        self.refuse_unseparable(losses, self.source)
+        if self.passes and self.passes[-1].batch.size == 1:
+            with torch._C.DisableTorchFunction():
+                for loss in losses:
+                    refuse_uses_past_outputs(loss, self.passes[-1].edges.values(), self.recorded.parameters)
+        return self._during_backward()
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> None:
+        _backward(*args, **kwargs)
+
+    @contextmanager
+    def _during_backward(self) -> Iterator[None]:
+        if self.capture is not None:
+            with self.capture.during_backward():
+                yield
+        else:
+            with ordinary_gradients(self.recorded.parameters) as self._alone:
+                yield
+
+    def after_backward(self, forward_pass: ForwardPass) -> Sums:
+        if self.capture is None:
+            self._check(forward_pass)
+            return Sums(1, self._alone, {name: g.square() for name, g in self._alone.items()})
+        sink = self.capture.sink
+        device = next((p.device for p in self.recorded.parameters.values()), torch.device("cpu"))
+        with torch.enable_grad(), without_autocast(device):
+            sink.finish()
+        for name, total in sink.total.items():
+            p = self.recorded.parameters[name]
+            gradient = total.detach().to(p.dtype, copy=True)
+            p.grad = gradient if p.grad is None else p.grad + gradient
+        self.capture = None
+        self._check(forward_pass)
+        return Sums(forward_pass.batch.size, sink.total, sink.squares)
+
+    def left_out(self) -> Iterable[str]:
+        return self._alone
+
+    def _check(self, forward_pass: ForwardPass) -> None:
+        if forward_pass.outputs:  # else the model computes its loss itself, in one number
+            self.check(self.source, forward_pass)
+
+    def _unseen(self, name: str) -> Callable[[Tensor], None]:
+        def refuse(parameter: Tensor) -> None:
+            if self.in_backward and self.capture is not None:
+                raise UnsupportedModelError(used_outside(name))
+
+        return refuse
+
+    def _refuse_mixing(self, losses: Iterable[Tensor]) -> None:
+        """Raise if samples met in a tensor that the loss was computed from, before the losses were added up."""
+        for node in (node for loss in losses for node in nodes_behind(loss)) if self._mixed else ():
+            if node in self._mixed:
+                raise UnsupportedModelError(
+                    f"The model or the loss mixes the samples ({self._mixed[node]}), so the gradient of a single "
+                    "sample does not exist. Make every sample's loss depend on that sample alone."
+                )

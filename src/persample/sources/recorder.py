@@ -1,0 +1,368 @@
+"""Watching the forward and backward passes that a user runs: where they begin and end, and which belong together."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from persample.errors import OptionError, UsageError
+from persample.sources.base import PerSampleGradSource
+from persample.sources.batch import Batch, as_batch
+from persample.sources.graph import nodes_from
+from persample.sources.recording import LossReduction, Recorded, Sums
+from persample.sources.reference import reentrant_refused
+from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
+from persample.warn import warn
+
+
+class LossReductionWarning(UserWarning):
+    """The loss is perhaps no mean over the samples that the model was called with."""
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One call of the model by the user.
+
+    Attributes:
+        batch: what it was called with; the targets are the numbers of the samples.
+        autocast: the dtypes of `torch.autocast` then, by kinds of device.
+        edges: where the tensors that it returned stand in the graph, those of them that do.
+        outputs: which of the tensors that it returned have a number, or more, for each sample.
+        done: whether a backward pass has gone through it.
+        divisor: by what number the loss was divided last.
+        covered: for each sample whether the loss depends on its outputs; None if nobody can tell.
+    """
+
+    batch: Batch
+    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    outputs: list[int] = field(default_factory=list)
+    done: bool = False
+    divisor: float = 1.0
+    covered: Tensor | None = None
+
+
+class Recorder(TorchFunctionMode):
+    """Watches the user's calls of a model and of `backward()`, inside a `with` block.
+
+    A backend's subclass says what to do when a forward pass begins and ends, and what a backward pass gave.
+
+    Args:
+        model: the network.
+        parameters: those to record, by name.
+        reduction: how the user reduces the losses.
+
+    Raises:
+        OptionError: `reduction` is not known.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], reduction: LossReduction) -> None:
+        super().__init__()
+        if reduction not in get_args(LossReduction):
+            raise OptionError(f'loss_reduction={reduction!r}: must be "mean" or "sum".')
+        self.model = model
+        self.recorded = Recorded(reduction, parameters)
+        self.passes: list[ForwardPass] = []
+        self.in_backward = False
+        self.checking = False
+        self._reached = False
+        self._depth = 0
+        self._handles: list[RemovableHandle] = []
+
+    # What a backend implements.
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """A forward pass begins."""
+
+    def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
+        """A forward pass has ended with these outputs, as far as they are tensors."""
+
+    def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """A backward pass from `losses` begins; return the context to run it in."""
+        return nullcontext()
+
+    @abstractmethod
+    def after_backward(self, forward_pass: ForwardPass) -> Sums:
+        """Return what a backward pass gave for the forward pass that it went through."""
+
+    def left_out(self) -> Iterable[str]:
+        """Return the parameters that got a gradient in a backward pass that went through no forward pass."""
+        return ()
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> None:
+        """Run autograd's backward pass."""
+        torch.autograd.backward(*args, **kwargs)
+
+    # What a backend can use.
+
+    def reach(self, forward_pass: ForwardPass) -> None:
+        """Note that a backward pass goes through `forward_pass`.
+
+        Raises:
+            UsageError: it went through an earlier one, or went through this one before, or was not seen to begin.
+        """
+        if not self.in_backward:
+            raise UsageError("A backward pass began in a way that cannot be seen: call loss.backward() on the loss.")
+        if forward_pass.done:
+            raise second_pass()
+        if forward_pass is not self.passes[-1]:
+            raise earlier_pass()
+        self._reached = True
+
+    @property
+    def current(self) -> ForwardPass | None:
+        """The forward pass that is running, if any."""
+        return self.passes[-1] if self._depth > 0 and self.passes else None
+
+    def hold(self, *handles: RemovableHandle) -> None:
+        """Remove these hooks when the recording ends."""
+        self._handles += handles
+
+    # Inner workings.
+
+    def __enter__(self) -> Recorder:
+        self.hold(
+            self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        )
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if error is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self.recorded.sums:
+            what = "the model was called, but no backward pass followed" if self.passes else "the model was not called"
+            raise UsageError(
+                f"Nothing was recorded, because {what}: inside the block, call the model itself, not its parts, and "
+                "loss.backward() on a loss computed from its outputs."
+            )
+        if self.recorded.reduction == "mean":
+            self._warn_of_samples()
+            self._warn_of_divisor()
+
+    def _warn_of_samples(self) -> None:
+        for forward_pass in self.passes:
+            covered, size = forward_pass.covered, forward_pass.batch.size
+            if covered is not None and not bool(covered.all()):
+                warn(
+                    f"The loss does not depend on {int((~covered).sum())} of the {size} samples that the model was "
+                    f'called with. With loss_reduction="mean" it is taken as a mean over all {size}: if it is one over '
+                    'fewer, sum the losses and say loss_reduction="sum".',
+                    LossReductionWarning,
+                )
+                return
+
+    def _warn_of_divisor(self) -> None:
+        done = [p for p in self.passes if p.done]
+        if len(done) > 1 and all(math.isclose(p.divisor, len(done), rel_tol=1e-5) for p in done):
+            warn(
+                f"The losses of {len(done)} backward passes were each divided by {len(done)}. They are averaged here, "
+                "by the numbers of their samples, so do not divide them.",
+                LossReductionWarning,
+            )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward or func is torch.autograd.backward:
+            return self._backward(*args, **kwargs)
+        return self.operation(func, types, args, kwargs)
+
+    def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run any other operation inside the context."""
+        return func(*args, **kwargs)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1 or self.in_backward or self.checking or not torch.is_grad_enabled():
+            return
+        inputs = args if not kwargs else kwargs if not args else {"args": args, **kwargs}
+        with torch._C.DisableTorchFunction():
+            size = as_batch(inputs, None).size
+            kinds = {p.device.type for p in self.recorded.parameters.values()}
+            autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+            self.passes.append(ForwardPass(Batch(args, kwargs, torch.arange(size), size), autocast))
+            self.begin(self.passes[-1])
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0 or self.in_backward or self.checking or not torch.is_grad_enabled() or outputs is None:
+            return
+        forward_pass = self.passes[-1]
+        tensors = _tensors(outputs)
+        with torch._C.DisableTorchFunction():
+            forward_pass.edges = {i: get_gradient_edge(t) for i, t in enumerate(tensors) if t.requires_grad}
+            forward_pass.outputs = [i for i, t in enumerate(tensors) if _is_of_samples(t, forward_pass.batch.size)]
+            for output in tensors:
+                if output.requires_grad:
+                    self.hold(output.register_hook(lambda delta: self._on_output(forward_pass, delta)))
+            self.end(forward_pass, tensors)
+
+    def _on_output(self, forward_pass: ForwardPass, delta: Tensor) -> None:
+        if self.checking:
+            return
+        self.reach(forward_pass)
+        if delta.dim() > 0 and len(delta) == forward_pass.batch.size:
+            with torch._C.DisableTorchFunction():
+                nonzero = delta.detach() != 0
+                covered = nonzero.flatten(1).any(1) if delta.dim() > 1 else nonzero
+                before = forward_pass.covered
+                forward_pass.covered = covered if before is None else before | covered
+        else:  # a loss that the model computed itself, or another layout
+            forward_pass.covered = None
+
+    def _backward(
+        self,
+        losses: Any,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+        **others: Any,
+    ) -> None:
+        gradient = others.pop("grad_tensors", gradient)
+        if inputs is not None or create_graph or others:
+            raise UsageError(
+                "backward() was called with inputs= or create_graph=, which cannot be recorded: call loss.backward()."
+            )
+        self._reached = False
+        roots = (losses,) if isinstance(losses, Tensor) else tuple(losses)
+        if self.passes:
+            with torch._C.DisableTorchFunction():
+                self._refuse_other_passes(roots)
+                self._look_at_reduction(roots, self.passes[-1])
+        context = self.before_backward(roots)
+        self.in_backward = True
+        try:
+            with context, reentrant_refused():
+                self.run_backward(losses, gradient, retain_graph=retain_graph)
+        finally:
+            self.in_backward = False
+        if self._reached:
+            forward_pass = self.passes[-1]
+            forward_pass.done = True
+            with torch.no_grad():
+                self.recorded.sums.append(self.after_backward(forward_pass))
+        for name in () if self._reached else self.left_out():
+            raise UsageError(
+                f"A backward pass gave {name!r} a gradient without going through a call of the model, which would be "
+                "left out: add that to the loss before backward(), and call the model itself, not its parts."
+            )
+
+    def _refuse_other_passes(self, losses: Sequence[Tensor]) -> None:
+        pass_of = {edge.node: p for p in self.passes for edge in p.edges.values()}
+        for node in nodes_from((loss.grad_fn for loss in losses), stop=pass_of):
+            if node in pass_of and pass_of[node].done:
+                raise second_pass()
+            if node in pass_of and pass_of[node] is not self.passes[-1]:
+                raise earlier_pass()
+
+    def _look_at_reduction(self, losses: Sequence[Tensor], forward_pass: ForwardPass) -> None:
+        for loss in losses:
+            forward_pass.divisor = divisor_of(loss)
+            refuse_other_reduction(loss, self.recorded.reduction, forward_pass.batch.size)
+
+    def refuse_unseparable(self, losses: Sequence[Tensor], source: PerSampleGradSource) -> None:
+        """Raise if a loss is no sum, or mean, over the samples of the last forward pass, as far as this can be seen.
+
+        Raises:
+            UsageError: it is a mean over other things than the samples.
+            UnsupportedModelError: it mixes the samples.
+        """
+        if not self.passes:
+            return
+        forward_pass = self.passes[-1]
+        self.checking = True
+        try:
+            with torch._C.DisableTorchFunction():
+                for loss in losses:
+                    edges = [forward_pass.edges[index] for index in forward_pass.outputs]
+                    if self.recorded.reduction == "mean":
+                        refuse_weighted_mean(loss, edges)
+                    if source.check_is_due(forward_pass.batch):
+                        refuse_joint_loss(loss, edges, forward_pass.batch.size)
+        finally:
+            self.checking = False
+
+    def check(self, source: PerSampleGradSource, forward_pass: ForwardPass) -> None:
+        """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs."""
+
+        def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
+            losses = torch.zeros(len(numbers), device=numbers.device)
+            for index in forward_pass.outputs:
+                output = _tensors(outputs)[index]
+                weights = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(index)).to(output)
+                finite = torch.where(output.isfinite(), output, 0)  # attention masks may be infinite
+                losses = losses + (finite * weights).reshape(len(numbers), -1).sum(1)
+            return losses
+
+        self.checking = True
+        try:
+            with ExitStack() as stack:
+                for kind, dtype in forward_pass.autocast.items():
+                    stack.enter_context(torch.autocast(kind, dtype))
+                source.check_once(forward_pass.batch, loss_fn)
+        finally:
+            self.checking = False
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _is_of_samples(tensor: Tensor, size: int) -> bool:
+    return tensor.requires_grad and tensor.dim() > 0 and len(tensor) == size
+
+
+def earlier_pass() -> UsageError:
+    """Return the error that says that a backward pass came too late."""
+    return UsageError(
+        "A backward pass goes through a call of the model that was not the last one, so nobody can tell which samples "
+        "belong together: call backward() after each call of the model, or call it once with all samples."
+    )
+
+
+def second_pass() -> UsageError:
+    """Return the error that says that a forward pass was used twice."""
+    return UsageError(
+        "A second backward pass went through the same forward pass (retain_graph=True): its gradients would count "
+        "twice. Add the losses up and call backward() once."
+    )
+
+
+@contextmanager
+def ordinary_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that gets the gradient of each parameter in the next backward pass, by name."""
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            found[name] = gradient.detach().to_dense().clone()
+
+        return hook
+
+    handles = [p.register_hook(hook_for(name)) for name, p in parameters.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,76 @@
+"""Moments of the gradients in forward and backward passes that the user runs: `with source.recording(): …`.
+
+The user calls the model and reduces the losses to a scalar himself, L = Σ_i ℓ_i / B or Σ_i ℓ_i. A row of the backward
+pass, what sample i adds to the gradient of L, is then c g_i with c = 1/B or 1, so that
+
+    Σ_i g_i / B = Σ_i row_i / (c B)        Σ_i g_i² / B = Σ_i row_i² / (c² B)
+
+If L was multiplied before (a gradient scaler of mixed precision), c is so much larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from persample.moments import Moments, merge_moments
+
+LossReduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Σ_i row_i and Σ_i row_i² of one backward pass over B samples, for the parameters that it reached, by name.
+
+    The squares are None where nobody wants them.
+    """
+
+    size: int
+    total: Mapping[str, Tensor]
+    squares: Mapping[str, Tensor] | None
+
+
+@dataclass(eq=False)
+class Recorded:
+    """What a recording has seen; complete when its context has ended.
+
+    Attributes:
+        reduction: how the user reduced the losses.
+        parameters: those that require a gradient, by name.
+        sums: of each backward pass.
+    """
+
+    reduction: LossReduction
+    parameters: Mapping[str, nn.Parameter]
+    sums: list[Sums] = field(default_factory=list)
+
+    def moments(self, scale: float = 1.0) -> Moments:
+        """Return the moments over all backward passes, batches by their sizes.
+
+        Args:
+            scale: the number by which the losses were multiplied before the backward pass.
+
+        Returns:
+            `Moments` whose losses are not a number, because the user kept them.
+        """
+        return merge_moments(self._moments(sums, scale) for sums in self.sums)
+
+    def _moments(self, sums: Sums, scale: float) -> Moments:
+        c = scale / sums.size if self.reduction == "mean" else scale
+        device = next(iter(self.parameters.values())).device if self.parameters else None
+
+        def all_parameters(found: Mapping[str, Tensor], divisor: float) -> dict[str, Tensor]:
+            return {
+                name: (found[name] / divisor).to(p.dtype) if name in found else torch.zeros_like(p, requires_grad=False)
+                for name, p in self.parameters.items()
+            }
+
+        return Moments(
+            losses=torch.full((sums.size,), torch.nan, device=device),
+            mean=all_parameters(sums.total, c * sums.size),
+            second_moment={} if sums.squares is None else all_parameters(sums.squares, c * c * sums.size),
+        )
