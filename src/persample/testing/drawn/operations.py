@@ -62,11 +62,28 @@ def _of_parameters(draw: Draw, shape: Shape) -> Options:
             _parameter(1, *shape[:-1], 2),
         ),
         "where": (lambda p, x: torch.where(x > 0, x * p, p), _parameter(width)),
+        "in place": (lambda p, x: x.sin().mul_(p).add_(p), _parameter(width)),
+        "members in the batch": (
+            lambda p, x: (x.repeat(2, *[1] * len(shape)).unflatten(0, (2, -1)) * p).sum(0),
+            _parameter(2, *[1] * (1 + len(shape))),
+        ),
+        "each sample by itself": (lambda p, x: torch.stack([(sample * p).tanh() for sample in x]), _parameter(width)),
+        "masked entries": (lambda p, x: torch.zeros_like(x).masked_scatter(x > 0, x[x > 0] * p), _parameter()),
+        "nearest row": (lambda p, x: p[(x.unsqueeze(-1) - p[:, 0]).abs().argmin(-1)], _parameter(4, 2)),
+        "Fourier": (
+            lambda p, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(p), n=width),
+            _parameter(width // 2 + 1, 2),
+        ),
         "p stands for masked positions": (lambda p, x: torch.where((x > 0)[..., :1], p, x), _parameter(width)),
     }
     if len(shape) >= 2:
         options |= {
             "p @ x": (lambda p, x: p @ x, _parameter(2, shape[-2])),
+            "softmax of scores": (lambda p, x: (x @ p).softmax(-1).unsqueeze(-1) * x, _parameter(width)),
+            "rows between": (
+                lambda p, x: torch.cat([x, p.expand(len(x), -1, *x.shape[2:])], dim=1),
+                _parameter(2, *shape[1:]),
+            ),
             "scale of channels": (lambda p, x: x * p.view(-1, *[1] * (len(shape) - 1)), _parameter(shape[0])),
         }
     return {name: partial(Around, name, *how) for name, how in options.items()}
