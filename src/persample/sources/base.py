@@ -20,7 +20,7 @@ from persample.sources.batch import Batch, as_batch
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
-from persample.sources.refusals import refuse_impossible
+from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.selfcheck import verify, verify_unmixed
 from persample.sources.untouched import (
     buffer_snapshot,
@@ -56,6 +56,9 @@ class PerSampleGradSource(ABC):
 
     #: How errors and `explain` name what the backend does with a parameter, where that is the same for all.
     method: ClassVar[str] = "per-sample gradients"
+
+    #: Whether autograd itself gives every parameter the gradient of each sample, so that hooks on parameters take part.
+    runs_parameter_hooks: ClassVar[bool] = False
 
     #: Whether the model's random numbers (dropout) are those of one ordinary forward pass over the batch.
     ordinary_random_stream: ClassVar[bool] = True
@@ -120,6 +123,7 @@ class PerSampleGradSource(ABC):
         """
         found: list[Use] = []
         try:
+            self._refuse_hooks()
             if inputs is None:
                 found += self.find_uses(None)
             else:
@@ -252,6 +256,7 @@ class PerSampleGradSource(ABC):
     def _run(self, inputs: Any, targets: Any, compute: Callable[[Batch], Any], method: str) -> Any:
         batch = as_batch(inputs, targets)
         refuse_impossible(self.model)
+        self._refuse_hooks()
         self.refuse_unsupported()
         kind = self._kind(batch, method) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
@@ -260,6 +265,10 @@ class PerSampleGradSource(ABC):
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)
             return result
+
+    def _refuse_hooks(self) -> None:
+        if not self.runs_parameter_hooks:
+            refuse_hooked_parameters(self.model)
 
     def _compute_and_check(self, batch: Batch, compute: Callable[[Batch], Any]) -> Any:
         before = random_state(self.model)

@@ -24,6 +24,8 @@ class LoopSource(PerSampleGradSource):
 
     method: ClassVar[str] = "one backward pass for each sample"
 
+    runs_parameter_hooks: ClassVar[bool] = True
+
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, rows = self._gradients(batch)
         gradients = {name: p.new_zeros((batch.size, *p.shape)) for name, p in self.parameters().items()}

@@ -29,6 +29,7 @@ class ModuleCall:
         edge: that place.
         input_nodes: the same for the inputs that have a place there.
         input_versions: the inputs' version counters, which count changes in place.
+        hooks: how many hooks the output had when the call was recorded; the user may register more of them later.
     """
 
     path: str
@@ -39,6 +40,7 @@ class ModuleCall:
     edge: GradientEdge
     input_nodes: tuple[Node, ...]
     input_versions: tuple[int, ...]
+    hooks: int = 0
 
     @property
     def name(self) -> str:
@@ -76,6 +78,7 @@ def recorded_calls(
                 )
                 calls.append(call)
                 on_call(call)
+                call.hooks = _hooks_of_output(call)
 
         return hook
 
@@ -108,6 +111,13 @@ def unseen_uses(
     the call's inputs, so what it still meets of the parameters is used by something that was not recorded: a
     functional call (`F.linear(x, embedding.weight)`), a bare parameter, `module.forward(x)` instead of `module(x)`.
     """
+    for call in calls:
+        if _hooks_of_output(call) > call.hooks:
+            yield (
+                None,
+                f"A hook (Tensor.register_hook) on the output of {call.name} may change the gradient that this backend "
+                "takes there: put the hook on a function of the output, or use backend 'fused' or 'loop'.",
+            )
     inputs_of = {call.edge.node: call.input_nodes for call in calls}
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     pending = [losses.grad_fn] if losses.grad_fn is not None else []
@@ -143,6 +153,11 @@ def unseen_uses(
         pending += [following for following, _ in node.next_functions if following is not None]
 
 
+def _hooks_of_output(call: ModuleCall) -> int:
+    tensors = {id(tensor): tensor for tensor in (call.output, call.origin)}
+    return sum(len(tensor._backward_hooks or ()) for tensor in tensors.values())
+
+
 def moves_rows(node: Node) -> bool:
     """Whether a node of the autograd graph belongs to an operation that picks or reorders entries of dim 0."""
     kind = node.name().removesuffix("Backward0").removesuffix("Backward1")
@@ -173,7 +188,7 @@ def refuse_changed_inputs(call: ModuleCall) -> None:
     if tuple(tensor._version for tensor in call.inputs) != call.input_versions:
         raise UnsupportedModelError(
             f"The input of {call.name} was changed in place after the call, so what the module saw is lost: make that "
-            "operation not in place (inplace=False), or use backend 'vmap' or 'loop'."
+            "operation not in place (inplace=False), or use backend 'fused' or 'loop'."
         )
 
 

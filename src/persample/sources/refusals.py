@@ -45,6 +45,21 @@ def impossible_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
                 )
 
 
+def refuse_hooked_parameters(model: nn.Module) -> None:
+    """Raise if a hook may change the gradient of a parameter after autograd has computed it.
+
+    Raises:
+        UnsupportedModelError: it names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has a hook (Tensor.register_hook), which changes the gradient that autograd "
+                "gives it, but this backend computes gradients of its own: remove the hook, or use backend 'loop', "
+                "which gives it the gradient of each sample."
+            )
+
+
 def describe(path: str, module: nn.Module) -> str:
     """Return how errors name a module: its class and its path in the model."""
     return f"{type(module).__name__} {path!r}" if path else f"The model ({type(module).__name__})"

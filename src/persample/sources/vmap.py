@@ -16,7 +16,7 @@ from persample.losses import check_losses
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
-from persample.sources.reference import gradient, runs_in_batches_only
+from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.refusals import describe
 from persample.sources.untouched import random_state, set_random_state
 
@@ -106,8 +106,7 @@ class VmapSource(PerSampleGradSource):
         except (LossError, RuntimeError, ValueError, IndexError) as error:
             # An error that the plain model raises too is the user's own, and is the one to show.
             gradient(self.losses(batch).sum(), self)
-            if isinstance(error, LossError):
-                raise
+            losses_of_part(self, batch.rows([0]))
             raise self._unsupported(error) from error
         self._refuse_unseen_uses(losses)
         return losses.detach(), {name: rows.detach() for name, rows in gradients.items()}
@@ -158,7 +157,7 @@ class VmapSource(PerSampleGradSource):
 
     def _unsupported(self, error: BaseException) -> UnsupportedModelError:
         reason = str(error).split("\n")[0].split(". ")[0]
-        advice = "Use another backend: 'hooks' has rules for the common layers, 'loop' runs every model."
+        advice = "Use another backend: 'fused' serves most models, 'loop' runs all of them."
         if "random" in reason:
             advice = (
                 "Choose randomness='different' (every sample draws its own random numbers) or 'same', or call "
