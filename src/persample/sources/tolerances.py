@@ -19,5 +19,5 @@ def tolerance(values: Tensor) -> float:
     """
     if torch.is_autocast_enabled(values.device.type):
         return _RELATIVE[torch.bfloat16]
-    dtypes = {output.dtype for node in nodes_behind(values) for output in node._input_metadata}
-    return max(_RELATIVE[dtype] for dtype in (*dtypes, values.dtype) if dtype in _RELATIVE)
+    dtypes = {output.dtype for node in nodes_behind(values) for output in node._input_metadata} | {values.dtype}
+    return max(_RELATIVE[real] for dtype in dtypes if (real := dtype.to_real()) in _RELATIVE)

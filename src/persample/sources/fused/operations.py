@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from persample.sources.fused.families import COMPARISONS, JOINING, POINTWISE, functions, is_in_place
 from persample.sources.fused.rules import recurrent, rewritten
@@ -20,6 +21,9 @@ from persample.sources.fused.rules.linear import linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from persample.sources.fused.rules.pooling import max_pool2d
 from persample.sources.fused.rules.values import as_told, values_alone
+
+if TYPE_CHECKING:
+    from persample.sources.fused.capture import Capture
 
 Rule = Callable[..., Any]
 
@@ -37,6 +41,20 @@ def _general(functions: Iterable[Any], rule: Rule) -> dict[Any, Rule]:
     return {func: rule_for(func) for func in functions}
 
 
+def _of_reals(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
+    """Rules whose products are those of real numbers (without conjugates); complex ones are mapped over the samples."""
+
+    def for_reals(func: Any, rule: Rule) -> Rule:
+        def choose(capture: Capture, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if input.is_complex():
+                return fallback(capture, func, (input, *args), kwargs)
+            return rule(capture, input, *args, **kwargs)
+
+        return choose
+
+    return {func: for_reals(func, rule) for func, rule in rules.items()}
+
+
 #: `rule(capture, *args, **kwargs)` runs the operation and returns its result with a tap.
 RULES: Mapping[Any, Rule] = {
     **_general(POINTWISE, entry_by_entry),
@@ -48,7 +66,6 @@ RULES: Mapping[Any, Rule] = {
     **_general(functions("to type_as expand_as view_as reshape_as"), as_told),
     **_each(
         {
-            "matmul mm __matmul__": matmul,
             "mv": rewritten.matmul,
             "addmm addmv baddbmm": rewritten.addmm,
             "bilinear": rewritten.bilinear,
@@ -62,8 +79,11 @@ RULES: Mapping[Any, Rule] = {
         }
     ),
     **dict.fromkeys(functions("__setitem__"), written_into),
-    **{func: in_order(rule) for func, rule in (convolutions | transposed_convolutions).items()},
-    F.linear: linear,
+    **_of_reals(
+        _each({"matmul mm __matmul__": matmul})
+        | {func: in_order(rule) for func, rule in (convolutions | transposed_convolutions).items()}
+        | {F.linear: linear}
+    ),
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     F.layer_norm: layer_norm,

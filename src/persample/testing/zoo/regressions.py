@@ -66,4 +66,23 @@ CASES = (
         lambda: Net(_checkpoint_in_checkpoint, first=nn.Linear(4, 4), second=nn.Linear(4, 4)),
         reals(3, 4),
     ),
+    # Gradients of complex products take conjugates.
+    Case(
+        "Complex linear layer of two real parameters",
+        lambda: Net(
+            lambda m, x: torch.view_as_real(torch.fft.rfft(x) @ torch.complex(m.real, m.imaginary)).flatten(1),
+            real=parameter(4, 3),
+            imaginary=parameter(4, 3),
+        ),
+        reals(2, 6),
+    ),
+    Case(
+        "Complex convolution of one real parameter",
+        lambda: Net(
+            lambda m, x: F.conv1d(torch.complex(x, x.sin()), torch.view_as_complex(m.weight)).abs() * m.scale,
+            weight=parameter(3, 2, 2, 2),
+            scale=parameter(),
+        ),
+        reals(2, 5),
+    ),
 )
