@@ -175,6 +175,25 @@ class TestInOnePass:
             assert predicted.probabilities.shape == (0, 2)
 
 
+@pytest.mark.parametrize("draws_at_once", [1, 4])
+def test_the_tensor_is_picked_out_of_what_the_model_returns(draws_at_once: int, model: nn.Module, batch: Batch) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(x), "other": x}
+
+    named = Named()
+    options: dict[str, Any] = {"samples": 5, "draws_at_once": draws_at_once, "rows_at_once": 4}
+    picked = collect(named, broad_posterior(named), batch[0], pick=lambda output: output["logits"], **options)
+    plain = collect(model, broad_posterior(model), batch[0], **options)
+    assert torch.equal(torch.cat(picked), torch.cat(plain))
+    with pytest.raises(UsageError, match="pick="):
+        collect(named, broad_posterior(named), batch[0])
+
+
 class TestTheModelIsAsBefore:
     @pytest.mark.parametrize("draws_at_once", [1, 4])
     def test_after_success(self, draws_at_once: int, model: nn.Module, batch: Batch) -> None:

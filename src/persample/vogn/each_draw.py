@@ -41,12 +41,15 @@ class DrawOptions(TypedDict, total=False):
             takes few at once on a CPU, where one by one is faster for all but tiny models, and up to a gibibyte of
             weights elsewhere. Where vmap cannot run the model, they go one by one. The draws are the same anyway.
         rows_at_once: as many samples in one pass of the model; None takes all. All samples meet the same draws.
+        pick: takes the tensor that matters out of what the model returns, for example
+            `lambda output: output.logits`; None if that is a tensor already.
     """
 
     samples: int
     generator: torch.Generator | None
     draws_at_once: int | None
     rows_at_once: int | None
+    pick: Callable[[Any], Tensor] | None
 
 
 @torch.no_grad()
@@ -60,6 +63,7 @@ def for_each_draw(
     generator: torch.Generator | None = None,
     draws_at_once: int | None = None,
     rows_at_once: int | None = None,
+    pick: Callable[[Any], Tensor] | None = None,
 ) -> None:
     """Hand the outputs of `model` under each draw of its weights to `consume`.
 
@@ -77,15 +81,16 @@ def for_each_draw(
         generator: see `DrawOptions`.
         draws_at_once: see `DrawOptions`.
         rows_at_once: see `DrawOptions`.
+        pick: see `DrawOptions`.
 
     Raises:
         OptionError: a number is below 1, or the posterior is not one of this model.
-        UsageError: the model returns something else than a tensor of floating-point numbers.
+        UsageError: the model, or `pick`, returns something else than a tensor of floating-point numbers.
         BatchError: `inputs` is of another type.
     """
     check_count("samples", samples)
     params = _params(model, posterior.mean)
-    forward = _forward(model, inputs, rows_at_once)
+    forward = _forward(model, inputs, rows_at_once, pick)
     at_once = _affordable(params) if draws_at_once is None else check_count("draws_at_once", draws_at_once)
     draws = _draws(posterior, params, samples, generator)
     first = next(draws)
@@ -112,7 +117,7 @@ def _params(model: nn.Module, mean: Mapping[str, Tensor]) -> Weights:
     return {name: own[name] for name in mean}
 
 
-def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None) -> Forward:
+def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Callable[[Any], Tensor] | None) -> Forward:
     """A function of weights, by name, that returns the outputs for all rows; it takes the others from the model."""
     args, kwargs = _arguments(inputs)
     batches = [(args, kwargs)]
@@ -123,12 +128,14 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None) -> Forward
 
     def forward(weights: Weights) -> Tensor:
         parts = [functional_call(model, weights, a, k) if weights else model(*a, **k) for a, k in batches]
+        parts = parts if pick is None else [pick(part) for part in parts]
         for part in parts:
             if not isinstance(part, Tensor) or not part.is_floating_point():
                 raise UsageError(
                     f"The model returned {part.dtype if isinstance(part, Tensor) else type(part).__name__}, but "
-                    "predictions need one tensor of floating-point numbers: wrap the model in one that returns it, or "
-                    "average what you need over several `with optimizer.sampled_params():` blocks."
+                    "predictions need one tensor of floating-point numbers: take it out with "
+                    "pick=lambda output: output.logits, or average what you need over several "
+                    "`with optimizer.sampled_params():` blocks."
                 )
         outputs = torch.cat(parts) if len(parts) > 1 else parts[0]
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -178,7 +178,7 @@ class Posterior:
             inputs: what the model takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
             likelihood: what the model returns. "categorical": logits of shape `(B, C, …)`, of which the softmax over
                 dim 1 is taken; "bernoulli": logits of any shape, of which the sigmoid is.
-            draws: samples, generator, draws_at_once and rows_at_once, see `DrawOptions`.
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             OptionError: a number is below 1, `likelihood` is unknown, or the posterior is not one of the model.
@@ -197,7 +197,7 @@ class Posterior:
         Args:
             inputs: as for `predict`.
             noise_precision: β = 1/variance of the observations' noise, as in `persample.losses.gaussian`.
-            draws: samples (at least 2), generator, draws_at_once and rows_at_once, see `DrawOptions`.
+            draws: samples (at least 2), generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             OptionError: `samples` is below 2, `noise_precision` is not above 0, or as `predict`.
@@ -217,7 +217,7 @@ class Posterior:
             loss_fn: minus the log-likelihood of each sample, shape `(B,)`.
             inputs: as for `predict`.
             targets: what `loss_fn` takes.
-            draws: samples, generator, draws_at_once and rows_at_once, see `DrawOptions`.
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             LossError: the loss is not a finite vector with one entry per sample.
@@ -245,7 +245,7 @@ class Posterior:
             targets: what `loss_fn` takes.
             prior: as for `kl`.
             data_size: N, the number of training samples, to which the log-likelihood is scaled; None is B.
-            draws: samples, generator, draws_at_once and rows_at_once, see `DrawOptions`.
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             PersampleError: as `log_likelihoods` and `kl`.

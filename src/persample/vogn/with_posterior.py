@@ -64,7 +64,7 @@ class WithPosterior:
         Args:
             inputs: all training data, or a part of them that stands for all.
             targets: what the loss function takes.
-            draws: samples, generator, draws_at_once and rows_at_once, see `DrawOptions`.
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
         """
         posterior, prior = self.posterior, self.prior
         with self._lend_params("elbo()"):
