@@ -92,6 +92,7 @@ def make_optimizer(setting: Setting, model: nn.Module, data_size: int, noise: to
             order="updated",
             mc_samples=setting.draws,
             backend="fused",
+            backend_options={"deterministic": True},
             generator=noise,
         )
     if setting.method == "Vadam":
