@@ -95,6 +95,14 @@ class TestWhatIsNoSumOverTheSamples:
             with pytest.warns(LossReductionWarning, match="divided by 3"), optimizer.sampled_params(train=True):
                 accumulate()
 
+    def test_accumulation_outside_is_warned_of(self, backend: str, batch: Batch) -> None:
+        """As by trainers that run all batches but the last outside of `step(closure)`."""
+        x, y = batch
+        optimizer = make(backend=backend)
+        (F.cross_entropy(optimizer.model(x), y) / 2).backward()
+        with pytest.warns(LossReductionWarning, match="divided by 2"):
+            optimizer.step(lambda: (F.cross_entropy(optimizer.model(x), y) / 2).backward())
+
     def test_losses_without_second_derivatives_are_taken(self, backend: str, batch: Batch) -> None:
         class Square(torch.autograd.Function):
             @staticmethod

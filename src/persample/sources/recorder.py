@@ -41,6 +41,7 @@ class ForwardPass:
         outputs: which of the tensors that it returned have a number, or more, for each sample.
         done: whether a backward pass has gone through it.
         divisor: by what number the loss was divided last.
+        added: whether its gradients were added to others in `p.grad`.
         covered: for each sample whether the loss depends on its outputs; None if nobody can tell.
     """
 
@@ -50,6 +51,7 @@ class ForwardPass:
     outputs: list[int] = field(default_factory=list)
     done: bool = False
     divisor: float = 1.0
+    added: bool = False
     covered: Tensor | None = None
 
 
@@ -172,6 +174,13 @@ class Recorder(TorchFunctionMode):
 
     def _warn_of_divisor(self) -> None:
         done = [p for p in self.passes if p.done]
+        if len(done) == 1 and done[0].added and done[0].divisor > 1.5 and done[0].divisor.is_integer():
+            warn(
+                f"The loss was divided by {done[0].divisor:g}, as if it were one of several whose gradients are "
+                "accumulated, but only this one was observed, and counts as if it were the whole. Let the trainer "
+                "accumulate nothing: give VOGN the parts inside of one block, undivided.",
+                LossReductionWarning,
+            )
         if len(done) > 1 and all(math.isclose(p.divisor, len(done), rel_tol=1e-5) for p in done):
             warn(
                 f"The losses of {len(done)} backward passes were each divided by {len(done)}. They are averaged here, "
@@ -277,6 +286,7 @@ class Recorder(TorchFunctionMode):
                 raise earlier_pass()
 
     def _look_at_reduction(self, losses: Sequence[Tensor], forward_pass: ForwardPass) -> None:
+        forward_pass.added = any(p.grad is not None for p in self.recorded.parameters.values())
         for loss in losses:
             forward_pass.divisor = divisor_of(loss)
             refuse_other_reduction(loss, self.recorded.reduction, forward_pass.batch.size)
