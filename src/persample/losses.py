@@ -177,10 +177,11 @@ def check_losses(losses: Any, batch_size: int) -> Tensor:
     if not losses.is_floating_point():
         raise LossError(f"loss_fn returned {losses.dtype}: a loss must be a real floating-point number.")
     with torch._C.DisableTorchFunction():  # a look at the values only: whoever follows the operations need not
-        finite = torch.isfinite(losses.detach())
-        all_finite = bool(finite.all())
-    if not all_finite:
-        rows = torch.nonzero(~finite).flatten().tolist()
+        values = losses.detach()
+        if math.isfinite(values.sum().item()):  # the usual case, at the cost of one sum
+            return losses
+        rows = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+    if rows:
         raise NonFiniteLossError(
             f"The loss of sample {rows[0]} is {losses[rows[0]].item()} ({len(rows)} of {batch_size} losses are not "
             "finite): check the inputs, the targets and the learning rate."

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
@@ -282,14 +282,12 @@ class PerSampleGradSource(ABC):
 
     def _kind(self, batch: Batch, method: str) -> tuple[Any, ...]:
         """What must change for `check="first"` to check once more: mode, modules, hooks, parameters, kind of batch."""
-        leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))
-        modules = list(self.model.modules())
+        modules = modules_of(self.model)
         return (
             method,
-            tuple((id(module), module.training, _hooks(module)) for module in modules),
-            tuple((name, len(p._backward_hooks or ())) for name, p in self.parameters().items()),
-            str(structure),
-            tuple((leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves),
+            tuple([(id(module), module.training, _hooks(module)) for module in modules]),
+            tuple([(name, len(p._backward_hooks or ())) for name, p in self.parameters().items()]),
+            batch.kind(),
         )
 
 

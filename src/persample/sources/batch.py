@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,23 @@ class Batch:
     kwargs: Mapping[str, Any]
     targets: Any
     size: int
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch."""
+        leaves: Iterable[Any] = (*self.args, *self.kwargs.values(), self.targets)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            leaves = pytree.tree_leaves((self.args, dict(self.kwargs), self.targets))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def kind(self) -> tuple[Any, ...]:
+        """Return what batches of the same kind have in common: structure, dtypes and numbers of dimensions."""
+        leaves: Sequence[Any] = (*self.args, *self.kwargs.values(), self.targets)
+        structure = ""
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs), self.targets))
+            structure = str(spec)
+        described = [(leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+        return structure, len(self.args), *self.kwargs, *described
 
     def rows(self, index: slice | list[int]) -> Batch:
         """Return the batch of the samples at `index`, in that order."""
@@ -62,7 +79,7 @@ def as_batch(inputs: Any, targets: Any) -> Batch:
             f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict "
             "of keyword arguments of the model."
         )
-    lengths = _lengths("inputs", (args, kwargs) if kwargs else args)
+    lengths = _lengths("inputs", inputs if isinstance(inputs, Tensor) else kwargs or args)
     if not lengths:
         raise BatchError("inputs holds no tensor: pass at least one tensor whose dim 0 is the sample.")
     lengths |= _lengths("targets", targets)
@@ -76,22 +93,27 @@ def as_batch(inputs: Any, targets: Any) -> Batch:
     if size == 0:
         raise BatchError("The batch has no samples: skip empty batches, no gradient can be averaged over them.")
     # Whatever the batch was computed from is no part of the model.
-    args, kwargs, targets = pytree.tree_map(_detach, (args, kwargs, targets))
-    return Batch(args, kwargs, targets, size)
+    return Batch(_detached(args), _detached(kwargs), _detached(targets), size)
 
 
-def _detach(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+def _detached(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if type(tree) is tuple:
+        return tuple(map(_detached, tree))
+    if type(tree) is dict:
+        return {key: _detached(value) for key, value in tree.items()}
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _lengths(name: str, tree: Any) -> dict[str, int]:
     """Length of dim 0 of each tensor in `tree`, keyed by where it is."""
     lengths = {}
-    leaves = pytree.tree_flatten_with_path(tree)[0]
+    leaves = [((), tree)] if isinstance(tree, Tensor) else pytree.tree_flatten_with_path(tree)[0]
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             continue
-        where = name if len(leaves) == 1 else name + pytree.keystr(path)
+        where = name + pytree.keystr(path) if len(leaves) > 1 else name
         if leaf.dim() == 0:
             raise BatchError(
                 f"{where} is a tensor without dimensions: dim 0 must be the sample. Pass plain numbers as Python "

@@ -22,7 +22,12 @@ _PIECE = 2**20
 def precise(values: Tensor) -> Tensor:
     """Return `values` detached and in at least float32, in which all sums are taken; indices stay as they are."""
     values = values.detach()
-    return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
+    if values.dtype in _PRECISE or not values.is_floating_point():
+        return values
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+_PRECISE = (torch.float32, torch.float64)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

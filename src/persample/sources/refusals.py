@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from persample.errors import UnsupportedModelError
+from persample.sources.modules import modules_of
 
 
 def refuse_impossible(model: nn.Module) -> None:
@@ -23,26 +24,18 @@ def refuse_impossible(model: nn.Module) -> None:
 
 def impossible_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the path of each module of `model` that no backend can serve, and the reason with what to do."""
-    modules = list(model.named_modules())
-    for path, module in modules:
-        reason = _reason(module)
+    modules = modules_of(model)
+    for module, path in modules.items():
+        reason = _reason(module) if isinstance(module, _CONDITIONAL) else None
         if reason:
             yield path, f"{describe(path, module)} {reason}"
-    for path, module in modules:
-        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-            name = f"{path}.{own}" if path else own
-            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-                kind = "Parameter" if isinstance(tensor, UninitializedParameter) else "Buffer"
-                yield (
-                    path,
-                    f"{kind} {name!r} is not initialised yet (a lazy module): run one forward pass of the model first.",
-                )
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_complex():
-                yield (
-                    path,
-                    f"Parameter {name!r} is complex, and a squared gradient is not defined for it: hold its real and "
-                    "imaginary parts as two real parameters.",
-                )
+    for module, path in modules.items():
+        for kind, tensors in (("Parameter", module._parameters), ("Buffer", module._buffers)):
+            for own, tensor in tensors.items():
+                reason = _reason_of_tensor(kind, tensor) if tensor is not None else None
+                if reason:
+                    name = f"{path}.{own}" if path else own
+                    yield path, f"{kind} {name!r} {reason}"
 
 
 def refuse_hooked_parameters(model: nn.Module) -> None:
@@ -63,6 +56,21 @@ def refuse_hooked_parameters(model: nn.Module) -> None:
 def describe(path: str, module: nn.Module) -> str:
     """Return how errors name a module: its class and its path in the model."""
     return f"{type(module).__name__} {path!r}" if path else f"The model ({type(module).__name__})"
+
+
+def _reason_of_tensor(kind: str, tensor: Tensor) -> str | None:
+    if is_lazy(tensor):
+        return "is not initialised yet (a lazy module): run one forward pass of the model first."
+    if kind == "Parameter" and tensor.is_complex() and tensor.requires_grad:
+        return (
+            "is complex, and a squared gradient is not defined for it: hold its real and imaginary parts as two real "
+            "parameters."
+        )
+    return None
+
+
+# Modules that are refused in some of their modes.
+_CONDITIONAL = (_BatchNorm, nn.Embedding, nn.EmbeddingBag)
 
 
 def _reason(module: nn.Module) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import is_
+from itertools import chain
+from operator import is_, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from persample.errors import UnsupportedModelError
+from persample.sources.modules import modules_of
 
 RandomState = dict[torch.device, Tensor]
 
@@ -23,43 +25,84 @@ def untouched(model: nn.Module) -> Iterator[None]:
     inside. Inside, every `p.grad` is None. Buffers keep what one ordinary forward pass changed, unless an exception
     passes through.
     """
-    modules = list(model.modules())
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
-    tables = [table for _, saved in attributes for table in _tables(saved)]
-    parameters = [(p, p.grad, dict(vars(p))) for p in _distinct(module._parameters for module in modules)]
+    modules = list(modules_of(model))
+    parameters = [(p, p.grad) for p in _distinct(module._parameters for module in modules)]
+    # A module's own tables are its parameters, buffers, children, all kinds of hooks, and what else it holds in dicts.
+    attributes = [vars(module) for module in modules]
+    tables = [value for entries in attributes for value in entries.values() if isinstance(value, dict)]
+    snapshot = _Snapshot([*attributes, *tables, *(vars(p) for p, _ in parameters)])
     buffers = _buffer_snapshot(modules)
+    registries = [module._buffers for module in modules]
     failed = True
     try:
-        for parameter, _, _ in parameters:
-            parameter.grad = None
+        for parameter, gradient in parameters:
+            if gradient is not None:
+                parameter.grad = None
         yield
         failed = False
     finally:
-        for live, saved in attributes:
-            _restore(live, saved)
-        for name, live, entries in tables:
-            # Buffers that the forward pass bound anew (`self.mean = …`) are among what it may change.
-            if name != "_buffers" or failed:
-                _restore(live, entries)
-        for parameter, gradient, saved in parameters:
-            parameter.grad = gradient
-            _restore(vars(parameter), saved)
+        # Buffers that the forward pass bound anew (`self.mean = …`) are among what it may change.
+        snapshot.put_back(but=() if failed else registries)
+        for parameter, gradient in parameters:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         if failed:
             buffers()
 
 
+class _Snapshot:
+    """The keys and values of dicts, side by side in one list each, so that one look tells that nothing has changed.
+
+    Most tables of a model are empty, those of its hooks, and most calls change nothing: both cost next to nothing.
+    """
+
+    def __init__(self, tables: Collection[dict[Any, Any]]) -> None:
+        self.empty = [table for table in tables if not table]
+        self.full = [table for table in tables if table]
+        self.lengths, self.keys, self.values = self._now()
+
+    def _now(self) -> tuple[list[int], list[Any], list[Any]]:
+        full = self.full
+        return list(map(len, full)), list(chain.from_iterable(full)), list(chain.from_iterable(map(_values, full)))
+
+    def changed(self) -> bool:
+        """Whether a dict holds something else, or in another order; by identity, as tensors give no answer to `==`."""
+        if any(self.empty):
+            return True
+        lengths, keys, values = self._now()
+        return not (lengths == self.lengths and all(map(is_, keys, self.keys)) and all(map(is_, values, self.values)))
+
+    def put_back(self, but: Iterable[dict[Any, Any]] = ()) -> None:
+        """Make each dict hold what it held, without replacing the dict itself; leave those of `but` as they are."""
+        if not self.changed():
+            return
+        left_out = {id(table) for table in but}
+        for table in self.empty:
+            if id(table) not in left_out:
+                table.clear()
+        start = 0
+        for table, length in zip(self.full, self.lengths, strict=True):
+            part = slice(start, start + length)
+            start += length
+            if id(table) not in left_out:
+                table.clear()
+                table.update(zip(self.keys[part], self.values[part], strict=True))
+
+
+_values = methodcaller("values")
+
+
 def buffer_snapshot(model: nn.Module) -> Callable[[], None]:
     """Return a function that puts the buffers of `model` back to what they are now."""
-    return _buffer_snapshot(list(model.modules()))
+    return _buffer_snapshot(list(modules_of(model)))
 
 
 def _buffer_snapshot(modules: list[nn.Module]) -> Callable[[], None]:
-    registries = [(module._buffers, dict(module._buffers)) for module in modules]
-    values = [(buffer, buffer.detach().clone()) for buffer in _distinct(entries for _, entries in registries)]
+    registries = _Snapshot([module._buffers for module in modules])
+    values = [(buffer, buffer.detach().clone()) for buffer in _distinct(registries.full)]
 
     def put_back() -> None:
-        for registry, entries in registries:
-            _restore(registry, entries)
+        registries.put_back()
         _set_buffer_values(values)
 
     return put_back
@@ -114,21 +157,6 @@ def _generator_module(device: torch.device) -> Any:
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
     return (device,) if device.type == "cuda" else ()
-
-
-def _tables(attributes: dict[str, Any]) -> list[tuple[str, dict[Any, Any], dict[Any, Any]]]:
-    """A module's own tables, parameters, buffers, children and all kinds of hooks: name, the table, and a copy."""
-    return [(name, table, dict(table)) for name, table in attributes.items() if isinstance(table, dict)]
-
-
-def _restore(live: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    """Make `live` hold exactly the entries of `saved`, in that order, without replacing the dict itself."""
-    if not live and not saved:
-        return
-    # Compared by identity: tensors have no single answer to `==`.
-    if list(live) != list(saved) or not all(map(is_, live.values(), saved.values())):
-        live.clear()
-        live.update(saved)
 
 
 def _set_buffer_values(values: list[tuple[Tensor, Tensor]]) -> None:

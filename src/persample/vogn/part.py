@@ -101,4 +101,7 @@ def make_part(
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return `tensor` in its dtype, but at least float32, in which everything but the model itself is kept."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _PRECISE else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+_PRECISE = (torch.float32, torch.float64)

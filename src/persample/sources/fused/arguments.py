@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -15,12 +16,24 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return found
 
 
+# This is on the way of every operation of a forward pass: no generator, no union of types (it would be made anew at
+# every look), and most arguments are known by their type.
+_SEQUENCES = (tuple, list)
+_NESTED = (tuple, list, dict)
+_TENSORS = frozenset((Tensor, nn.Parameter))
+_OTHERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size))
+
+
 def _collect(tree: Any, found: list[Tensor]) -> None:
-    # On the way of every operation of a forward pass: no generator, and no look at what is most often there.
-    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else (tree,):
-        if isinstance(item, Tensor):
+    for item in tree if isinstance(tree, _SEQUENCES) else tree.values() if isinstance(tree, dict) else (tree,):
+        kind = type(item)
+        if kind in _TENSORS:
             found.append(item)
-        elif isinstance(item, tuple | list | dict) and item:
+        elif kind in _OTHERS:
+            continue
+        elif isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, _NESTED) and item:
             _collect(item, found)
 
 

@@ -48,6 +48,7 @@ class Capture(TorchFunctionMode):
         self.sink = sink
         self.forward_pass = True
         self.without_gradient = False  # whether a parameter was used where autograd does not look
+        self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
         self.layouts = Layouts()
         self.constants = Seen()  # in what activation checkpointing repeats
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
@@ -55,7 +56,7 @@ class Capture(TorchFunctionMode):
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         for name, p in parameters.items():
-            self.expressions[id(p)] = (p, Expression(p.detach(), p, {name: p}, moves=True))
+            self.expressions[id(p)] = (p, Expression(p.detach(), p, {name: p}, moves=True, is_parameter=True))
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Follow tensors of the batch, whose dim 0 is the sample."""
@@ -87,6 +88,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in families.METADATA:
             return func(*args, **kwargs)
+        self.intercepted = self.intercepted or saved_tensors_are_intercepted()
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
@@ -109,9 +111,15 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
-        """Stay active in the backward pass, where activation checkpointing repeats parts of the forward pass."""
+        """Stay active in the backward pass where it may repeat parts of the forward pass.
+
+        Activation checkpointing does; so may a custom `torch.autograd.Function`, in which autograd does not look.
+        """
         self.forward_pass = self.layouts.forward_pass = False
-        with self:
+        if self.intercepted or self.without_gradient:
+            with self:
+                yield
+        else:
             yield
 
     # What rules use: operands.
@@ -348,7 +356,7 @@ class Capture(TorchFunctionMode):
             if func in families.SAME or result.numel() == args[0].numel():
                 self.layouts[result] = where
                 return result
-        if func in families.SHAPE_KEEPING and len(followed) == 1 and not kwargs:
+        if func in families.SHAPE_KEEPING and len(followed) == 1 and "out" not in kwargs:
             (operand,) = followed
             if result is not operand and result.shape == operand.shape:
                 self.layouts[result] = self.layouts.get(operand)

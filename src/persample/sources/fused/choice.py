@@ -50,15 +50,22 @@ def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]
         forms: gives the forms by name, the one that suits most first.
         operands: what the forms are called with.
     """
-    if getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled():
-        return next(iter(forms().values()))(*operands)
-    key = (key, torch.get_num_threads())
+    deterministic = getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled()
+    key = (key, "deterministic" if deterministic else torch.get_num_threads())
     chosen = _chosen.get(key)
-    if chosen is not None:
-        result: Result = chosen.form(*operands)
-        return result
+    if chosen is None:
+        chosen = _chosen[key] = _first(forms()) if deterministic else _fastest(forms(), operands)
+    result: Result = chosen.form(*operands)
+    return result
+
+
+def _first(forms: Mapping[str, Callable[..., Result]]) -> Chosen:
+    return Chosen(*next(iter(forms.items())))
+
+
+def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Chosen:
+    """Time all forms, in turns, and return the fastest."""
     with _lock:
-        candidates = forms()
         results = _those_that_agree(candidates, operands)
         seconds = dict.fromkeys(results, 0.0)
         for trial in range(_TRIALS if len(results) > 1 else 0):
@@ -68,9 +75,11 @@ def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]
             if trial == 0:  # no more time for those that are out of the question
                 limit = 2 * min(seconds.values())
                 seconds = {name: took for name, took in seconds.items() if took <= limit}
-        winner = min(seconds, key=seconds.__getitem__)
-        _chosen[key] = Chosen(winner, candidates[winner])
-    return results[winner]
+        # The first, likely one stays where no other is clearly faster: timings are noisy.
+        first, winner = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+        if seconds[first] <= 1.05 * seconds[winner]:
+            winner = first
+    return Chosen(winner, candidates[winner])
 
 
 def _those_that_agree(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> dict[str, Result]:

@@ -23,7 +23,7 @@ from persample.sources.fused.families import RESHAPES, SAME, functions
 from persample.sources.fused.layouts import saved_tensors_are_intercepted
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Expression:
     """θ' = f(θ).
 
@@ -33,6 +33,7 @@ class Expression:
         parameters: the parameters θ that it depends on, by name.
         moves: whether f only moves entries of one parameter, or leaves them away.
         repeats: the dimensions along which θ' is the same over and over, with the length of what is repeated.
+        is_parameter: whether f is the identity.
     """
 
     value: Tensor
@@ -40,6 +41,7 @@ class Expression:
     parameters: Mapping[str, nn.Parameter]
     moves: bool
     repeats: Mapping[int, int] = field(default_factory=dict)
+    is_parameter: bool = False
 
     @property
     def reorders(self) -> bool:
@@ -62,11 +64,6 @@ class Expression:
     def width(self) -> int:
         """How many numbers one sample's gradients take."""
         return self.value.numel() + sum(math.prod(p.shape) for p in self.parameters.values())
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether f is the identity."""
-        return isinstance(self.graph, nn.Parameter)
 
     def pull(self, gradient: Tensor) -> dict[str, Tensor]:
         """Return (∂f/∂θ)ᵀ `gradient` for each parameter; `gradient` has the shape of θ'."""

@@ -7,7 +7,7 @@ for the same operation on the same shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -284,25 +284,37 @@ def _key(call: Call) -> Hashable | None:
     """What the answer depends on, but for values; None where whose single rows are matters."""
     if any(layout.owners is not None for layout in call.samples.values()):
         return None
+    key: list[Any] = [call.func, call.batch]
     try:
-        return call.func, call.batch, _described(call.args, call), _described(call.kwargs, call)
-    except Unknown:
+        _describe(call.args, call.samples, key)
+        if call.kwargs:
+            key += call.kwargs
+            _describe(call.kwargs.values(), call.samples, key)
+        found = tuple(key)
+        hash(found)
+    except (Unknown, TypeError):  # something cannot be hashed
         return None
+    return found
 
 
-def _described(tree: Any, call: Call) -> Hashable:
-    if isinstance(tree, Tensor):
-        return tree.shape, tree.dtype, call.samples.get(id(tree))
-    if isinstance(tree, tuple | list):
-        return tuple(_described(item, call) for item in tree)
-    if isinstance(tree, Mapping):
-        return tuple((name, _described(item, call)) for name, item in tree.items())
-    if isinstance(tree, slice):
-        if any(isinstance(end, Tensor) for end in (tree.start, tree.stop, tree.step)):
-            raise Unknown
-        return slice, tree.start, tree.stop, tree.step
-    try:
-        hash(tree)
-    except TypeError:
-        raise Unknown from None
-    return type(tree), tree
+def _describe(items: Iterable[Any], samples: Mapping[int, Layout], key: list[Any]) -> None:
+    """Append what is to be known of `items` to `key`; the numbers of items say how they are nested."""
+    for item in items:
+        if isinstance(item, Tensor):
+            key += (item.shape, item.dtype, samples.get(id(item)))
+        elif isinstance(item, _SEQUENCES):
+            key += (_SEQUENCES, len(item))
+            _describe(item, samples, key)
+        elif isinstance(item, dict):
+            key += (dict, len(item), *item)
+            _describe(item.values(), samples, key)
+        elif isinstance(item, slice):
+            ends = (item.start, item.stop, item.step)
+            if any(isinstance(end, Tensor) for end in ends):
+                raise Unknown
+            key += (slice, *ends)
+        else:
+            key += (type(item), item)
+
+
+_SEQUENCES = (tuple, list)

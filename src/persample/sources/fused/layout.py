@@ -54,8 +54,11 @@ class Layout(NamedTuple):
             ValueError: the samples are folded into the features.
         """
         self.require_features(features)
-        parts = x.reshape(self.outer, self.rows, self.inner // features, features)
-        parts = parts.squeeze(0) if self.outer == 1 else parts.transpose(0, 1).flatten(1, 2)
+        positions = self.inner // features
+        if self.outer == 1:
+            parts = x.reshape(self.rows, positions, features)
+        else:
+            parts = x.reshape(self.outer, self.rows, positions, features).transpose(0, 1).flatten(1, 2)
         return parts if self.owners is None else self.owners.gather(parts)
 
     def require_features(self, *features: int) -> None:

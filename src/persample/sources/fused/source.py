@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
 from persample.errors import UnsupportedModelError
@@ -18,6 +17,7 @@ from persample.sources.batch import Batch
 from persample.sources.contributions import without_autocast
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
+from persample.sources.fused.freed_memory import keep_freed_memory
 from persample.sources.fused.opened import opened
 from persample.sources.fused.recorder import Recorder, unseen_use
 from persample.sources.fused.recording import FusedRecorder
@@ -52,6 +52,7 @@ class FusedSource(PerSampleGradSource):
         check: Check = "first",
     ) -> None:
         super().__init__(model, loss_fn, check=check)
+        keep_freed_memory()
         self.deterministic = deterministic
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,8 +101,7 @@ class FusedSource(PerSampleGradSource):
 
     def _forward(self, batch: Batch, capture: Capture) -> Tensor:
         """Return the losses of a forward pass under capture."""
-        leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
-        capture.follow(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        capture.follow(batch.tensors())
         with capture:
             losses = self.losses(batch)
         return capture.finish(losses)
@@ -147,7 +147,10 @@ def _failed_repetition_refused() -> Iterator[None]:
 
 def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
     """What was found for each parameter in its own dtype, and zeros for those that the batch does not reach."""
-    return {
-        name: found[name].to(p.dtype) if name in found else p.new_zeros((*leading, *p.shape))
-        for name, p in parameters.items()
-    }
+    complete = {}
+    for name, p in parameters.items():
+        value = found.get(name)
+        if value is None:
+            value = p.new_zeros((*leading, *p.shape))
+        complete[name] = value if value.dtype == p.dtype else value.to(p.dtype)
+    return complete

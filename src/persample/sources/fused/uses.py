@@ -7,8 +7,6 @@ squared after that.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import Tensor
 
 from persample.sources.contributions import Contribution
@@ -25,15 +23,16 @@ class Moment:
         self.batch_size = batch_size
         self.total: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
-        self.uses: Counter[str] = Counter()
+        self.uses: dict[str, int] = {}
         self.waiting: list[tuple[Expression, Contribution]] = []
 
     def expect(self, expression: Expression) -> None:
-        self.uses.update(expression.names)
+        for name in expression.parameters:
+            self.uses[name] = self.uses.get(name, 0) + 1
 
     def receive(self, expression: Expression, contribution: Contribution) -> None:
-        name = expression.names[0]
-        if expression.reorders and self.uses[name] == 1:
+        name = next(iter(expression.parameters))
+        if expression.reorders and self.uses.get(name) == 1:
             total, squares = contribution.sums()
             self.total[name] = expression.pull(total)[name]
             self.squares[name] = expression.pull(squares)[name]

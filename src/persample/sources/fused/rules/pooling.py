@@ -45,9 +45,10 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
         x, indices = ctx.saved_tensors
-        gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            delta.contiguous(), x, *ctx.settings, indices
-        )
+        with torch._C.DisableTorchFunction():
+            gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+                delta.contiguous(), x, *ctx.settings, indices
+            )
         return gradient, None
 
 
