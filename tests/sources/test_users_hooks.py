@@ -79,3 +79,18 @@ def test_hooks_on_outputs(backend: str, on_sequence: bool) -> None:
             source.per_sample(inputs, targets)
     else:
         torch.testing.assert_close(source.per_sample(inputs, targets), expected)
+
+
+@pytest.mark.parametrize("recording_backend", ["fused", "hooks"])
+def test_hooks_on_parameters_while_recording(recording_backend: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    source = persample.make_source(recording_backend, model, loss_fn, check="never")
+    inputs, targets = batch()
+    handle = model[0].weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    with pytest.raises(UnsupportedModelError, match=r"'0.weight' has a hook"), source.recording():
+        loss_fn(model(inputs), targets).mean().backward()
+    handle.remove()
+    with source.recording() as recorded:
+        loss_fn(model(inputs), targets).mean().backward()
+    expected = persample.make_source("loop", model, loss_fn, check="never").moments(inputs, targets)
+    torch.testing.assert_close(recorded.moments().second_moment, expected.second_moment)

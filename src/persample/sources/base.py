@@ -123,7 +123,7 @@ class PerSampleGradSource(ABC):
         """
         found: list[Use] = []
         try:
-            self._refuse_hooks()
+            self.refuse_hooks()
             if inputs is None:
                 found += self.find_uses(None)
             else:
@@ -256,7 +256,7 @@ class PerSampleGradSource(ABC):
     def _run(self, inputs: Any, targets: Any, compute: Callable[[Batch], Any], method: str) -> Any:
         batch = as_batch(inputs, targets)
         refuse_impossible(self.model)
-        self._refuse_hooks()
+        self.refuse_hooks()
         self.refuse_unsupported()
         kind = self._kind(batch, method) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
@@ -266,7 +266,8 @@ class PerSampleGradSource(ABC):
                 self._checked.add(kind)
             return result
 
-    def _refuse_hooks(self) -> None:
+    def refuse_hooks(self) -> None:
+        """Raise `UnsupportedModelError` if hooks on parameters would not take part."""
         if not self.runs_parameter_hooks:
             refuse_hooked_parameters(self.model)
 

@@ -48,6 +48,7 @@ class FusedRecorder(Recorder):
 
     def begin(self, forward_pass: ForwardPass) -> None:
         refuse_impossible(self.model)
+        self.source.refuse_hooks()
         self.capture = None
         self._mixed.clear()
         if forward_pass.batch.size == 1:  # the gradient of a single sample is the ordinary one
