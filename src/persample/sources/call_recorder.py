@@ -75,10 +75,6 @@ class CallRecorder(Recorder):
         self.source.refuse_hooks()
         self.calls = {forward_pass: []}
 
-    def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
-        for call in self.calls[forward_pass]:  # the recorder itself has put a hook on each of the outputs
-            call.hooks += sum(t.requires_grad and (t is call.output or t is call.origin) for t in outputs)
-
     def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
         calls = [call for calls in self.calls.values() for call in calls]
         self.refuse_unseparable(losses, self.source)

@@ -221,10 +221,18 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             forward_pass.edges = {i: get_gradient_edge(t) for i, t in enumerate(tensors) if t.requires_grad}
             forward_pass.outputs = [i for i, t in enumerate(tensors) if _is_of_samples(t, forward_pass.batch.size)]
-            for output in tensors:
-                if output.requires_grad:
-                    self.hold(output.register_hook(lambda delta: self._on_output(forward_pass, delta)))
+            for edge in forward_pass.edges.values():
+                # On the node: a hook on the tensor itself could be one of the user's, which layers' backends refuse.
+                self.hold(edge.node.register_prehook(self._output_hook(forward_pass, edge.output_nr)))
             self.end(forward_pass, tensors)
+
+    def _output_hook(self, forward_pass: ForwardPass, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(deltas: tuple[Tensor | None, ...]) -> None:
+            delta = deltas[index]
+            if delta is not None:
+                self._on_output(forward_pass, delta)
+
+        return hook
 
     def _on_output(self, forward_pass: ForwardPass, delta: Tensor) -> None:
         if self.checking:
