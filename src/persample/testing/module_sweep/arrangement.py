@@ -81,7 +81,8 @@ class Arrangement:
             rows = [self.call(module, [x[i] for x in batch]) for i in range(len(batch[0]))]
             return torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
         found = self.call(module, [x.movedim(0, dim) for x, dim in zip(batch, self.dims, strict=True)])
-        parts = [r.movedim(dim, 0).reshape(len(batch[0]), -1) for r, dim in zip(found, self.results, strict=True)]
+        size = len(batch[0])
+        parts = [r.movedim(dim, 0).reshape(size, r.numel() // size) for r, dim in zip(found, self.results, strict=True)]
         return torch.cat(parts, dim=1)
 
 
@@ -122,6 +123,8 @@ def _fitted(module: nn.Module, call: Call, dims: tuple[int, ...] | None, batched
     batch = tuple(_as_batch(x, dim, batched) for x, dim in zip(call.tensors, places, strict=True))
     if len({len(x) for x in batch}) != 1:
         raise DoesNotFitError("its arguments differ in length")
+    if len(batch[0]) == 0:
+        raise DoesNotFitError("it is called on a batch of no samples")
     alone = [
         [x[i : i + 1].movedim(0, dim) if batched else x[i] for x, dim in zip(batch, places, strict=True)]
         for i in range(len(batch[0]))
