@@ -56,14 +56,15 @@ class Net(nn.Module):
         return self.head(self.hide(self.inside, h))
 
 
+@pytest.mark.parametrize("check", ["first", "never"])
 @pytest.mark.parametrize("frozen_features", [False, True])
 @pytest.mark.parametrize("hide", [reentrant, reversible])
 @pytest.mark.parametrize("method", ["moments", "per_sample"])
-def test_refused(backend: str, method: str, hide: Any, frozen_features: bool, no_trace: Any) -> None:
+def test_refused(backend: str, method: str, hide: Any, frozen_features: bool, check: Any, no_trace: Any) -> None:
     model, inputs, targets = Net(hide, frozen_features).double(), torch.randn(4, 3).double(), torch.arange(4) % 2
     persample.losses.cross_entropy(model(inputs), targets).sum().backward()
     assert model.inside.weight.grad is not None  # what an ordinary training would use
-    source = persample.make_source(backend, model, persample.losses.cross_entropy)
+    source = persample.make_source(backend, model, persample.losses.cross_entropy, check=check)
     with no_trace(model, inputs, targets), pytest.raises(UnsupportedModelError):
         getattr(source, method)(inputs, targets)
 

@@ -32,6 +32,7 @@ from persample.sources.module_calls import (
 )
 from persample.sources.recorder import ForwardPass
 from persample.sources.recording import LossReduction, Recorded
+from persample.sources.reference import gradients_at
 from persample.sources.refusals import describe
 from persample.sources.use import Use
 
@@ -123,11 +124,9 @@ class PeerRulesSource(PerSampleGradSource):
         refuse_unseen_uses(losses, calls, self.parameters())
         for call in calls:
             require_batch_first(call, batch.size)
-        if not calls or not losses.requires_grad:
-            return losses.detach(), [None] * len(parameters), []
         # δ is taken where the output stands in the graph, before anything that was done to it in place.
         targets: list[Any] = [*parameters, *(call.edge for call in calls)]
-        gradients = torch.autograd.grad(losses.sum(), targets, allow_unused=True)
+        gradients = gradients_at(targets, losses, self.parameters())
         deltas = gradients[len(parameters) :]
         uses = [_use(call, delta) for call, delta in zip(calls, deltas, strict=True) if delta is not None]
         return losses.detach(), list(gradients[: len(parameters)]), uses

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -137,15 +137,36 @@ def other_leaves(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
     return list(variables_of(nodes_behind(loss)) - set(parameters))
 
 
+def gradients_at(
+    targets: Sequence[Any], losses: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the sum of `losses` at tensors and edges of its graph, None where it has none.
+
+    Raises:
+        UnsupportedModelError: the backward pass gives gradients to `parameters` by itself.
+    """
+    leaves = other_leaves(losses, parameters.values())
+    if not losses.requires_grad or not (targets or leaves):
+        return (None,) * len(targets)
+    gradients = torch.autograd.grad(losses.sum(), [*targets, *leaves], allow_unused=True)
+    refuse_accumulated(parameters)
+    return gradients[: len(targets)]
+
+
 def refuse_accumulated(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise if the backward pass that just ended gave a parameter its gradient itself."""
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            raise UnsupportedModelError(
-                f"Parameter {name!r} gets its gradient from a backward pass inside of the backward pass (a custom "
-                "torch.autograd.Function that calls .backward(), as reversible layers do), which gives the sum over "
-                "the samples only: replace that by ordinary operations, or freeze the parameter."
-            )
+            raise inner_backward_pass(name)
+
+
+def inner_backward_pass(name: str) -> UnsupportedModelError:
+    """The refusal of a parameter whose gradient comes from a backward pass inside of the backward pass."""
+    return UnsupportedModelError(
+        f"Parameter {name!r} gets its gradient from a backward pass inside of the backward pass (a custom "
+        "torch.autograd.Function that calls .backward(), as reversible layers do), which gives the sum over "
+        "the samples only: replace that by ordinary operations, or freeze the parameter."
+    )
 
 
 def refuse_hidden_uses(source: PerSampleGradSource, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import precise, without_autocast
+from persample.sources.fused.expressions import Expression
+from persample.sources.reference import inner_backward_pass
 
 
 class Tap(torch.autograd.Function):
@@ -19,11 +22,12 @@ class Tap(torch.autograd.Function):
         # Marked as changed in place, so that the result is no view and may be changed in place afterwards.
         ctx.mark_dirty(result)
         ctx.save_for_backward(*saved)
-        ctx.capture, ctx.uses = capture, uses
+        ctx.capture, ctx.uses, ctx.repeats = capture, uses, not capture.forward_pass
         return result
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        _refuse_inner_pass(ctx, [expression for expression, _ in ctx.uses])
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             precise_delta = precise(delta)
@@ -44,10 +48,12 @@ class Operation(torch.autograd.Function):
         result, saved = forward(x)
         ctx.save_for_backward(*saved)
         ctx.capture, ctx.uses, ctx.own_backward = capture, uses, backward
+        ctx.repeats = not capture.forward_pass
         return result
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        _refuse_inner_pass(ctx, [expression for expression in ctx.uses if expression is not None])
         saved = _saved_tensors(ctx)
         with torch._C.DisableTorchFunction():
             gradient, contributions = ctx.own_backward(delta, *saved, ctx.needs_input_grad[0])
@@ -63,13 +69,21 @@ class Copies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, anchor: Tensor, capture: Any, expression: Any, build: Any) -> Tensor:
         ctx.capture, ctx.expression, ctx.build = capture, expression, build
+        ctx.repeats = not capture.forward_pass
         return values
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        _refuse_inner_pass(ctx, [ctx.expression])
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             ctx.capture.receive(ctx.expression, ctx.build(precise(delta)))
         return None, None, None, None, None
+
+
+def _refuse_inner_pass(ctx: Any, expressions: Sequence[Expression]) -> None:
+    """Raise if the operation was run in the backward pass: activation checkpointing repeats it there, and no more."""
+    if ctx.repeats:
+        raise inner_backward_pass(expressions[0].names[0])
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +26,7 @@ from persample.sources.hooks.sums import HookSums, zeros
 from persample.sources.layer_uses import uses_of_layers
 from persample.sources.module_calls import ModuleCall, recorded_calls, refuse_unseen_uses, require_batch_first
 from persample.sources.recording import LossReduction, Recorded
+from persample.sources.reference import gradients_at
 from persample.sources.use import Use
 
 Curvature = Literal["exact", "printed"]
@@ -114,8 +114,7 @@ class HooksSource(PerSampleGradSource):
             with recorded_calls(modules_with_rules(self.model), on_call) as calls:
                 losses = self.losses(batch)
             refuse_unseen_uses(losses, calls, parameters)
-            if calls and losses.requires_grad:
-                torch.autograd.grad(losses.sum(), [call.edge for call in calls], allow_unused=True)
+            gradients_at([call.edge for call in calls], losses, parameters)
         finally:
             # A hook holds its call, the call the tensor, and the tensor the hook: a circle that nothing else breaks.
             for handle in handles:
