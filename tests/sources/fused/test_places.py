@@ -207,7 +207,7 @@ def test_exact(function: Callable[[Net, Tensor], Tensor], batch: int, per_sample
 
 def change_in_place(net: Net, h: Tensor) -> Tensor:
     weight = net.matrix * 1
-    weight.mul_(2)
+    weight[0].mul_(2)
     return h @ weight
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from persample.errors import UnsupportedModelError
+from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.contributions import Contribution
 from persample.sources.fused import families, operations
 from persample.sources.fused.arguments import substitute, tensors_in
@@ -27,7 +27,8 @@ from persample.sources.fused.following import Call, Lost, Where, after, outputs_
 from persample.sources.fused.layout import Layout, batch_first
 from persample.sources.fused.layouts import Layouts, Seen, saved_tensors_are_intercepted
 from persample.sources.fused.places import Place
-from persample.sources.fused.rules.copies import copied
+from persample.sources.fused.rules import in_place
+from persample.sources.fused.rules.copies import copied, own_of_one_sample
 from persample.sources.fused.taps import Copies, Operation, Tap
 
 Build = Callable[..., Contribution]
@@ -107,6 +108,8 @@ class Capture(TorchFunctionMode):
         if followed:
             return self._use(func, args, kwargs)
         self._require_constants(func, [t for t in tensors if id(t) not in self.expressions])
+        if in_place.writes(func, args):
+            return in_place.write_parameters(self, func, args, kwargs)
         return self.express(func, args, kwargs)
 
     @contextmanager
@@ -335,10 +338,17 @@ class Capture(TorchFunctionMode):
         """Run an operation on samples and expressions of parameters."""
         rule = operations.RULES.get(func)
         try:
+            if args and self.expression(args[0]) is not None and in_place.writes(func, args):
+                return in_place.write_samples(self, func, args, kwargs)
+            own = own_of_one_sample(self, args, kwargs)
+            if own:
+                return self.again(func, args, kwargs, own)
             if rule is not None:
                 return rule(self, *args, **kwargs)
             return operations.fallback(self, func, args, kwargs)
-        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        except (PersampleError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
             result = func(*args, **kwargs)  # if the call itself is wrong, this raises what PyTorch says of it
             if {output.numel() for output in outputs_of(func, args, result)} == {0}:
                 return self.plain(func, *self.values((args, dict(kwargs))))  # no entry, no gradient

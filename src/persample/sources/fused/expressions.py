@@ -111,7 +111,7 @@ def express(
     name = getattr(func, "__name__", str(func))
     new_args, new_kwargs = substitute((args, dict(kwargs)), {key: source.graph for key, source in sources.items()})
     versions = [source.graph._version for source in sources.values()]
-    with _own_saved_tensors():
+    with own_saved_tensors():
         result = func(*new_args, **new_kwargs)
     if [source.graph._version for source in sources.values()] != versions:
         raise UnsupportedModelError(
@@ -139,7 +139,7 @@ def express(
 
 
 @contextmanager
-def _own_saved_tensors() -> Iterator[None]:
+def own_saved_tensors() -> Iterator[None]:
     """Save what the graph of an expression needs as usual, even within activation checkpointing.
 
     Expressions are pulled back when the backward pass is over, and nobody repeats the forward pass any more.

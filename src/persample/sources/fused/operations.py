@@ -12,11 +12,12 @@ from torch import Tensor
 from persample.sources.fused.families import COMPARISONS, JOINING, POINTWISE, functions, is_in_place
 from persample.sources.fused.rules import recurrent, rewritten
 from persample.sources.fused.rules.convolution import convolutions, transposed_convolutions
-from persample.sources.fused.rules.copies import attended, beside_each_other, entry_by_entry, written_into
+from persample.sources.fused.rules.copies import batched, beside_each_other, entry_by_entry
 from persample.sources.fused.rules.embedding import embedding, embedding_bag
 from persample.sources.fused.rules.fallback import fallback as fallback
 from persample.sources.fused.rules.fallback import no_rule as no_rule
 from persample.sources.fused.rules.in_order import in_order
+from persample.sources.fused.rules.in_place import change_samples, fill, written_into
 from persample.sources.fused.rules.linear import linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from persample.sources.fused.rules.pooling import max_pool2d
@@ -62,7 +63,8 @@ RULES: Mapping[Any, Rule] = {
     **_general(JOINING, beside_each_other),
     **_general(recurrent.layers, recurrent.recurrent),
     **recurrent.cells,
-    **_general([F.scaled_dot_product_attention], attended),
+    **_general([F.scaled_dot_product_attention], batched),
+    torch.linalg.solve: rewritten.solve,
     **_general(functions("to type_as expand_as view_as reshape_as"), as_told),
     **_each(
         {
@@ -74,17 +76,21 @@ RULES: Mapping[Any, Rule] = {
             "masked_fill": rewritten.masked_fill,
             "index_put": rewritten.index_put,
             "index_select": rewritten.index_select,
+            "gather": rewritten.gather,
             "take": rewritten.take,
             "__getitem__": rewritten.looked_up,
         }
     ),
-    **dict.fromkeys(functions("__setitem__"), written_into),
+    **_general([Tensor.masked_fill_], change_samples),
+    Tensor.__setitem__: written_into,
+    Tensor.fill_: fill,
     **_of_reals(
         _each({"matmul mm __matmul__": matmul})
         | {func: in_order(rule) for func, rule in (convolutions | transposed_convolutions).items()}
         | {F.linear: linear}
     ),
     F.embedding: embedding,
+    torch.embedding: rewritten.embedding,
     F.embedding_bag: embedding_bag,
     F.layer_norm: layer_norm,
     F.group_norm: in_order(group_norm),

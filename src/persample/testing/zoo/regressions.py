@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from persample.testing.zoo.case import Case, Net, frozen, parameter, reals
+from persample.testing.zoo.case import Case, Net, frozen, parameter, reals, tokens
 
 
 def _sign_of_itself(model: Any, x: Tensor) -> Any:
@@ -30,6 +30,17 @@ def _checkpoint_in_checkpoint(model: Any, x: Tensor) -> Any:
         return model.second(checkpoint(inside, h, use_reentrant=False) * model.first.bias)
 
     return checkpoint(outside, model.first(x), use_reentrant=False)
+
+
+def _experts_by_size(model: Any, x: Tensor) -> Any:
+    """The experts of large numbers get no tokens."""
+    output = model.gate(x)
+    for number in range(4):
+        chosen = (x[..., 0].abs() // 0.7 + 2 * (number == 3)) == number
+        output = output.masked_scatter(
+            chosen.unsqueeze(-1), (x[chosen] * model.scale[number]).tanh() + model.shift[number]
+        )
+    return output
 
 
 CASES = (
@@ -84,5 +95,53 @@ CASES = (
             scale=parameter(),
         ),
         reals(2, 5),
+    ),
+    # Refused without need.
+    Case(
+        "Experts that nobody chooses",
+        lambda: Net(_experts_by_size, gate=nn.Linear(4, 4), scale=parameter(4, 4), shift=parameter(4, 4)),
+        reals(2, 4),
+    ),
+    Case(
+        "Convolution of one image after the other",
+        lambda: Net(lambda m, x: torch.stack([m.inner(image) for image in x]), inner=nn.Conv2d(2, 3, 2)),
+        reals(2, 4, 4),
+    ),
+    Case(
+        "LSTM on one sequence after the other",
+        lambda: Net(lambda m, x: torch.stack([m.inner(row)[0] for row in x]), inner=nn.LSTM(3, 2, bidirectional=True)),
+        reals(4, 3),
+    ),
+    Case(
+        "Rows of a parameter by torch.embedding",
+        lambda: Net(lambda m, x: torch.embedding(m.table, x, 2), table=parameter(6, 3)),
+        tokens(4),
+    ),
+    Case(
+        "Entries of a parameter by gather",
+        lambda: Net(
+            lambda m, x: m.table.gather(0, x) * m.row.gather(0, x[:, 0]).unsqueeze(1),
+            table=parameter(6, 3),
+            row=parameter(6),
+        ),
+        tokens(3),
+    ),
+    Case(
+        "Linear equations with a learned matrix",
+        lambda: Net(
+            lambda m, x: torch.linalg.solve(8 * torch.eye(4, dtype=x.dtype) + m.matrix, x.unsqueeze(-1)),
+            matrix=parameter(4, 4),
+        ),
+        reals(4),
+    ),
+    Case(
+        "Linear equations with matrices of the samples",
+        lambda: Net(
+            lambda m, x: torch.linalg.solve(
+                8 * torch.eye(4, dtype=x.dtype) + x.unsqueeze(1) * x.unsqueeze(2), m.vector.expand(len(x), -1)
+            ),
+            vector=parameter(4),
+        ),
+        reals(4),
     ),
 )

@@ -93,8 +93,8 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
 def _place(capture: Capture, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
-            f"{name} was called with a tensor of {x.dim()} dimensions, without a batch: backend 'fused' needs the "
-            "samples in dim 0."
+            f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 are channels: put the samples "
+            "there, as one more dimension, or use backend 'vmap' or 'loop'."
         )
     return capture.rows_of_sample(x, name), capture.layout(x, name)
 

@@ -19,6 +19,7 @@ from persample.sources.fused.families import JOINING
 from persample.sources.fused.following import Call, Unknown, after, agreed, aligned
 from persample.sources.fused.layout import Layout
 from persample.sources.fused.own_rows import OwnRows, PickedRows
+from persample.sources.fused.owners import NOBODY
 from persample.sources.fused.places import Place
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def entry_by_entry(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: M
         values, named = capture.values((args, dict(kwargs)))
         where = after(Call(func, values, named, samples, capture.batch_size))[0]
         layout = capture.known(where, getattr(func, "__name__", ""), shape)
-    place = _place(layout, shape)
+    place = place_in(layout, shape)
     copies = {
         id(t): copied(capture, t, len(shape), layout, place) for t in operands if capture.expression(t) is not None
     }
@@ -52,7 +53,7 @@ def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs
     tensors = args[0] if args else kwargs["tensors"]
     beside = next(t for t in tensors if capture.expression(t) is None and id(t) in capture.samples_in(args, kwargs))
     layout = capture.layout(beside, "torch.cat")
-    place = _place(layout, beside.shape)
+    place = place_in(layout, beside.shape)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
     if not JOINING[func] and dim % beside.dim() == place.dim and layout.rows > 1:
         raise ValueError("it puts a parameter beside whole samples")
@@ -62,13 +63,13 @@ def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs
     return capture.again(func, args, kwargs, copies)
 
 
-def attended(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`F.scaled_dot_product_attention` with learned queries, keys or values, or with a learned bias as its mask."""
+def batched(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Operations on the last two dimensions, with all before them broadcast, such as attention with learned queries."""
     operands = tensors_in((args, dict(kwargs)))
     samples = capture.samples_in(args, kwargs)
     largest = max((t for t in operands if id(t) in samples), key=Tensor.dim)
     layout = samples[id(largest)]
-    place = _place(layout, largest.shape)
+    place = place_in(layout, largest.shape)
     if place.dim >= largest.dim() - 2:
         return capture.fall_back(func, args, kwargs)
     copies = {
@@ -77,15 +78,24 @@ def attended(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
     return capture.again(func, args, kwargs, copies)
 
 
-def written_into(capture: Capture, x: Tensor, index: Any, value: Tensor) -> None:
-    """`x[index] = parameter`."""
-    if capture.expression(x) is not None:
-        raise ValueError("it writes samples into a parameter, or into a tensor computed from parameters")
-    shape = x.detach()[index].shape
-    where = after(Call(Tensor.__getitem__, (x, index), {}, capture.samples_in((x,), {}), capture.batch_size))[0]
-    layout = capture.known(where, "__setitem__", shape)
-    copies = copied(capture, value, len(shape), layout, _place(layout, shape))
-    capture.again(Tensor.__setitem__, (x, index, copies), {}, {})
+def own_of_one_sample(capture: Capture, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Return copies of the operands made of parameters, if all other operands are of one and the same sample.
+
+    Then the operation needs no rule: the copies are that sample's own.
+    """
+    operands = tensors_in((args, dict(kwargs)))
+    layouts: list[Layout] = []
+    for operand in operands:
+        where = capture.layouts.get(operand)
+        if isinstance(where, Layout) and where.owners is not None and where.rows == 1:
+            layouts.append(where)
+        elif where is not None:
+            return {}
+    owners = {int(layout.owners.labels) for layout in layouts if layout.owners is not None}
+    if len(owners) != 1 or NOBODY in owners:
+        return {}
+    layout = layouts[0]
+    return {id(t): copied(capture, t, t.dim(), layout, Place(0)) for t in operands if capture.expression(t) is not None}
 
 
 def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: Place) -> Tensor:
@@ -152,7 +162,12 @@ def _of_repeated(once: Expression, layout: Layout, place: Place) -> Callable[[Te
     return contribution
 
 
-def _place(layout: Layout, shape: torch.Size) -> Place:
+def place_in(layout: Layout, shape: torch.Size) -> Place:
+    """Return the dimension of `shape` that holds the samples.
+
+    Raises:
+        ValueError: no single one does.
+    """
     place = layout.place(shape)
     if place is None:
         raise ValueError("the samples are not in one dimension")

@@ -23,6 +23,7 @@ from persample.sources.fused.layout import Layout
 from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules.copies import copied
+from persample.sources.fused.rules.in_place import change_samples
 from persample.sources.tolerances import tolerance
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ _PIECE = 2**20
 
 def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, which has no rule, on samples and parameters."""
-    rows = _of_one_sample(capture, args, kwargs)
-    rows = rows or _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
+    rows = _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
     if rows:
         return capture.again(func, args, kwargs, rows)
+    if is_in_place(func):
+        return change_samples(capture, func, args, kwargs)
     inside = opened(func)
     if inside is not None:
         return capture.again(inside, args, kwargs, {})
@@ -56,16 +58,6 @@ def no_rule(name: str, reason: str) -> UnsupportedModelError:
         f"{name} uses a parameter, backend 'fused' has no rule for it, and it cannot be mapped over single samples "
         f"({reason.splitlines()[0] if reason else 'no reason given'}). Use backend 'vmap' or 'loop'."
     )
-
-
-def _of_one_sample(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Return the operands made of parameters as that sample's own, if all others are of one and the same sample."""
-    layouts = list(capture.samples_in(args, kwargs).values())
-    owners = {int(layout.owners.labels) if layout.owners and layout.rows == 1 else None for layout in layouts}
-    if len(owners) != 1 or None in owners:
-        return {}
-    operands = {id(t): t for t in tensors_in((args, dict(kwargs))) if capture.expression(t) is not None}
-    return {key: copied(capture, t, t.dim(), layouts[0], Place(0)) for key, t in operands.items()}
 
 
 def _rows(
@@ -151,8 +143,6 @@ class Mapped:
 def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Run `func`, and tap its result."""
     name, batch = getattr(func, "__name__", str(func)), capture.batch_size
-    if is_in_place(func):
-        raise no_rule(name, "it changes a tensor in place; use the operation that returns a new one")
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
     expressions = {key: e for key, t in operands.items() if (e := capture.expression(t)) is not None}
     samples = capture.samples_in(args, kwargs)

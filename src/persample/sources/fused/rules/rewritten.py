@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.sources.fused.opened import opened
+from persample.sources.fused.rules.copies import batched
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
@@ -106,6 +108,44 @@ def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> An
     if capture.expression(input) is None or dim % input.dim() != 0:
         return capture.fall_back(torch.index_select, (input, dim, index), {})
     return looked_up(capture, input, index)
+
+
+def gather(capture: Capture, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    """Entry (i, j, …) of the result is the parameter's entry (index, j, …), with the index in place of i for dim 0."""
+    if capture.expression(input) is None or capture.expression(index) is not None or index.dim() == 0:
+        return capture.fall_back(torch.gather, (input, dim, index), {})
+    dim = dim % index.dim()
+    with capture:
+        table = input.unsqueeze(0) if input.dim() == 0 else input
+        steps = [math.prod(table.shape[d + 1 :]) for d in range(table.dim())]
+        number = index * steps[dim]
+        for d in range(table.dim()):
+            if d != dim:
+                place = torch.arange(index.shape[d], device=index.device) * steps[d]
+                number = number + place.view([-1 if k == d else 1 for k in range(index.dim())])
+        return table.flatten()[number]
+
+
+def embedding(
+    capture: Capture,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """`torch.embedding`, which `F.embedding` calls."""
+    padding = None if padding_idx < 0 else padding_idx
+    with capture:
+        return F.embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def solve(capture: Capture, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # noqa: N803 - PyTorch's names
+    """`torch.linalg.solve`, of which a right-hand side may be vectors."""
+    if B.dim() == 1 or B.shape == A.shape[:-1]:
+        with capture:
+            return torch.linalg.solve(A, B.unsqueeze(-1), left=left).squeeze(-1)
+    return batched(capture, torch.linalg.solve, (A, B), {"left": left})
 
 
 def linear_cross_entropy(capture: Capture, *args: Any, **kwargs: Any) -> Any:
