@@ -30,9 +30,10 @@ def data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_mnist, mnist_
 
 
 def both(**changes: Any) -> list[TrainConfig]:
+    run = {"epochs": 2, "batch_size": 3, "evaluate_every": 1}
     return [
-        configure("mnist", "adam", epochs=2, batch_size=3),
-        configure("mnist", "vogn", epochs=2, batch_size=3, train_draws=1, test_draws=2, hess_init=1.0, **changes),
+        configure("mnist", "adam", **run),
+        configure("mnist", "vogn", train_draws=1, test_draws=2, hess_init=1.0, **run, **changes),
     ]
 
 

@@ -32,23 +32,26 @@ RECIPES = {
     "mnist": Recipe(
         epochs=20,
         batch_size=128,
-        schedule="constant",
+        schedule="cosine",
+        evaluate_every=5,
         adam=AdamSettings(lr=1e-3),
-        vogn=VognSettings(lr=3e-3, prior_precision=5.0, decay=0.999, hess_init=0.01),
+        vogn=VognSettings(lr=1e-2, prior_precision=5.0, decay=0.999, hess_init=0.05, momentum=0.9, temperature=0.3),
     ),
     "fashion-mnist": Recipe(
         epochs=20,
         batch_size=128,
-        schedule="constant",
+        schedule="cosine",
+        evaluate_every=5,
         adam=AdamSettings(lr=1e-3),
-        vogn=VognSettings(lr=3e-3, prior_precision=5.0, decay=0.999, hess_init=0.01),
+        vogn=VognSettings(lr=1e-2, prior_precision=5.0, decay=0.999, hess_init=0.05, momentum=0.9, temperature=0.3),
     ),
     "cifar10": Recipe(
-        epochs=20,
+        epochs=24,
         batch_size=128,
         schedule="cosine",
+        evaluate_every=6,
         adam=AdamSettings(lr=1e-3),
-        vogn=VognSettings(lr=1e-2, prior_precision=25.0, decay=0.999, hess_init=0.05, momentum=0.9),
+        vogn=VognSettings(lr=1e-2, prior_precision=100.0, decay=0.999, hess_init=0.05, momentum=0.9, temperature=0.4),
     ),
 }
 
