@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,10 +60,10 @@ def first_non_finite(tensors: list[tuple[str, Tensor]]) -> str | None:
     Args:
         tensors: pairs of a name and a tensor.
     """
-    # Norms are finite only if all entries are, and far cheaper to get than to look at each entry. Only if they are
-    # not, the single entries decide, because the norm of finite numbers may overflow.
-    norms = torch._foreach_norm([tensor for _, tensor in tensors], 1)
-    if bool(torch.stack([norm.to(norms[0].device) for norm in norms]).sum().isfinite()):
+    # A sum is finite only if all entries are, and far cheaper to get than a look at each entry. Only if it is not, the
+    # single entries decide, because the sum of finite numbers may overflow.
+    sums = [tensor.sum() for _, tensor in tensors]
+    if math.isfinite(torch.stack([total.to(sums[0].device) for total in sums]).sum().item()):
         return None
     return next((name for name, tensor in tensors if not bool(tensor.isfinite().all())), None)
 

@@ -90,7 +90,7 @@ def _by_kernel(
             x.view(side_by_side),
             mean.view(1, -1),
             rstd.view(1, -1),
-            None if gamma is None else gamma.repeat(images),
+            None if gamma is None else gamma.expand(images, -1).reshape(-1),
             1,
             images * channels,
             pixels,
