@@ -1,9 +1,11 @@
 """Time and peak memory of mean gradient and second moment, each backend against an ordinary backward pass.
 
+    pip install ".[benchmarks]"
     python benchmarks/gradients.py --out runs/gradients
 
 Times alternate within one process; peak memory is taken in a fresh process for each model and backend. What refuses a
-model, or disagrees with the oracle, is not timed. Writes `gradients.json`, `gradients.md` and `gradients.png`.
+model, or disagrees with the oracle, is not timed. Writes `gradients.json`, `gradients.md` and `gradients.png`; what the
+folder holds of other models stays.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ import peers
 from models import PROBLEMS
 
 BACKENDS = ["fused", "hooks", "vmap", "vmap in chunks", "backpack", "BackPACK itself", "opacus", "Opacus itself"]
-BATCH = {"Transformer": 32, "Transformer, tied head": 32}
+OWN_BATCH = {"Transformer": 32, "Transformer, tied head": 32}
+LARGE = [("LeNet-5", 512), ("ResNet-20", 512)]
+JOBS = [(name, OWN_BATCH.get(name, 128)) for name in PROBLEMS] + LARGE
 
 
 def problem(name: str, batch: int) -> tuple[Any, Any, Any]:
@@ -47,13 +51,17 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     costs = persample.benchmark(
         model, persample.losses.cross_entropy, inputs, targets, backends=BACKENDS, rounds=rounds
     )
-    results = {cost.backend: asdict(cost) for cost in costs}
-    plain_memory = memory_in_fresh_process(name, batch, PLAIN)
-    for backend, result in results.items():
-        if result["problem"] is None:
+    return {"model": name, "batch": batch, "costs": {cost.backend: asdict(cost) for cost in costs}}
+
+
+def measure_memory(result: dict[str, Any]) -> None:
+    """Write the peak memory of all backends into the costs of one model."""
+    name, batch = result["model"], result["batch"]
+    plain = memory_in_fresh_process(name, batch, PLAIN)
+    for backend, cost in result["costs"].items():
+        if cost["problem"] is None:
             peak = memory_in_fresh_process(name, batch, backend)
-            result |= {"peak_bytes": peak, "memory_ratio": peak / plain_memory}
-    return {"model": name, "batch": batch, "costs": results}
+            cost |= {"peak_bytes": peak, "memory_ratio": peak / plain}
 
 
 def memory_in_fresh_process(name: str, batch: int, backend: str) -> int:
@@ -135,9 +143,12 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/gradients"),
-    models: Annotated[str, typer.Option(help="Names of models, separated by semicolons.")] = ";".join(PROBLEMS),
+    models: Annotated[str, typer.Option(help="Names of models, separated by semicolons; all if empty.")] = "",
     batch: Annotated[int, typer.Option(help="Samples in a batch; 0 is each model's own.")] = 0,
-    rounds: Annotated[int, typer.Option(help="How often each backend is timed.")] = 15,
+    rounds: Annotated[
+        int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")
+    ] = 15,
+    memory_too: Annotated[bool, typer.Option("--memory/--no-memory", help="Take the peak memory, too.")] = True,
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
     backend: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -147,16 +158,32 @@ def main(
         print(memory(memory_of, batch, backend))
         return
     out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for name in models.split(";"):
-        results.append(measure(name, batch or BATCH.get(name, 128), rounds))
-        print(table(results[-1:]), flush=True)
-        (out / "gradients.json").write_text(
-            json.dumps({"machine": machine("backpack-for-pytorch", "opacus"), "results": results}, indent=2) + "\n"
-        )
-    (out / "gradients.md").write_text(table(results))
-    picture(results, out / "gradients.png")
-    print(f"written to {out}")
+    file = out / "gradients.json"
+    found = json.loads(file.read_text())["results"] if file.exists() else []
+    results = {(result["model"], result["batch"]): result for result in found}
+    wanted = models.split(";") if models else list(PROBLEMS)
+    jobs = [(name, batch) for name in wanted] if batch else [job for job in JOBS if job[0] in wanted]
+    for job in jobs:
+        if rounds:
+            results[job] = measure(*job, rounds)
+        if memory_too:
+            measure_memory(results[job])
+        print(table([results[job]]), flush=True)
+        write(file, [results[job] for job in sorted(results, key=order)])
+
+
+def order(job: tuple[str, int]) -> tuple[int, int]:
+    """Return the place of a model and batch size in the table."""
+    return JOBS.index(job) if job in JOBS else len(JOBS), job[1]
+
+
+def write(file: Path, results: list[dict[str, Any]]) -> None:
+    """Write the results, the table and the picture."""
+    report = {"machine": machine("backpack-for-pytorch", "opacus"), "results": results}
+    file.write_text(json.dumps(report, indent=2) + "\n")
+    file.with_suffix(".md").write_text(table(results))
+    picture(results, file.with_suffix(".png"))
+    print(f"written to {file.parent}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import Moments, PerSampleGradSource
+from persample.errors import UnsupportedModelError
 from persample.sources import Batch
 from persample.sources.vmap import VmapSource
 
@@ -38,6 +39,9 @@ class BackpackItself(PerSampleGradSource):
 
         losses = self._backward(batch, backpack(SumGradSquared()))
         parameters = self.parameters().items()
+        for name, p in parameters:
+            if not hasattr(p, "sum_grad_squared"):
+                raise UnsupportedModelError(f"BackPACK has no result for parameter {name!r}.")
         return Moments(
             losses,
             {name: p.grad / batch.size for name, p in parameters},

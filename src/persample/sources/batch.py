@@ -39,6 +39,15 @@ class Batch:
         described = [(leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
         return structure, len(self.args), *self.kwargs, *described
 
+    def double(self) -> Batch:
+        """Return the batch in float64; whole numbers stay as they are."""
+
+        def in_float64(leaf: Any) -> Any:
+            return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        args, kwargs, targets = pytree.tree_map(in_float64, (self.args, dict(self.kwargs), self.targets))
+        return Batch(args, kwargs, targets, self.size)
+
     def rows(self, index: slice | list[int]) -> Batch:
         """Return the batch of the samples at `index`, in that order."""
         args, kwargs, targets = take_rows((self.args, dict(self.kwargs), self.targets), index)

@@ -9,6 +9,7 @@ A backend that is silently wrong fails at least one of these comparisons:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from persample.errors import DisagreementError, UnsupportedModelError
+from persample.errors import DisagreementError, PersampleError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.reference import gradient, losses_of_part, sample_gradients
-from persample.sources.tolerances import tolerance
+from persample.sources.tolerances import MOVED, tolerance
 from persample.sources.untouched import (
     RandomState,
     buffers_restored,
@@ -40,6 +41,7 @@ def verify(
     batch: Batch,
     result: Moments | tuple[Tensor, dict[str, Tensor]],
     before: RandomState,
+    rounding: float = 0.0,
 ) -> None:
     """Raise if `result`, which `source` computed for `batch`, is wrong.
 
@@ -48,6 +50,7 @@ def verify(
         batch: what it was given.
         result: what `compute_moments` or `compute_per_sample` returned.
         before: the state of the random numbers before, from which the forward pass is repeated.
+        rounding: the relative difference of gradients that is explained otherwise, if it is more than the dtype says.
 
     Raises:
         DisagreementError: the result is not what ordinary gradients say.
@@ -57,8 +60,8 @@ def verify(
         losses = source.losses(batch)
         total = gradient(losses.sum(), source)
         random = not same_random_state(before, random_state(source.model))
-    rounding = tolerance(losses)
-    _verify_no_mixing(source, batch, losses.detach(), before, random, rounding)
+    _verify_no_mixing(source, batch, losses.detach(), before, random, tolerance(losses))
+    rounding = max(rounding, tolerance(losses))
     if random and not source.ordinary_random_stream:
         return  # its random numbers are other ones than these, so there is nothing to compare
     with buffers_restored(source.model), random_state_restored(source.model, before):
@@ -66,6 +69,37 @@ def verify(
             _verify_moments(source, batch, result, losses.detach(), total, before, rounding)
         else:
             _verify_rows(source, batch, result, losses.detach(), total, rounding)
+
+
+def right_in_float64(
+    source: PerSampleGradSource,
+    batch: Batch,
+    method: str,
+    result: Moments | tuple[Tensor, dict[str, Tensor]],
+    before: RandomState,
+) -> bool:
+    """Whether `result` failed `verify` for rounding alone.
+
+    It must be right on a copy of the model and batch in float64, and what it returned may be off by `MOVED`.
+
+    Args:
+        source: the backend.
+        batch: what it was given.
+        method: the name of the method that computed `result`.
+        result: what it returned.
+        before: the state of the random numbers before.
+    """
+    try:
+        verify(source, batch, result, before, rounding=MOVED)
+        twin = copy.deepcopy(source)
+        twin.model.double()
+        precise = batch.double()
+        with random_state_restored(source.model, before):
+            verify(twin, precise, getattr(twin, method)(precise), before)
+    except (PersampleError, RuntimeError, TypeError, ValueError, AttributeError):
+        # It is wrong there too; or the model cannot be copied, or not run in float64.
+        return False
+    return True
 
 
 def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:

@@ -9,6 +9,12 @@ from persample.sources.graph import nodes_behind
 
 _RELATIVE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
+#: The part of a gradient that rounding may move elsewhere. Where the largest two pixels of a pooling window, or the two
+#: sides of a ReLU, are nearly equal, rounding decides which of them gets the gradient, and a batch may be rounded
+#: otherwise than its single samples. A backend that is off by more than rounding, but no more than this, is right if it
+#: is right in float64, where that is as good as excluded.
+MOVED = 5e-2
+
 
 def tolerance(values: Tensor) -> float:
     """Return the relative difference that rounding can explain, for a computation that gave `values`.

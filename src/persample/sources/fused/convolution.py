@@ -109,7 +109,7 @@ def _all_forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
     }
     if c.geometry.groups == 1 and c.geometry.stride[0] == 1 and c.geometry.weight[2] > 1:
         entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
-        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(batch, entries, 2**18, 2**19)}
+        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(batch, entries, 2**18, 3 * 2**17)}
     if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
         rows = _pieces(batch, max(gradient, _window_entries(c)), 2**18)[0]
         found[f"products {rows}"] = partial(_by_products, rows=rows)

@@ -61,8 +61,8 @@ def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
     if product is not None:
 
         def onednn(delta: Tensor, a: Tensor) -> Sums:
-            d, x = delta.mT.contiguous(), a.mT.contiguous()
-            return product(d, x), product(d.square(), x.square())
+            d, x = (t.mT.clone(memory_format=torch.contiguous_format) for t in (delta, a))
+            return product(d, x), product(d.square_(), x.square_())
 
         forms["onednn"] = onednn
     return forms
