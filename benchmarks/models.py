@@ -77,12 +77,13 @@ def resnet(depths: tuple[int, ...], widths: tuple[int, ...], groups: int = 8) ->
 class Transformer(nn.Module):
     """An encoder of 4 layers, width 128, 4 heads, feed-forward 512, with class token and learned positions.
 
-    The head is a linear layer on the class token, or, if `tied`, predicts the tokens with the embedding's weight.
+    The head is a linear layer on the class token, or, if `tied`, predicts tokens with the embedding's weight.
     """
 
     def __init__(self, tied: bool, vocabulary: int = 256, length: int = 64, width: int = 128) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
         self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, 4, 512, dropout=0.0, batch_first=True)
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
 
 def _transformer(tied: bool, batch: int) -> Problem:
     tokens = torch.randint(0, 256, (batch, 64))
-    return Transformer(tied), tokens, tokens if tied else torch.randint(0, 10, (batch,))
+    return Transformer(tied), tokens, tokens.roll(-1, 1) if tied else torch.randint(0, 10, (batch,))
 
 
 #: Each entry makes a problem of the given batch size.
