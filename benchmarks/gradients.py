@@ -145,9 +145,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/gradients"),
     models: Annotated[str, typer.Option(help="Names of models, separated by semicolons; all if empty.")] = "",
     batch: Annotated[int, typer.Option(help="Samples in a batch; 0 is each model's own.")] = 0,
-    rounds: Annotated[
-        int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")
-    ] = 15,
+    rounds: Annotated[int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")] = 15,
     memory_too: Annotated[bool, typer.Option("--memory/--no-memory", help="Take the peak memory, too.")] = True,
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
     backend: Annotated[str, typer.Option(hidden=True)] = "",
