@@ -22,6 +22,7 @@ from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.selfcheck import right_in_float64, verify, verify_unmixed
+from persample.sources.uncompiled import uncompiled
 from persample.sources.untouched import (
     buffer_snapshot,
     buffers_restored,
@@ -137,6 +138,7 @@ class PerSampleGradSource(ABC):
                     buffers_restored(self.model),
                     random_state_restored(self.model, start),
                     torch.enable_grad(),
+                    uncompiled(),
                 ):
                     found += self.find_uses(batch)
                     verify_unmixed(self, batch, start)
@@ -260,7 +262,7 @@ class PerSampleGradSource(ABC):
         self.refuse_unsupported()
         kind = self._kind(batch, method) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
-        with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad():
+        with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad(), uncompiled():
             result = self._compute_and_check(batch, compute) if checking else compute(batch)
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)

@@ -23,6 +23,7 @@ from persample.sources.graph import nodes_from
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.reference import reentrant_refused
 from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
+from persample.sources.uncompiled import uncompiled
 from persample.warn import warn
 
 
@@ -81,6 +82,7 @@ class Recorder(TorchFunctionMode):
         self._reached = False
         self._depth = 0
         self._handles: list[RemovableHandle] = []
+        self._eagerly = ExitStack()
 
     # What a backend implements.
 
@@ -138,11 +140,13 @@ class Recorder(TorchFunctionMode):
             self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         )
+        self._eagerly.enter_context(uncompiled())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._eagerly.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
