@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from persample.errors import UsageError
 from persample.vogn.processes import noise_of_rank
@@ -110,6 +111,16 @@ class TestOneProcessAlone:
         optimizer = ranks.make_optimizer(ranks.make_model(0), process_group=group)
         with pytest.raises(UsageError, match="state_dict"):
             pickle.dumps(optimizer)
+
+    def test_recorded_passes_are_what_observing_is(self, group: Any) -> None:
+        watched, observed = (ranks.make_optimizer(ranks.make_model(0), process_group=group) for _ in range(2))
+        inputs, targets = ranks.batch(0, 0)
+        for _ in range(2):
+            watched.step(lambda: F.cross_entropy(watched.model(inputs), targets).backward())
+            observed.observe(inputs, targets)
+            observed.step()
+        for p, q in zip(watched.model.parameters(), observed.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
 
     def test_frozen_parameters_and_half_precision_are_merged(self, group: Any) -> None:
         model = ranks.make_model(0).bfloat16()
