@@ -45,11 +45,11 @@ def problem(name: str, batch: int) -> tuple[Any, Any, Any]:
     return PROBLEMS[name](batch)
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Return what all backends cost on one model."""
+def measure(name: str, batch: int, rounds: int, backends: list[str]) -> dict[str, Any]:
+    """Return what the backends cost on one model."""
     model, inputs, targets = problem(name, batch)
     costs = persample.benchmark(
-        model, persample.losses.cross_entropy, inputs, targets, backends=BACKENDS, rounds=rounds
+        model, persample.losses.cross_entropy, inputs, targets, backends=backends, rounds=rounds
     )
     return {"model": name, "batch": batch, "costs": {cost.backend: asdict(cost) for cost in costs}}
 
@@ -105,12 +105,14 @@ def table(results: list[dict[str, Any]]) -> str:
     """Return the ratios as a Markdown table: time, and memory in brackets."""
     lines = ["| model | batch | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 2) + "|"]
     for result in results:
-        cells = [_cell(result["costs"][backend]) for backend in BACKENDS]
+        cells = [_cell(result["costs"].get(backend)) for backend in BACKENDS]
         lines.append(f"| {result['model']} | {result['batch']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(cost: dict[str, Any]) -> str:
+def _cell(cost: dict[str, Any] | None) -> str:
+    if cost is None:
+        return "not run"
     if cost["problem"] is not None:
         return "–"
     spread = f"{cost['time_ratio_low']:.2f}–{cost['time_ratio_high']:.2f}"
@@ -125,8 +127,8 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     height = 0.8 / len(BACKENDS)
     for j, backend in enumerate(BACKENDS):
         for i, result in enumerate(results):
-            cost = result["costs"][backend]
-            if cost["problem"] is None:
+            cost = result["costs"].get(backend)
+            if cost is not None and cost["problem"] is None:
                 y = i + (j - len(BACKENDS) / 2) * height
                 axes.barh(y, cost["time_ratio"], height, color=colours(j), label=backend if i == 0 else None)
     axes.axvline(1, color="black", linewidth=1)
@@ -147,6 +149,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Samples in a batch; 0 is each model's own.")] = 0,
     rounds: Annotated[int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")] = 15,
     memory_too: Annotated[bool, typer.Option("--memory/--no-memory", help="Take the peak memory, too.")] = True,
+    backends: Annotated[str, typer.Option(help="Names of backends, separated by semicolons.")] = ";".join(BACKENDS),
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
     backend: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -163,7 +166,7 @@ def main(
     jobs = [(name, batch) for name in wanted] if batch else [job for job in JOBS if job[0] in wanted]
     for job in jobs:
         if rounds:
-            results[job] = measure(*job, rounds)
+            results[job] = measure(*job, rounds, backends.split(";"))
         if memory_too:
             measure_memory(results[job])
         print(table([results[job]]), flush=True)
