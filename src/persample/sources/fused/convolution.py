@@ -111,8 +111,10 @@ def _all_forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
         entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
         found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(batch, entries, 2**18, 3 * 2**17)}
     if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
-        rows = _pieces(batch, max(gradient, _window_entries(c)), 2**18)[0]
-        found[f"products {rows}"] = partial(_by_products, rows=rows)
+        found |= {
+            f"products {rows}": partial(_by_products, rows=rows)
+            for rows in _pieces(batch, max(gradient, _window_entries(c)), 2**18, 2**20)
+        }
     if gradient > 2**15:
         found["single"] = partial(_by_groups, rows=1)
     return found
@@ -228,7 +230,7 @@ def _by_groups(c: Convolution, rows: int) -> Sums:
 def _grouped(c: Convolution) -> Tensor:
     """g_i of all samples by one grouped convolution, in which the weight's values do not matter."""
     batch, weight, geometry = len(c.x), c.geometry.weight, c.geometry
-    gradient: Tensor = torch.ops.aten.convolution_backward(
+    gradient: Tensor = torch.ops.aten.convolution_backward.default(
         c.delta.reshape(1, -1, *c.delta.shape[2:]),
         c.x.reshape(1, -1, *c.x.shape[2:]),
         c.x.new_empty(batch * weight[0], *weight[1:]),

@@ -85,7 +85,7 @@ def _by_kernel(
         delta: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wanted: bool
     ) -> tuple[Tensor | None, Sequence[Terms]]:
         side_by_side = (1, images * channels, pixels)
-        gradient, scale, shift = torch.ops.aten.native_group_norm_backward(
+        gradient, scale, shift = torch.ops.aten.native_group_norm_backward.default(
             delta.reshape(side_by_side),
             x.view(side_by_side),
             mean.view(1, -1),

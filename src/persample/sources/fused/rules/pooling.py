@@ -46,7 +46,7 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
         x, indices = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward.default(
                 delta.contiguous(), x, *ctx.settings, indices
             )
         return gradient, None
@@ -57,7 +57,7 @@ def _forms() -> dict[str, Callable[[Tensor, tuple[Any, ...]], tuple[Tensor, Tens
 
 
 def _as_it_lies(x: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    values, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
+    values, indices = torch.ops.aten.max_pool2d_with_indices.default(x, *settings)
     return values, indices
 
 
