@@ -132,5 +132,10 @@ def _lengths(name: str, tree: Any) -> dict[str, int]:
             raise BatchError(
                 f"{where} was made under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
             )
+        if leaf.layout != torch.strided or leaf.is_nested:
+            raise BatchError(
+                f"{where} is a sparse or nested tensor ({leaf.layout}), of which single samples cannot be taken: pass "
+                "an ordinary one (.to_dense(), .to_padded_tensor(0.0)) and make it sparse in the model."
+            )
         lengths[where] = len(leaf)
     return lengths

@@ -59,10 +59,16 @@ def recorded_calls(
     recorded, in particular none of those that activation checkpointing repeats.
     """
     calls: list[ModuleCall] = []
+    own = {path: dict(module._parameters) for path, module in modules.items()}
 
     def hook_for(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
+                if any(own[path].get(name) is not p for name, p in module._parameters.items()):
+                    raise UnsupportedModelError(
+                        f"{describe(path, module)} was called with other tensors in place of its parameters "
+                        "(torch.func.functional_call, or an attribute that was set): use backend 'fused' or 'loop'."
+                    )
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 # An operation in place on a view gives the view another node, while the node of its base remains.
                 origin = output._base if output._base is not None else output

@@ -100,6 +100,11 @@ class Capture(TorchFunctionMode):
             if not self.forward_pass:
                 self.constants.add(tensors_in(result))
             return result
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise UnsupportedModelError(
+                f"{_name(func)} was called with a parameter inside of a transform of torch.func (vmap, grad), which "
+                "backend 'fused' cannot look into: use backend 'vmap' or 'loop'."
+            )
         if func is Tensor.detach and not self.forward_pass and _asked_by_checkpoint():
             return args[0]
         if not torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from persample.errors import OptionError
+from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
@@ -102,18 +102,29 @@ class HooksSource(PerSampleGradSource):
         parameters = self.parameters()
         uses = UseCounter(parameters)
         handles: list[RemovableHandle] = []
+        forward_is_over = False
 
         def on_call(call: ModuleCall) -> None:
             require_batch_first(call, batch.size)
             uses.expect(call)
             # Registered before anything can change the output in place, so δ belongs to the output as it is now.
             shape = call.output.shape
-            handles.append(call.origin.register_hook(lambda delta: uses.give(call, delta.reshape(shape), receive)))
+
+            def take(delta: Tensor) -> None:
+                if not forward_is_over:
+                    raise UnsupportedModelError(
+                        "The model or the loss computes gradients itself (torch.autograd.grad in the forward pass), "
+                        "which backend 'hooks' would take for those of the losses: use backend 'vmap' or 'loop'."
+                    )
+                uses.give(call, delta.reshape(shape), receive)
+
+            handles.append(call.origin.register_hook(take))
 
         try:
             with recorded_calls(modules_with_rules(self.model), on_call) as calls:
                 losses = self.losses(batch)
             refuse_unseen_uses(losses, calls, parameters)
+            forward_is_over = True
             gradients_at([call.edge for call in calls], losses, parameters)
         finally:
             # A hook holds its call, the call the tensor, and the tensor the hook: a circle that nothing else breaks.

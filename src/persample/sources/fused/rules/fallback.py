@@ -24,6 +24,7 @@ from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules.copies import copied
 from persample.sources.fused.rules.in_place import change_samples
+from persample.sources.fused.rules.values import values_alone
 from persample.sources.tolerances import tolerance
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Mapped:
         raise no_rule(self.name, "the printed formula is defined for layers only")
 
 
-def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, and tap its result."""
     name, batch = getattr(func, "__name__", str(func)), capture.batch_size
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
@@ -159,6 +160,8 @@ def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[
 
     values = {key: e.value for key, e in expressions.items()}
     result = run(values)
+    if isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex()):
+        return values_alone(capture, func, args, kwargs)
     if not isinstance(result, Tensor):
         raise no_rule(name, "its result is not a tensor")
     args_of_values, kwargs_of_values = substitute((args, dict(kwargs)), values)
