@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError, UsageError
-from persample.sources.recorder import LossReductionWarning
+from persample.vogn import LossReductionWarning
 
 from .ways import RECORDING, Batch, make
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persample.errors import UsageError
-from persample.sources.recorder import LossReductionWarning
-from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam, VariationalOptimizer
+from persample.vogn import OGN, VOGN, LossReductionWarning, MeanFieldVI, Vadam, VariationalOptimizer
 
 from .ways import (
     RECORDING,
