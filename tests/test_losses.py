@@ -126,6 +126,16 @@ def test_loss_module_refuses_broadcasting(loss: nn.Module) -> None:
         losses.as_per_sample(loss)(torch.zeros(3, 1), torch.zeros(3))
 
 
+def test_settings_that_a_loss_module_gets_later_count() -> None:
+    outputs, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    module = nn.CrossEntropyLoss()
+    loss = losses.as_per_sample(module)
+    module.label_smoothing = 0.3
+    expected = nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3, reduction="none")
+    torch.testing.assert_close(loss(outputs, targets), expected)
+    assert module.reduction == "mean"
+
+
 def test_other_callables_are_used_as_they_are() -> None:
     class OwnLoss(nn.Module):
         reduction = "mean"

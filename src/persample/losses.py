@@ -123,11 +123,11 @@ def as_per_sample(loss_fn: Callable[[Any, Any], Any]) -> PerSampleLoss:
 
 
 def _unreduced(loss_module: Any) -> PerSampleLoss:
-    entrywise = copy.copy(loss_module)
-    entrywise.reduction = "none"
     name = type(loss_module).__name__
 
     def per_sample_loss(outputs: Any, targets: Any) -> Tensor:
+        entrywise = copy.copy(loss_module)  # with the settings that it has by now
+        entrywise.reduction = "none"
         if isinstance(loss_module, _ELEMENTWISE):
             _refuse_broadcast(name, outputs, targets)
         return _sum_per_sample(entrywise(outputs, targets))
