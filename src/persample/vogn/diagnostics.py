@@ -38,7 +38,7 @@ class LayerDiagnostics:
 
     Attributes:
         effective_lr: by how much a step moves a weight whose gradient is 1.
-        signal_to_noise: |μ| / σ.
+        signal_to_noise: the absolute value of μ over σ.
         scale: σ.
         smallest_scale: the smallest σ of a weight.
         largest_scale: the largest.
