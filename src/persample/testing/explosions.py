@@ -23,9 +23,9 @@ class Bomb(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, or raise."""
-        if self.calls_left[0] == 0:
-            raise self.make_error()
         self.calls_left[0] -= 1
+        if self.calls_left[0] < 0:
+            raise self.make_error()
         return x
 
 
