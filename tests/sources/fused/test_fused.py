@@ -125,6 +125,18 @@ class Checkpointed(nn.Module):
         return checkpoint(block, self.first(x), use_reentrant=False)
 
 
+class GroupNorms(nn.Module):
+    """Group norms whose gradients, and whose scales, lie in memory with gaps or as one number for many."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return torch.cat([h, self.second(h)], dim=2).flatten(1) + self.second(h).sum((1, 2), keepdim=True).flatten(1)
+
+
 TOKENS = torch.arange(30).reshape(5, 6) * 7 % 11
 CASES = {
     "class token, position, scale": (lambda: Tokens(tied=False), TOKENS),
@@ -136,6 +148,8 @@ CASES = {
     "folded frames": (Frames, torch.randn(4, 3, 2, 5, 5)),
     "functional calls": (Functional, torch.randn(5, 4)),
     "checkpointing": (Checkpointed, torch.randn(5, 3, 4)),
+    "group norms of one channel": (lambda: GroupNorms(1), torch.randn(5, 1, 3)),
+    "group norms of two channels": (lambda: GroupNorms(2), torch.randn(5, 2, 3)),
     "weight norm": (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), torch.randn(5, 4)),
     "an operation without a rule": (lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU(3)), torch.randn(5, 4)),
 }

@@ -86,11 +86,12 @@ def _by_kernel(
     ) -> tuple[Tensor | None, Sequence[Terms]]:
         side_by_side = (1, images * channels, pixels)
         gradient, scale, shift = torch.ops.aten.native_group_norm_backward.default(
-            delta.reshape(side_by_side),
+            # Contiguous, because the kernel reads what it is given by the address alone.
+            delta.reshape(side_by_side).contiguous(),
             x.view(side_by_side),
             mean.view(1, -1),
             rstd.view(1, -1),
-            None if gamma is None else gamma.expand(images, -1).reshape(-1),
+            None if gamma is None else gamma.expand(images, -1).reshape(-1).contiguous(),
             1,
             images * channels,
             pixels,
