@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,8 +23,7 @@ import persample
 from persample.checks.benchmark import plain_pass
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gradients import OWN_BATCH
-from models import PROBLEMS
+from gradients import OWN_BATCH, problem
 
 CALLS = ("plain", "fused")
 
@@ -37,8 +35,7 @@ def main(
     rows: Annotated[int, typer.Option(help="How many operations to print.")] = 16,
 ) -> None:
     """Print the milliseconds of each operation in one call of both."""
-    torch.manual_seed(0)
-    network, inputs, targets = PROBLEMS[model](batch or OWN_BATCH.get(model, 128))
+    network, inputs, targets = problem(model, batch or OWN_BATCH.get(model, 128))
     source = persample.make_source("fused", network, persample.losses.cross_entropy, check="never")
     plain = plain_pass(network, persample.losses.cross_entropy, inputs, targets)
     calls = {"plain": plain, "fused": lambda: source.moments(inputs, targets)}

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 import persample
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gradients import machine
-from models import PROBLEMS
+from gradients import machine, problem
 
 DATA_SIZE = 50_000
 
@@ -76,8 +75,7 @@ STEPS = {"Adam": adam_step, "IVON": ivon_step, "VOGN": vogn_step}
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Return the median time of each step, and the quartiles of its ratio to the Adam step."""
-    torch.manual_seed(0)
-    model, inputs, targets = PROBLEMS[name](batch)
+    model, inputs, targets = problem(name, batch)
     steps = {optimizer: make(copy.deepcopy(model), inputs, targets) for optimizer, make in STEPS.items()}
     seconds: dict[str, list[float]] = {optimizer: [] for optimizer in steps}
     for round_number in range(rounds + 3):

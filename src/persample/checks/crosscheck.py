@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from persample.errors import PersampleError, UsageError
+from persample.sources.batch import in_float64
 from persample.sources.registry import backends as all_backends
 from persample.sources.registry import make_source
 from persample.sources.tolerances import MOVED
@@ -130,7 +130,7 @@ class _Problem:
         # A loss module may hold weights of its own.
         loss_fn = copy.deepcopy(self.loss_fn).double() if isinstance(self.loss_fn, nn.Module) else self.loss_fn
         model = copy.deepcopy(self.model).double()
-        return _Problem(model, loss_fn, _double(self.inputs), _double(self.targets), self.start)
+        return _Problem(model, loss_fn, in_float64(self.inputs), in_float64(self.targets), self.start)
 
     def results(self, backend: str, options: Mapping[str, Any], check: str = "never") -> _Results:
         source = make_source(backend, self.model, self.loss_fn, check=check, **options)
@@ -175,10 +175,3 @@ def relative_error(values: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 def _largest(values: Tensor) -> float:
     return values.abs().max().item() if values.numel() else 0.0
-
-
-def _double(tree: Any) -> Any:
-    def double(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return pytree.tree_map(double, tree)

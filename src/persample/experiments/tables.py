@@ -21,13 +21,18 @@ _PREDICTIONS: dict[Prediction, str] = {
 }
 
 
-def results_table(records: Sequence[Record]) -> Table:
-    """Return the metrics after the last epoch, for each way to predict."""
-    table = Table(title=f"After epoch {max(record.epoch for record in records)}")
+def _metrics_table(title: str, accuracy: str) -> Table:
+    table = Table(title=title)
     for heading in ("predictions", "data"):
         table.add_column(heading)
-    for heading in ("accuracy", "log loss", "calibration error"):
+    for heading in (accuracy, "log loss", "calibration error"):
         table.add_column(heading, justify="right")
+    return table
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """Return the metrics after the last epoch, for each way to predict."""
+    table = _metrics_table(f"After epoch {max(record.epoch for record in records)}", accuracy="accuracy")
     for prediction, name in _PREDICTIONS.items():
         for record in _last_epoch([record for record in records if record.prediction == prediction]):
             metrics = record.metrics
@@ -44,11 +49,8 @@ def results_table(records: Sequence[Record]) -> Table:
 
 def summary_table(runs: Sequence[Sequence[Record]]) -> Table:
     """Return mean and standard deviation of the metrics over runs, each a list of records in the same order."""
-    table = Table(title=f"After epoch {runs[0][0].epoch}: mean ± standard deviation over {len(runs)} seeds")
-    for heading in ("predictions", "data"):
-        table.add_column(heading)
-    for heading in ("accuracy in %", "log loss", "calibration error"):
-        table.add_column(heading, justify="right")
+    title = f"After epoch {runs[0][0].epoch}: mean ± standard deviation over {len(runs)} seeds"
+    table = _metrics_table(title, accuracy="accuracy in %")
     for prediction, name in _PREDICTIONS.items():
         for same in zip(*runs, strict=True):
             if same[0].prediction != prediction:

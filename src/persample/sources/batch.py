@@ -41,11 +41,7 @@ class Batch:
 
     def double(self) -> Batch:
         """Return the batch in float64; whole numbers stay as they are."""
-
-        def in_float64(leaf: Any) -> Any:
-            return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-        args, kwargs, targets = pytree.tree_map(in_float64, (self.args, dict(self.kwargs), self.targets))
+        args, kwargs, targets = in_float64((self.args, dict(self.kwargs), self.targets))
         return Batch(args, kwargs, targets, self.size)
 
     def rows(self, index: slice | list[int]) -> Batch:
@@ -53,6 +49,15 @@ class Batch:
         args, kwargs, targets = take_rows((self.args, dict(self.kwargs), self.targets), index)
         size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
         return Batch(args, kwargs, targets, size)
+
+
+def in_float64(tree: Any) -> Any:
+    """Return `tree` with every floating-point tensor in float64; whole numbers stay as they are."""
+
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(double, tree)
 
 
 def take_rows(tree: Any, index: slice | list[int]) -> Any:

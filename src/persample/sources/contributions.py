@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from persample.dtypes import at_least_float32
+
 # Per-sample gradients are made and used up in pieces of about this many numbers, which stay in the processor's cache.
 _PIECE = 2**20
 
@@ -22,12 +24,7 @@ _PIECE = 2**20
 def precise(values: Tensor) -> Tensor:
     """Return `values` detached and in at least float32, in which all sums are taken; indices stay as they are."""
     values = values.detach()
-    if values.dtype in _PRECISE or not values.is_floating_point():
-        return values
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-_PRECISE = (torch.float32, torch.float64)
+    return at_least_float32(values) if values.is_floating_point() else values
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from persample.errors import UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.call_recorder import CallRecorder
-from persample.sources.contributions import without_autocast
+from persample.sources.contributions import precise, without_autocast
 from persample.sources.layer_uses import uses_of_layers
 from persample.sources.module_calls import (
     ModuleCall,
@@ -213,10 +213,5 @@ def alteration(layer: nn.Module) -> str | None:
 
 def _use(call: ModuleCall, delta: Tensor) -> LayerUse:
     refuse_changed_inputs(call)
-    inputs = tuple(_precise(a.detach()) for a in call.inputs)
-    return LayerUse(call.name, call.module, inputs, _precise(delta.reshape(call.output.shape)))
-
-
-def _precise(values: Tensor) -> Tensor:
-    """At least float32, in which all sums are taken."""
-    return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
+    inputs = tuple(precise(a) for a in call.inputs)
+    return LayerUse(call.name, call.module, inputs, precise(delta.reshape(call.output.shape)))

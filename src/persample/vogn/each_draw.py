@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_leaves
 
+from persample.dtypes import at_least_float32
 from persample.errors import BatchError, OptionError, UsageError
 from persample.sources.batch import take_rows
 from persample.sources.tolerances import tolerance
@@ -138,7 +139,7 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
                     "`with optimizer.sampled_params():` blocks."
                 )
         outputs = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return at_least_float32(outputs)
 
     return forward
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persample.dtypes import at_least_float32
 from persample.vogn.core import Tensors
 from persample.vogn.settings import temperature_at
 
@@ -97,11 +98,3 @@ def make_part(
         prior_mean=of_weights("prior_mean"),
         temperature=temperature_at(group, step),
     )
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return `tensor` in its dtype, but at least float32, in which everything but the model itself is kept."""
-    return tensor if tensor.dtype in _PRECISE else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-_PRECISE = (torch.float32, torch.float64)

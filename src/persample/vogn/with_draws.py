@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from persample.dtypes import at_least_float32
 from persample.errors import UsageError
 from persample.moments import Moments
 from persample.sources.recording import LossReduction, Recorded
 from persample.vogn import core
 from persample.vogn.observed import Observations, Observed
-from persample.vogn.part import at_least_float32
 from persample.vogn.processes import Processes
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, standard_noise
 

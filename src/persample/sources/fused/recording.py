@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils import _pytree as pytree
 
 from persample.errors import UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
@@ -61,8 +60,7 @@ class FusedRecorder(Recorder):
                 super().receive(expression, contribution)
 
         self.capture = Capture(self.recorded.parameters, size, Watched(size))
-        leaves = pytree.tree_leaves((forward_pass.batch.args, dict(forward_pass.batch.kwargs)))
-        self.capture.follow(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        self.capture.follow(forward_pass.batch.tensors())
 
     def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.capture is None:
