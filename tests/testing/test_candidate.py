@@ -15,7 +15,7 @@ from persample.errors import UnsupportedModelError
 from persample.sources import registry
 from persample.sources.hooks import HooksSource
 from persample.sources.loop import LoopSource
-from persample.testing import ZOO, BackendSuite, Candidate
+from persample.testing import ZOO, BackendSuite, Candidate, Problem
 
 
 class PrintedFormula(HooksSource):
@@ -39,6 +39,22 @@ class SlightlyOff(LoopSource):
     def compute_moments(self, batch: Any) -> Any:
         moments = super().compute_moments(batch)
         return dataclasses.replace(moments, mean={n: g * (1 + 3e-8) for n, g in moments.mean.items()})
+
+
+class Zeros(LoopSource):
+    """Returns zeros."""
+
+    def compute_per_sample(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, gradients = super().compute_per_sample(batch)
+        return losses, {name: torch.zeros_like(g) for name, g in gradients.items()}
+
+
+class Twice(LoopSource):
+    """Returns gradients twice as large."""
+
+    def compute_per_sample(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, gradients = super().compute_per_sample(batch)
+        return losses, {name: 2 * g for name, g in gradients.items()}
 
 
 class OtherOrder(LoopSource):
@@ -107,6 +123,33 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Candidate]:
 def test_finds_what_is_wrong(source: type, name: str, check: Any, own: Callable[[type], Candidate]) -> None:
     with pytest.raises(AssertionError):
         own(source).judge(ZOO[name].problem(3), check)
+
+
+class Saturated(nn.Module):
+    """Sigmoids of large numbers, of which next to no gradient is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return numbers close to one, which hardly depend on the parameters."""
+        return 1 + torch.sigmoid(self.inner(x) - 30)
+
+
+@pytest.mark.parametrize("check", ["never", "first"])
+@pytest.mark.parametrize("source", [Zeros, Twice])
+def test_small_gradients_are_not_taken_for_rounding(source: type, check: Any, own: Callable[[type], Candidate]) -> None:
+    torch.manual_seed(0)
+    model = Saturated().double()
+    problem = Problem(model, torch.randn(4, 3).double(), torch.randn(4, 4).double(), persample.losses.gaussian)
+    assert 0 < max(g.abs().max() for g in problem.truth().gradients.values()) < 1e-11
+    assert Candidate("fused").judge(problem).kind == "exact"
+    if check == "first":
+        assert own(source).judge(problem, check).kind == "caught"
+    else:
+        with pytest.raises(AssertionError):
+            own(source).judge(problem, check)
 
 
 @pytest.mark.parametrize(("source", "kind"), [(LoopSource, "exact"), (Polite, "refused"), (Scaled, "caught")])

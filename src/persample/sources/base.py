@@ -21,7 +21,8 @@ from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
-from persample.sources.selfcheck import right_in_float64, verify, verify_unmixed
+from persample.sources.second_look import only_rounded
+from persample.sources.selfcheck import verify, verify_unmixed
 from persample.sources.uncompiled import uncompiled
 from persample.sources.untouched import (
     buffer_snapshot,
@@ -283,7 +284,7 @@ class PerSampleGradSource(ABC):
             try:
                 verify(self, batch, result, before)
             except DisagreementError:
-                if not right_in_float64(self, batch, compute.__name__, result, before):
+                if not only_rounded(self, batch, compute.__name__, result, before):
                     raise
         return result
 

@@ -22,7 +22,7 @@ from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import require_close
-from persample.sources.tolerances import tolerance
+from persample.sources.tolerances import Allowance, least_precise, tolerance
 
 
 class CallRecorder(Recorder):
@@ -44,7 +44,7 @@ class CallRecorder(Recorder):
         self._recording = ExitStack()
         self._all_calls: list[ModuleCall] = []
         self._gradients: dict[str, Tensor] = {}
-        self._rounding = 0.0
+        self._allowance = Allowance(0.0, torch.float64, 0.0)
 
     # What a backend implements.
 
@@ -81,7 +81,7 @@ class CallRecorder(Recorder):
         with torch._C.DisableTorchFunction():
             for loss in losses:
                 refuse_unseen_uses(loss, calls, self.recorded.parameters)
-                self._rounding = tolerance(loss)
+                self._allowance = Allowance(tolerance(loss), least_precise(loss), loss.detach().abs().max().item())
         return self._with_gradients()
 
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
@@ -140,4 +140,4 @@ class CallRecorder(Recorder):
         ordinary = {name: g for name, g in self._gradients.items() if name in total}
         if all(bool(g.isfinite().all()) for g in ordinary.values()):  # else a gradient scaler will skip the step
             claimed = {name: total[name] for name in ordinary}
-            require_close(self.source, "sum of the per-sample gradients", claimed, ordinary, self._rounding)
+            require_close(self.source, "sum of the per-sample gradients", claimed, ordinary, self._allowance)

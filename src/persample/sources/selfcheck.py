@@ -9,7 +9,6 @@ A backend that is silently wrong fails at least one of these comparisons:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from persample.errors import DisagreementError, PersampleError, UnsupportedModelError
+from persample.errors import DisagreementError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.reference import gradient, losses_of_part, sample_gradients
-from persample.sources.tolerances import MOVED, tolerance
+from persample.sources.tolerances import Allowance, least_precise, tolerance
 from persample.sources.untouched import (
     RandomState,
     buffers_restored,
@@ -42,6 +41,7 @@ def verify(
     result: Moments | tuple[Tensor, dict[str, Tensor]],
     before: RandomState,
     rounding: float = 0.0,
+    left: Mapping[str, float] | None = None,
 ) -> None:
     """Raise if `result`, which `source` computed for `batch`, is wrong.
 
@@ -51,6 +51,7 @@ def verify(
         result: what `compute_moments` or `compute_per_sample` returned.
         before: the state of the random numbers before, from which the forward pass is repeated.
         rounding: the relative difference of gradients that is explained otherwise, if it is more than the dtype says.
+        left: what `rounding_left` found of gradients that vanish.
 
     Raises:
         DisagreementError: the result is not what ordinary gradients say.
@@ -61,45 +62,16 @@ def verify(
         total = gradient(losses.sum(), source)
         random = not same_random_state(before, random_state(source.model))
     _verify_no_mixing(source, batch, losses.detach(), before, random, tolerance(losses))
-    rounding = max(rounding, tolerance(losses))
+    allowance = Allowance(
+        max(rounding, tolerance(losses)), least_precise(losses), _largest(losses.detach()), left or {}
+    )
     if random and not source.ordinary_random_stream:
         return  # its random numbers are other ones than these, so there is nothing to compare
     with buffers_restored(source.model), random_state_restored(source.model, before):
         if isinstance(result, Moments):
-            _verify_moments(source, batch, result, losses.detach(), total, before, rounding)
+            _verify_moments(source, batch, result, losses.detach(), total, before, allowance)
         else:
-            _verify_rows(source, batch, result, losses.detach(), total, rounding)
-
-
-def right_in_float64(
-    source: PerSampleGradSource,
-    batch: Batch,
-    method: str,
-    result: Moments | tuple[Tensor, dict[str, Tensor]],
-    before: RandomState,
-) -> bool:
-    """Whether `result` failed `verify` for rounding alone.
-
-    It must be right on a copy of the model and batch in float64, and what it returned may be off by `MOVED`.
-
-    Args:
-        source: the backend.
-        batch: what it was given.
-        method: the name of the method that computed `result`.
-        result: what it returned.
-        before: the state of the random numbers before.
-    """
-    try:
-        verify(source, batch, result, before, rounding=MOVED)
-        twin = copy.deepcopy(source)
-        twin.model.double()
-        precise = batch.double()
-        with random_state_restored(source.model, before):
-            verify(twin, precise, getattr(twin, method)(precise), before)
-    except (PersampleError, RuntimeError, TypeError, ValueError, AttributeError):
-        # It is wrong there too; or the model cannot be copied, or not run in float64.
-        return False
-    return True
+            _verify_rows(source, batch, result, losses.detach(), total, allowance)
 
 
 def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
@@ -108,7 +80,7 @@ def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomStat
     Raises:
         UnsupportedModelError: the model or the loss mixes the samples.
     """
-    with _replayed(source, before):
+    with replayed(source, before):
         losses = source.losses(batch)
         random = not same_random_state(before, random_state(source.model))
     _verify_no_mixing(source, batch, losses.detach(), before, random, tolerance(losses))
@@ -124,18 +96,18 @@ def _verify_no_mixing(
     first, last = order[0], order[-1]
     rows = [last if i == first else i for i in range(batch.size)]
     others = [i for i in range(batch.size) if i != first]
-    with _replayed(source, before):
+    with replayed(source, before):
         exchanged = source.losses(batch.rows(rows)).detach()
     _require_unmixed(exchanged[others], losses[others], rounding, f"when sample {first} is exchanged for another one")
     if random:
         # A smaller batch would draw other random numbers, but in eval mode there may be none left to draw.
-        with _replayed(source, before), _in_eval_mode(source.model):
+        with replayed(source, before), _in_eval_mode(source.model):
             losses = source.losses(batch).detach()
             if not same_random_state(before, random_state(source.model)):
                 return
             _verify_halves(source, batch, losses, order, rounding)
     else:
-        with _replayed(source, before):
+        with replayed(source, before):
             _verify_halves(source, batch, losses, order, rounding)
 
 
@@ -149,7 +121,7 @@ def _verify_halves(
 
 
 @contextmanager
-def _replayed(source: PerSampleGradSource, before: RandomState) -> Iterator[None]:
+def replayed(source: PerSampleGradSource, before: RandomState) -> Iterator[None]:
     """Start from the random numbers and buffers of the call, and leave them as they are."""
     with buffers_restored(source.model), random_state_restored(source.model, before):
         yield
@@ -184,14 +156,14 @@ def _verify_moments(
     losses: Tensor,
     total: Mapping[str, Tensor],
     before: RandomState,
-    rounding: float,
+    allowance: Allowance,
 ) -> None:
-    require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, rounding)
+    require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, allowance, 0)
     mean = {name: g / batch.size for name, g in total.items()}
-    require_close(source, "mean gradient", claimed.mean, mean, rounding, _largest(losses))
+    require_close(source, "mean gradient", claimed.mean, mean, allowance)
     if not source.exact:
         return
-    few = batch.rows(_some_rows(batch))
+    few = batch.rows(some_rows(batch))
     state = random_state(source.model)
     with buffers_restored(source.model):
         claimed_few = source.compute_moments(few)
@@ -201,7 +173,7 @@ def _verify_moments(
     # Compared as root mean squares, in the unit of the gradients, where the tolerance has a meaning.
     root = {name: torch.stack([g[name] for g in gradients]).square().mean(0).sqrt() for name in total}
     claimed_root = {name: s.sqrt() for name, s in claimed_few.second_moment.items()}
-    require_close(source, "second moment", claimed_root, root, rounding, _largest(losses))
+    require_close(source, "second moment", claimed_root, root, allowance)
 
 
 def _verify_rows(
@@ -210,10 +182,10 @@ def _verify_rows(
     claimed: tuple[Tensor, dict[str, Tensor]],
     losses: Tensor,
     total: Mapping[str, Tensor],
-    rounding: float,
+    allowance: Allowance,
 ) -> None:
     claimed_losses, gradients = claimed
-    require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, rounding)
+    require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, allowance, 0)
     for name, p in source.parameters().items():
         shape = tuple(gradients[name].shape) if name in gradients else None
         if shape != (batch.size, *p.shape):
@@ -222,22 +194,22 @@ def _verify_rows(
                 f"{batch.size} samples of shape {tuple(p.shape)} were due. {_ADVICE}"
             )
     sums = {name: g.sum(0) for name, g in gradients.items()}
-    require_close(source, "sum of the per-sample gradients", sums, total, rounding, len(losses) * _largest(losses))
+    require_close(source, "sum of the per-sample gradients", sums, total, allowance, batch.size)
     # With random weights, any exchange of rows shows.
     weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
-    with _replayed(source, random_state(source.model)):
+    with replayed(source, random_state(source.model)):
         weighted = gradient((weights * source.losses(batch)).sum(), source)
     found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
-    unit = len(losses) * _largest(losses)
-    require_close(source, "weighted sum of the per-sample gradients", found, weighted, rounding, unit)
-    few = _some_rows(batch)
+    require_close(source, "weighted sum of the per-sample gradients", found, weighted, allowance, batch.size)
+    few = some_rows(batch)
     _, rows = sample_gradients(source, batch, few)
     for i, row in zip(few, rows, strict=True):
         claimed_row = {name: g[i] for name, g in gradients.items()}
-        require_close(source, f"gradient of sample {i}", claimed_row, row, rounding, _largest(losses))
+        require_close(source, f"gradient of sample {i}", claimed_row, row, allowance)
 
 
-def _some_rows(batch: Batch) -> list[int]:
+def some_rows(batch: Batch) -> list[int]:
+    """Return the numbers of the samples that are compared with the loop."""
     order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size))
     return sorted(order[:_SAMPLES].tolist())
 
@@ -257,8 +229,8 @@ def require_close(
     what: str,
     claimed: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    rounding: float,
-    largest_loss: float = 0.0,
+    allowance: Allowance,
+    samples: int = 1,
 ) -> None:
     """Raise `DisagreementError` unless what `source` claims is what is expected, but for rounding.
 
@@ -267,8 +239,8 @@ def require_close(
         what: how the error names it.
         claimed: tensors by the names of parameters.
         expected: the same, from ordinary gradients.
-        rounding: the relative difference that rounding can explain.
-        largest_loss: a unit for gradients that vanish in exact arithmetic.
+        allowance: what rounding explains.
+        samples: as many gradients of samples are added up.
     """
     if claimed.keys() != expected.keys():
         missing = sorted(expected.keys() ^ claimed.keys())
@@ -278,13 +250,10 @@ def require_close(
         )
     largest = max((_largest(e) for e in expected.values()), default=0.0)
     for name, value in expected.items():
-        # Gradients that vanish in exact arithmetic (a bias before a normalisation) consist of rounding alone.
-        scale = _largest(value) + 1e-2 * largest + 1e-4 * largest_loss
-        allowed = max(rounding, tolerance(value)) * scale
         difference = _largest(claimed[name] - value)
         if not torch.equal(claimed[name].isnan(), value.isnan()):
             difference = float("inf")
-        if difference > allowed:
+        if difference > allowance.difference(name, _largest(value), largest, samples):
             raise DisagreementError(
                 f"Backend {_name(source)} is wrong on this model: the {what} of {name!r} differs from the ordinary "
                 f"one by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {_ADVICE}"

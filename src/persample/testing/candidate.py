@@ -84,7 +84,13 @@ class Candidate:
         if self.stream == "batch":
             drawn = torch.get_rng_state()
             assert torch.equal(drawn, due), "other random numbers were drawn than in one forward pass"
-        _assert_right(method, result, truth, problem)
+        try:
+            _assert_right(method, result, truth, problem, {})
+        except AssertionError:
+            left = problem.rounding_left(self.stream)
+            if not any(left.values()):
+                raise
+            _assert_right(method, result, truth, problem, left)
         return EXACT
 
 
@@ -111,29 +117,43 @@ def _buffers_as_before_or(due: Sequence[Tensor], model: nn.Module) -> Iterator[N
             buffer.copy_(value)
 
 
-def _assert_right(method: Method, result: Any, truth: Truth, problem: Problem) -> None:
+def _assert_right(method: Method, result: Any, truth: Truth, problem: Problem, left: Mapping[str, float]) -> None:
+    """Assert that `result` is what it should be.
+
+    Args:
+        method: which method of the source returned it.
+        result: what it returned.
+        truth: the gradients of the single samples.
+        problem: what was asked.
+        left: what rounding leaves of gradients that vanish in exact arithmetic, by name.
+    """
+    relative, floor, largest = _relative(problem), rounding(truth), _largest(truth.gradients)
+    # Nothing that is of any size beside the losses is explained by rounding.
+    most = min(1e2 * relative, 5e-2) * truth.losses.abs().max().item()
+    left = {name: min(left.get(name, 0.0), most) for name in truth.gradients}
     if method == "per_sample":
-        assert_same(result, truth.gradients, problem, rounding(truth))
+        assert_same(result, truth.gradients, problem, floor, left)
         return
     size = len(truth.losses)
     assert result.batch_size == size
     assert not result.losses.requires_grad
     assert result.losses.shape == truth.losses.shape
-    relative = _relative(problem)
     absolute = relative * (1e-3 if relative < 1e-8 else truth.losses.abs().max().item())
     torch.testing.assert_close(result.losses, truth.losses, rtol=relative, atol=absolute, check_dtype=False)
     mean = {name: g.sum(0) / size for name, g in truth.gradients.items()}
     second_moment = {name: g.square().sum(0) / size for name, g in truth.gradients.items()}
-    assert_same(result.mean, mean, problem, rounding(truth))
-    assert_same(result.second_moment, second_moment, problem, rounding(truth) * _largest(truth.gradients))
+    assert_same(result.mean, mean, problem, floor, left)
+    assert_same(result.second_moment, second_moment, problem, floor * largest, {n: v**2 for n, v in left.items()})
 
 
 def rounding(truth: Truth) -> float:
     """Return what is left of gradients that vanish in exact arithmetic: rounding, in the unit of the others."""
-    return 1e-2 * _largest(truth.gradients) + 1e-4 * truth.losses.abs().max().item()
+    return 1e-2 * _largest(truth.gradients) + 1e-5 * truth.losses.abs().max().item()
 
 
-def assert_same(actual: Any, expected: Mapping[str, Tensor], problem: Problem, rounding: float) -> None:
+def assert_same(
+    actual: Any, expected: Mapping[str, Tensor], problem: Problem, rounding: float, left: Mapping[str, float]
+) -> None:
     """Assert the same keys, kinds of tensors and entries.
 
     Args:
@@ -141,6 +161,7 @@ def assert_same(actual: Any, expected: Mapping[str, Tensor], problem: Problem, r
         expected: what is right.
         problem: says how precise the computation is.
         rounding: what entries may differ by in that precision, beside their own rounding.
+        left: what entries may differ by at all, by name.
     """
     parameters = dict(problem.model.named_parameters())
     relative = _relative(problem)
@@ -153,7 +174,11 @@ def assert_same(actual: Any, expected: Mapping[str, Tensor], problem: Problem, r
         assert actual[name].device == parameters[name].device
         absolute = relative * (rounding if relative < 1e-8 else max(10 * rounding, _largest({name: value})))
         torch.testing.assert_close(
-            actual[name], value, rtol=relative, atol=absolute, msg=partial("{}: {}".format, name)
+            actual[name],
+            value,
+            rtol=relative,
+            atol=absolute + left[name],
+            msg=partial("{}: {}".format, name),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persample.sources.vanishing import rounding_left
 from persample.testing.truth import Stream, Truth, call, per_sample_truth, set_seed
 
 
@@ -51,6 +53,15 @@ class Problem:
         with self.autocasting():
             return per_sample_truth(self.model, loss_fn, self.inputs, self.targets, stream=stream, seed=self.seed)
 
+    def rounding_left(self, stream: Stream = "batch") -> dict[str, float]:
+        """Return what rounding leaves of gradients that vanish in exact arithmetic, by name; zero for all others."""
+
+        def gradients(model: nn.Module) -> dict[str, Tensor]:
+            return dataclasses.replace(self, model=model).truth(stream).gradients
+
+        dtypes = {p.dtype for p in self.model.parameters()} | ({self.autocast} if self.autocast else set())
+        return rounding_left(self.model, gradients, max(dtypes, key=_eps, default=torch.float64))
+
     def draws_random_numbers(self) -> bool:
         """Return whether the forward pass does."""
         set_seed(self.seed)
@@ -65,3 +76,7 @@ class Problem:
         with torch.no_grad(), self.autocasting():
             call(replica, self.inputs)
         return torch.get_rng_state(), list(replica.buffers())
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps

@@ -100,7 +100,16 @@ ALONG: Mapping[Any, tuple[int, Any]] = _by_name(
 )
 
 #: Operations on some trailing dimensions of the first operand: how many, or which argument names them.
-LEADING: Mapping[Any, Any] = _by_name({"linear": 1, "embedding one_hot": 0, "layer_norm rms_norm": "normalized_shape"})
+LEADING: Mapping[Any, Any] = _by_name(
+    {
+        "linear": 1,
+        "conv1d conv_transpose1d": 2,
+        "conv2d conv_transpose2d": 3,
+        "conv3d conv_transpose3d": 4,
+        "embedding one_hot": 0,
+        "layer_norm rms_norm": "normalized_shape",
+    }
+)
 
 #: Products of the last two dimensions, with all dimensions before them broadcast.
 PRODUCTS = functions("matmul __matmul__ bmm scaled_dot_product_attention")

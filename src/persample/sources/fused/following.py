@@ -15,8 +15,9 @@ from torch import Tensor
 
 from persample.sources.fused import families
 from persample.sources.fused.arguments import tensors_in
-from persample.sources.fused.layout import Layout, Write, of_rows, rows_in
+from persample.sources.fused.layout import Layout, Write, of_rows, rows_in, without_gaps
 from persample.sources.fused.owners import NOBODY
+from persample.sources.fused.places import Place
 from persample.sources.fused.trial import ALL, SEVERAL, Arguments, marked, moved, on_copies, touched, unmarked
 
 
@@ -133,8 +134,8 @@ def _by_family(call: Call) -> list[Where]:
     first = call.args[0] if call.args else None
     if not isinstance(first, Tensor) or id(first) not in call.samples:
         raise Unknown
-    if func in families.LEADING:
-        return _agreed(call, [first], _leading(call))
+    if func in families.LEADING and len(operands) == 1:
+        return _agreed(call, operands, _leading(call))
     if func in families.ALONG:
         if families.dims_of(func, call.args, call.kwargs) is families.ALL:
             return [_of_all(call, shape) for shape in call.shapes()]
@@ -274,7 +275,15 @@ def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: 
         return _of_all(call, labels.shape)
     if not bool((rows != NOBODY).any()):
         return nobody
+    if bool((rows == NOBODY).any()):
+        outer, rows, inner = rows_in(without_gaps(read(labels), [place.dim for place in _places(call)]))
     return of_rows(outer, rows, inner, call.batch)
+
+
+def _places(call: Call) -> Iterable[Place]:
+    """Where the operands hold samples, if each is in one dimension."""
+    places = (call.samples[id(operand)].place(operand.shape) for operand in call.operands())
+    return (place for place in places if place is not None)
 
 
 # Remembering.

@@ -131,6 +131,24 @@ def rows_in(labels: Tensor) -> tuple[int, Tensor, int]:
     return math.prod(shape[:first]), rows.reshape(-1), math.prod(shape[last:])
 
 
+def without_gaps(labels: Tensor, likely: Sequence[int]) -> Tensor:
+    """Return `labels`, with entries of nobody given to the sample that all others at their place in a dimension have.
+
+    Strides of a transposed convolution, paddings and diagonals leave such gaps between the entries of a sample. Were a
+    gap given to a sample whose loss does not depend on it, then the samples would meet later on, and be refused.
+
+    Args:
+        labels: whose the entries are.
+        likely: the dimensions to begin with.
+    """
+    dims = range(labels.dim())
+    for dim in dict.fromkeys([d for d in likely if d in dims] + list(dims)):
+        owner = labels.amax([d for d in dims if d != dim], keepdim=True) if len(dims) > 1 else labels
+        if bool(((labels == owner) | (labels == NOBODY)).all()):
+            return owner.expand_as(labels)
+    return labels
+
+
 def of_rows(outer: int, rows: Tensor, inner: int, batch: int) -> Layout:
     """Return the layout of a tensor of outer · rows · inner entries, where `rows` says whose the rows are.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ def _of_parameters(draw: Draw, shape: Shape) -> Options:
     """Bare parameters, and those of layers used by functional calls."""
     width = shape[-1]
     part = shape[draw(st.integers(0, len(shape) - 1)) :]
-    names = "bcdef"[: 1 + len(shape)]
+    names = string.ascii_lowercase[1 : 2 + len(shape)]
     options: dict[str, tuple[Callable[..., Tensor], nn.Module | nn.Parameter]] = {
         "x * p": (lambda p, x: x * p, _parameter(*part)),
         "p + x": (lambda p, x: p + x, _parameter(1, *shape)),

@@ -58,6 +58,16 @@ CASES = (
         reals(4),
     ),
     _case("Each sample meets the next one", lambda: Net(_exchanged, inner=nn.Linear(4, 3)), reals(4)),
+    _case(
+        "Similarities by F.linear",
+        lambda: Net(lambda m, x: F.linear(m.inner(x), m.inner(x)), inner=nn.Linear(4, 3)),
+        reals(4),
+    ),
+    _case(
+        "LayerNorm with the numbers of one sample as its scale",
+        lambda: Net(lambda m, x: F.layer_norm(m.inner(x), (4,), x[0]), inner=nn.Linear(4, 4)),
+        reals(4),
+    ),
     _case("Contrastive similarities", lambda: Net(_contrast, inner=nn.Linear(4, 3)), reals(4)),
     _case(
         "Attention whose sequence is the batch",

@@ -50,6 +50,18 @@ CASES = (
         lambda: nn.Sequential(nn.Linear(2, 1), frozen(nn.LayerNorm(1, eps=0.1))),
         reals(2),
     ),
+    # What rounding leaves grows with 1/√ε, and says nothing of the loss.
+    Case(
+        "Vanishing gradients before a norm of one number with a small ε",
+        lambda: nn.Sequential(nn.Linear(2, 3), nn.Unflatten(1, (3, 1)), frozen(nn.LayerNorm(1, eps=1e-12))),
+        reals(2),
+    ),
+    Case(
+        "Vanishing gradients before a norm of one number in float32",
+        lambda: nn.Sequential(nn.Linear(2, 3), nn.Unflatten(1, (3, 1)), frozen(nn.LayerNorm(1))),
+        reals(2),
+        dtype=torch.float32,
+    ),
     Case(
         "Vanishing gradients by cancellation",
         lambda: Net(lambda m, x: m.inner(x) + m.inner(-x), inner=nn.Linear(2, 3, bias=False)),
@@ -106,6 +118,26 @@ CASES = (
         "Convolution of one image after the other",
         lambda: Net(lambda m, x: torch.stack([m.inner(image) for image in x]), inner=nn.Conv2d(2, 3, 2)),
         reals(2, 4, 4),
+    ),
+    # Entries of nobody stand between those of a sample, and in two batches of two could stand between the samples.
+    Case(
+        "Linear layer on the gaps of a transposed convolution",
+        lambda: nn.Sequential(frozen(nn.ConvTranspose2d(2, 1, 1, stride=(2, 1))), nn.Linear(3, 2)),
+        reals(2, 2, 3),
+    ),
+    Case(
+        "Linear layer on the gaps of a transposed convolution of exchanged samples",
+        lambda: Net(
+            lambda m, x: m.outer(m.inner(x[torch.arange(len(x)).flip(0)])).flip(0),
+            inner=frozen(nn.ConvTranspose2d(2, 1, 1, stride=(2, 1))),
+            outer=nn.Linear(3, 2),
+        ),
+        reals(2, 2, 3),
+    ),
+    Case(
+        "Linear layer on diagonal matrices",
+        lambda: Net(lambda m, x: m.outer(torch.diag_embed(m.inner(x))), inner=nn.Linear(2, 2), outer=nn.Linear(2, 3)),
+        reals(2),
     ),
     Case(
         "LSTM on one sequence after the other",
