@@ -196,7 +196,7 @@ class TestStep:
 
     def test_refuses_a_closure_and_keeps_what_was_observed(self, vogn: VOGN, batch: Batch) -> None:
         vogn.observe(*batch)
-        with pytest.raises(UsageError, match="observe"):
+        with pytest.raises(UsageError, match="the model was not called"):
             vogn.step(lambda: 0.0)  # type: ignore[arg-type]
         vogn.step()
 

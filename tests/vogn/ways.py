@@ -16,7 +16,7 @@ from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam, VariationalOptimizer
 Batch = tuple[Tensor, Tensor]
 Observe = Callable[[VariationalOptimizer, Tensor, Tensor], Any]
 
-RECORDING = ["fused", "hooks", "backpack", "opacus"]
+RECORDING = ["loop", "vmap", "fused", "hooks", "backpack", "opacus"]
 RULES = [VOGN, OGN, Vadam, MeanFieldVI]
 RULES_AND_BACKENDS = [*((VOGN, backend) for backend in RECORDING), (Vadam, ""), (MeanFieldVI, "")]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from persample.errors import DisagreementError, OptionError, UnsupportedModelError, UsageError
+from persample.errors import DisagreementError, OptionError, UnsupportedModelError
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
@@ -21,10 +21,12 @@ from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
+from persample.sources.replay import ReplayRecorder
 from persample.sources.second_look import only_rounded
 from persample.sources.selfcheck import verify, verify_unmixed
 from persample.sources.uncompiled import uncompiled
 from persample.sources.untouched import (
+    RandomState,
     buffer_snapshot,
     buffers_restored,
     parameters_guarded,
@@ -149,7 +151,8 @@ class PerSampleGradSource(ABC):
             found.append(Use(None, "refused", "the model", "", str(refusal)))
         return found
 
-    def recording(self, loss_reduction: LossReduction = "mean") -> AbstractContextManager[Recorded]:
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
         """Record the moments of forward and backward passes that the user runs himself, inside a `with` block.
 
             with source.recording() as recorded:
@@ -165,14 +168,12 @@ class PerSampleGradSource(ABC):
                 over all samples that the model was called with.
 
         Raises:
-            UsageError: this backend runs the model itself and cannot record; nothing was recorded; or backward passes
-                cannot be told apart.
-            UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend.
+            UsageError: nothing was recorded, or backward passes cannot be told apart.
+            UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend; or the
+                forward pass cannot be repeated, by a backend that runs the model itself.
         """
-        raise UsageError(
-            f"{type(self).__name__} runs the model itself, so it cannot record your own forward and backward pass: "
-            "use optimizer.observe(inputs, targets), or another backend ('fused', 'hooks')."
-        )
+        with ReplayRecorder(self, loss_reduction) as recorder:
+            yield recorder.recorded
 
     # What a backend implements.
 
@@ -236,9 +237,19 @@ class PerSampleGradSource(ABC):
         """
         if not self.check_is_due(batch):
             return
-        checked = copy.copy(self)
-        checked.loss_fn = loss_fn
-        start = random_state(self.model)
+        with self.with_loss(loss_fn, random_state(self.model)) as checked:
+            checked._compute_and_check(batch, checked.compute_moments)
+        if batch.size > 1:
+            self._checked.add(self._kind(batch, "recording"))
+
+    @contextmanager
+    def with_loss(self, loss_fn: Callable[[Any, Any], Tensor], start: RandomState) -> Iterator[PerSampleGradSource]:
+        """Yield this source with another loss, for use inside the context, where random numbers begin at `start`.
+
+        Nothing of what it computes remains, and no random number is used up.
+        """
+        other = copy.copy(self)
+        other.loss_fn = loss_fn
         with (
             _ONE_AT_A_TIME,
             untouched(self.model),
@@ -246,9 +257,7 @@ class PerSampleGradSource(ABC):
             random_state_restored(self.model, start),
             torch.enable_grad(),
         ):
-            checked._compute_and_check(batch, checked.compute_moments)
-        if batch.size > 1:
-            self._checked.add(self._kind(batch, "recording"))
+            yield other
 
     def check_is_due(self, batch: Batch) -> bool:
         """Whether `check` says that the self-check of `check_once` is due for `batch`."""

@@ -39,6 +39,10 @@ class Batch:
         described = [(leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
         return structure, len(self.args), *self.kwargs, *described
 
+    def with_targets(self, targets: Any) -> Batch:
+        """Return the batch with the same inputs, detached from whatever they were computed from, and other targets."""
+        return Batch(_detached(self.args), _detached(dict(self.kwargs)), targets, self.size)
+
     def double(self) -> Batch:
         """Return the batch in float64; whole numbers stay as they are."""
         args, kwargs, targets = in_float64((self.args, dict(self.kwargs), self.targets))

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UsageError
-from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import Batch, as_batch
 from persample.sources.graph import nodes_from
 from persample.sources.recording import LossReduction, Recorded, Sums
@@ -25,6 +24,9 @@ from persample.sources.reference import reentrant_refused
 from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
 from persample.sources.uncompiled import uncompiled
 from persample.warn import warn
+
+if TYPE_CHECKING:
+    from persample.sources.base import PerSampleGradSource
 
 
 class LossReductionWarning(UserWarning):
@@ -54,6 +56,14 @@ class ForwardPass:
     divisor: float = 1.0
     added: bool = False
     covered: Tensor | None = None
+
+    @contextmanager
+    def under_autocast(self) -> Iterator[None]:
+        """Let `torch.autocast` be as it was then."""
+        with ExitStack() as stack:
+            for kind, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
 
 
 class Recorder(TorchFunctionMode):
@@ -221,7 +231,7 @@ class Recorder(TorchFunctionMode):
         if self._depth > 0 or self.in_backward or self.checking or not torch.is_grad_enabled() or outputs is None:
             return
         forward_pass = self.passes[-1]
-        tensors = _tensors(outputs)
+        tensors = tensors_of(outputs)
         with torch._C.DisableTorchFunction():
             forward_pass.edges = {i: get_gradient_edge(t) for i, t in enumerate(tensors) if t.requires_grad}
             forward_pass.outputs = [i for i, t in enumerate(tensors) if _is_of_samples(t, forward_pass.batch.size)]
@@ -331,24 +341,30 @@ class Recorder(TorchFunctionMode):
         def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
             losses = torch.zeros(len(numbers), device=numbers.device)
             for index in forward_pass.outputs:
-                output = _tensors(outputs)[index]
-                weights = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(index)).to(output)
+                output = tensors_of(outputs)[index]
+                weights = _weights(output.shape[1:], index).to(output)
                 finite = torch.where(output.isfinite(), output, 0)  # attention masks may be infinite
                 losses = losses + (finite * weights).reshape(len(numbers), -1).sum(1)
             return losses
 
+        batch = forward_pass.batch
         self.checking = True
         try:
-            with ExitStack() as stack:
-                for kind, dtype in forward_pass.autocast.items():
-                    stack.enter_context(torch.autocast(kind, dtype))
-                source.check_once(forward_pass.batch, loss_fn)
+            with forward_pass.under_autocast():
+                source.check_once(batch.with_targets(batch.targets), loss_fn)
         finally:
             self.checking = False
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Return the tensors in what a model returned, in order."""
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _weights(shape: torch.Size, index: int) -> Tensor:
+    """Numbers without a pattern, without random ones, which `torch.func.vmap` would refuse to draw."""
+    numbers = torch.arange(shape.numel(), dtype=torch.float64)
+    return torch.sin(math.sqrt(2) * (1 + index) * (1 + numbers)).reshape(shape)
 
 
 def _is_of_samples(tensor: Tensor, size: int) -> bool:

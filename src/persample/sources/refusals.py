@@ -38,8 +38,12 @@ def impossible_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
                     yield path, f"{kind} {name!r} {reason}"
 
 
-def refuse_hooked_parameters(model: nn.Module) -> None:
+def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'loop'") -> None:
     """Raise if a hook may change the gradient of a parameter after autograd has computed it.
+
+    Args:
+        model: the network.
+        instead: what gives the hook the gradient of each sample.
 
     Raises:
         UnsupportedModelError: it names the parameter.
@@ -48,7 +52,7 @@ def refuse_hooked_parameters(model: nn.Module) -> None:
         if parameter.requires_grad and parameter._backward_hooks:
             raise UnsupportedModelError(
                 f"Parameter {name!r} has a hook (Tensor.register_hook), which changes the gradient that autograd "
-                "gives it, but this backend computes gradients of its own: remove the hook, or use backend 'loop', "
+                f"gives it, but this backend computes gradients of its own: remove the hook, or {instead}, "
                 "which gives it the gradient of each sample."
             )
 
