@@ -17,8 +17,16 @@ from torch import Tensor
 
 from persample.dtypes import at_least_float32
 
-# Per-sample gradients are made and used up in pieces of about this many numbers, which stay in the processor's cache.
-_PIECE = 2**20
+
+def samples_at_once(numbers: int, device: torch.device, budget: int = 2**20) -> int:
+    """Return how many samples to take at a time, if `numbers` numbers are made of each, and used up.
+
+    On a CPU about `budget` numbers stay in the cache. Elsewhere each operation costs a launch, so there are 16 times
+    as many, which is still little beside what the ordinary pass keeps.
+    """
+    if device.type != "cpu":
+        budget *= 16
+    return max(1, budget // max(1, numbers))
 
 
 def precise(values: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ class OuterProducts:
             return self._product(self.delta, self.a), self._product(self.delta.square(), self.a.square())
         total = self.delta.new_zeros(self.shape)
         squares = torch.zeros_like(total)
-        rows = max(1, _PIECE // max(1, self.shape.numel()))
+        rows = samples_at_once(self.shape.numel(), self.delta.device)
         for delta, a in zip(self.delta.split(rows), self.a.split(rows), strict=True):
             g = (delta @ a.mT).reshape(len(a), *self.shape)
             total += g.sum(0)

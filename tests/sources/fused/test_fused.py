@@ -191,8 +191,8 @@ def test_convolutions_on_both_sides_of_every_chunk(batch: int, deterministic: bo
 
 def test_several_uses_on_both_sides_of_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    for piece in (1, 1000, 10**9):
-        monkeypatch.setattr("persample.sources.fused.uses._PIECE", piece)
+    for rows in (1, 3, len(TOKENS) - 1, len(TOKENS), 1000):
+        monkeypatch.setattr("persample.sources.fused.uses.samples_at_once", lambda *_, rows=rows: rows)
         assert_exact(Tokens(tied=True), TOKENS)
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
+from persample.sources.contributions import samples_at_once
 from persample.sources.fused.choice import choose
 from persample.sources.fused.onednn import product_for
 from persample.sources.unfolding import unfold
@@ -93,36 +94,34 @@ def forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
 
 
 def _all_forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
-    batch = len(c.x) // c.images
     gradient = math.prod(c.geometry.weight)
     found: dict[str, Callable[[Convolution], Sums]] = {
         f"patches {rows}": partial(_by_patches, rows=rows)
-        for rows in _pieces(batch, max(gradient, _window_entries(c)), 2**17, 2**19)
+        for rows in _pieces(c, max(gradient, _window_entries(c)), 2**17, 2**19)
     }
     if c.images > 1 or c.x.numel() == 0:
         return found
     # oneDNN rounds the channels of each group up to multiples of 16, in memory that it takes beside the result.
     outputs, channels, *kernel = c.geometry.weight
     rounded = -(-outputs // c.geometry.groups // 16) * -(-channels // 16) * 256 * c.geometry.groups * math.prod(kernel)
-    found |= {
-        f"grouped {rows}": partial(_by_groups, rows=rows) for rows in _pieces(batch, rounded, 2**17, 2**18, 2**19)
-    }
+    found |= {f"grouped {rows}": partial(_by_groups, rows=rows) for rows in _pieces(c, rounded, 2**17, 2**18, 2**19)}
     if c.geometry.groups == 1 and c.geometry.stride[0] == 1 and c.geometry.weight[2] > 1:
         entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
-        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(batch, entries, 2**18, 3 * 2**17)}
+        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(c, entries, 2**18, 3 * 2**17)}
     if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
         found |= {
             f"products {rows}": partial(_by_products, rows=rows)
-            for rows in _pieces(batch, max(gradient, _window_entries(c)), 2**18, 2**20)
+            for rows in _pieces(c, max(gradient, _window_entries(c)), 2**18, 2**20)
         }
     if gradient > 2**15:
         found["single"] = partial(_by_groups, rows=1)
     return found
 
 
-def _pieces(batch: int, entries: int, *budgets: int) -> list[int]:
+def _pieces(c: Convolution, entries: int, *budgets: int) -> list[int]:
     """How many samples to take at a time, so that what is made of them fits the cache: one number for each budget."""
-    return sorted({min(batch, max(1, budget // max(1, entries))) for budget in budgets})
+    batch = len(c.x) // c.images
+    return sorted({min(batch, samples_at_once(entries, c.x.device, budget)) for budget in budgets})
 
 
 def _added_up(gradients: Iterable[Tensor], dim: int = 0) -> Sums:

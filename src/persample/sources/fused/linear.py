@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.contributions import OuterProducts
+from persample.sources.contributions import OuterProducts, samples_at_once
 from persample.sources.fused.choice import choose
 from persample.sources.fused.onednn import product_for
 
 Sums = tuple[Tensor, Tensor]
 Form = TypeVar("Form", bound=Callable[..., object])
-
-# As many numbers of per-sample gradients are made at a time, so that they stay in the processor's cache.
-_PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tens
 def _batched(delta: Tensor, a: Tensor) -> Sums:
     total = delta.new_zeros(delta.shape[2], a.shape[2])
     squares = torch.zeros_like(total)
-    rows = max(1, _PIECE // max(1, total.numel()))
+    rows = samples_at_once(total.numel(), delta.device, 2**18)
     for d, x in zip(delta.split(rows), a.split(rows), strict=True):
         g = d.mT @ x
         total += g.sum(0)

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from persample.sources.contributions import Contribution
+from persample.sources.contributions import Contribution, samples_at_once
 from persample.sources.fused.expressions import Expression
-
-# As many numbers of per-sample gradients are held at a time, where several uses are added up.
-_PIECE = 2**20
 
 
 class Moment:
@@ -43,7 +40,7 @@ class Moment:
         if not self.waiting:
             return
         width = sum(expression.width for expression, _ in self.waiting)
-        rows = max(1, _PIECE // max(1, width))
+        rows = samples_at_once(width, self.waiting[0][0].value.device)
         for start in range(0, self.batch_size, rows):
             g = added_up(self.waiting, slice(start, start + rows))
             for name, piece in g.items():

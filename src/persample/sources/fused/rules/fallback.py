@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.contributions import Contribution
+from persample.sources.contributions import Contribution, samples_at_once
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
 from persample.sources.fused.families import is_in_place
@@ -29,9 +29,6 @@ from persample.sources.tolerances import tolerance
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
-
-# As many numbers of per-sample gradients are made at a time.
-_PIECE = 2**20
 
 
 def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -130,7 +127,7 @@ class Mapped:
 
     def sums(self) -> tuple[Tensor, Tensor]:
         total, squares = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
-        rows = max(1, _PIECE // max(1, self.theta.numel()))
+        rows = samples_at_once(self.theta.numel(), self.delta.device)
         for start in range(0, len(self.delta), rows):
             g = self.rows(slice(start, start + rows)).per_sample()
             total += g.sum(0)
