@@ -2,6 +2,7 @@
 
     pip install ".[benchmarks]"
     python benchmarks/gradients.py --out runs/gradients
+    python benchmarks/gradients.py --out runs/gradients-on-gpu --device cuda
 
 Times alternate within one process; peak memory is taken in a fresh process for each model and backend. What refuses a
 model, or disagrees with the oracle, is not timed. Writes `gradients.json`, `gradients.md` and `gradients.png`; what the
@@ -35,44 +36,48 @@ from models import PROBLEMS
 
 BACKENDS = ["fused", "hooks", "vmap", "vmap in chunks", "backpack", "BackPACK itself", "opacus", "Opacus itself"]
 OWN_BATCH = {"Transformer": 32, "Transformer, tied head": 32}
+ON_GPUS = "ResNet-18"  # takes minutes for each call of some backends on a CPU
 LARGE = [("LeNet-5", 512), ("ResNet-20", 512)]
-JOBS = [(name, OWN_BATCH.get(name, 128)) for name in PROBLEMS] + LARGE
+JOBS = [(name, OWN_BATCH.get(name, 128)) for name in PROBLEMS if name != ON_GPUS] + LARGE
+JOBS_ON_GPUS = [(name, 512) for name in PROBLEMS]
 
 
-def problem(name: str, batch: int) -> tuple[Any, Any, Any]:
+def problem(name: str, batch: int, device: str = "cpu") -> tuple[Any, Any, Any]:
     """Return model, inputs and targets, the same in every process."""
     torch.manual_seed(0)
-    return PROBLEMS[name](batch)
+    model, inputs, targets = PROBLEMS[name](batch)
+    return model.to(device), inputs.to(device), targets.to(device)
 
 
-def measure(name: str, batch: int, rounds: int, backends: list[str]) -> dict[str, Any]:
+def measure(name: str, batch: int, device: str, rounds: int, backends: list[str]) -> dict[str, Any]:
     """Return what the backends cost on one model."""
-    model, inputs, targets = problem(name, batch)
+    model, inputs, targets = problem(name, batch, device)
     costs = persample.benchmark(
         model, persample.losses.cross_entropy, inputs, targets, backends=backends, rounds=rounds
     )
     return {"model": name, "batch": batch, "costs": {cost.backend: asdict(cost) for cost in costs}}
 
 
-def measure_memory(result: dict[str, Any]) -> None:
+def measure_memory(result: dict[str, Any], device: str) -> None:
     """Write the peak memory of all backends into the costs of one model."""
     name, batch = result["model"], result["batch"]
-    plain = memory_in_fresh_process(name, batch, PLAIN)
+    plain = memory_in_fresh_process(name, batch, device, PLAIN)
     for backend, cost in result["costs"].items():
         if cost["problem"] is None:
-            peak = memory_in_fresh_process(name, batch, backend)
+            peak = memory_in_fresh_process(name, batch, device, backend)
             cost |= {"peak_bytes": peak, "memory_ratio": peak / plain}
 
 
-def memory_in_fresh_process(name: str, batch: int, backend: str) -> int:
+def memory_in_fresh_process(name: str, batch: int, device: str, backend: str) -> int:
     """Return the peak memory of one call in bytes, parameters and batch included."""
-    command = [sys.executable, __file__, "--memory-of", name, "--batch", str(batch), "--backend", backend]
+    options = {"--memory-of": name, "--batch": str(batch), "--device": device, "--backend": backend}
+    command = [sys.executable, __file__, *(word for option in options.items() for word in option)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def memory(name: str, batch: int, backend: str) -> int:
+def memory(name: str, batch: int, device: str, backend: str) -> int:
     """Return the same, in this process."""
-    model, inputs, targets = problem(name, batch)
+    model, inputs, targets = problem(name, batch, device)
     loss_fn = persample.losses.cross_entropy
     if backend == PLAIN:
         call = plain_pass(model, loss_fn, inputs, targets)
@@ -84,7 +89,7 @@ def memory(name: str, batch: int, backend: str) -> int:
     return resident + peak_memory(call, inputs.device)
 
 
-def machine(*peers: str) -> dict[str, Any]:
+def machine(*peers: str, device: str = "cpu") -> dict[str, Any]:
     """Return what the figures depend on; `peers` are further packages that take part."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -96,6 +101,7 @@ def machine(*peers: str) -> dict[str, Any]:
         "processor": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
     }
@@ -147,6 +153,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/gradients"),
     models: Annotated[str, typer.Option(help="Names of models, separated by semicolons; all if empty.")] = "",
     batch: Annotated[int, typer.Option(help="Samples in a batch; 0 is each model's own.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")] = 15,
     memory_too: Annotated[bool, typer.Option("--memory/--no-memory", help="Take the peak memory, too.")] = True,
     backends: Annotated[str, typer.Option(help="Names of backends, separated by semicolons.")] = ";".join(BACKENDS),
@@ -156,21 +163,22 @@ def main(
     """Measure all backends on all models."""
     peers.register()
     if memory_of:
-        print(memory(memory_of, batch, backend))
+        print(memory(memory_of, batch, device, backend))
         return
     out.mkdir(parents=True, exist_ok=True)
     file = out / "gradients.json"
     found = json.loads(file.read_text())["results"] if file.exists() else []
     results = {(result["model"], result["batch"]): result for result in found}
-    wanted = models.split(";") if models else list(PROBLEMS)
-    jobs = [(name, batch) for name in wanted] if batch else [job for job in JOBS if job[0] in wanted]
+    own_jobs = JOBS if device == "cpu" else JOBS_ON_GPUS
+    wanted = models.split(";") if models else list(dict.fromkeys(name for name, _ in own_jobs))
+    jobs = [(name, batch) for name in wanted] if batch else [job for job in own_jobs if job[0] in wanted]
     for job in jobs:
         if rounds:
-            results[job] = measure(*job, rounds, backends.split(";"))
+            results[job] = measure(*job, device, rounds, backends.split(";"))
         if memory_too:
-            measure_memory(results[job])
+            measure_memory(results[job], device)
         print(table([results[job]]), flush=True)
-        write(file, [results[job] for job in sorted(results, key=order)])
+        write(file, [results[job] for job in sorted(results, key=order)], device)
 
 
 def order(job: tuple[str, int]) -> tuple[int, int]:
@@ -178,9 +186,9 @@ def order(job: tuple[str, int]) -> tuple[int, int]:
     return JOBS.index(job) if job in JOBS else len(JOBS), job[1]
 
 
-def write(file: Path, results: list[dict[str, Any]]) -> None:
+def write(file: Path, results: list[dict[str, Any]], device: str) -> None:
     """Write the results, the table and the picture."""
-    report = {"machine": machine("backpack-for-pytorch", "opacus"), "results": results}
+    report = {"machine": machine("backpack-for-pytorch", "opacus", device=device), "results": results}
     file.write_text(json.dumps(report, indent=2) + "\n")
     file.with_suffix(".md").write_text(table(results))
     picture(results, file.with_suffix(".png"))

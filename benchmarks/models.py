@@ -111,6 +111,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "MLP": lambda batch: _images(mlp(), batch, 784),
     "VGG-like": lambda batch: _images(vgg_like(), batch, 3, 32, 32),
     "ResNet-20": lambda batch: _images(resnet((3, 3, 3), (16, 32, 64)), batch, 3, 32, 32),
+    "ResNet-18": lambda batch: _images(resnet((2, 2, 2, 2), (64, 128, 256, 512)), batch, 3, 32, 32),
     "Transformer": lambda batch: _transformer(False, batch),
     "Transformer, tied head": lambda batch: _transformer(True, batch),
 }
