@@ -63,5 +63,6 @@ class Allowance:
             samples: as many gradients of samples are added up in it.
         """
         floor = min(50 * torch.finfo(self.dtype).eps, 1e-4 * self.relative) * self.largest_loss
-        left = min(self.left.get(name, 0.0), self.relative * self.largest_loss)
+        # Ties that last bits decide are no rounding, so what is left has a limit. The loss may vanish, too.
+        left = min(self.left.get(name, 0.0), self.relative * max(1.0, self.largest_loss))
         return self.relative * (size + 1e-2 * largest) + samples * (floor + left)

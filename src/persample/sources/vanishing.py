@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-_MOVES = 4  # as many times the parameters are moved,
+_MOVES = 10  # as many times the parameters are moved,
 _UNITS = 8  # by as many units in the last place at most
 
 #: A gradient vanishes if it is at most so many times as large as what it changes by.

@@ -26,10 +26,12 @@ from persample.sources.fused.expressions import Expression, express
 from persample.sources.fused.following import Call, Lost, Where, after, outputs_of
 from persample.sources.fused.layout import Layout, batch_first
 from persample.sources.fused.layouts import Layouts, Seen, saved_tensors_are_intercepted
+from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules import in_place
 from persample.sources.fused.rules.copies import copied, own_of_one_sample
 from persample.sources.fused.taps import Copies, Operation, Tap
+from persample.sources.graph import nodes_behind, variables_of
 
 Build = Callable[..., Contribution]
 
@@ -93,6 +95,8 @@ class Capture(TorchFunctionMode):
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
+        if len(used) + len(followed) < len(tensors):
+            used += self._adopted(tensors)
         if not used:
             if followed:
                 return self._carry(func, args, kwargs, followed)
@@ -115,6 +119,8 @@ class Capture(TorchFunctionMode):
         self._require_constants(func, [t for t in tensors if id(t) not in self.expressions])
         if in_place.writes(func, args):
             return in_place.write_parameters(self, func, args, kwargs)
+        if families.asked_in_place(func, args, kwargs):
+            return self.again(opened(func), args, kwargs, {})
         return self.express(func, args, kwargs)
 
     @contextmanager
@@ -136,6 +142,11 @@ class Capture(TorchFunctionMode):
         """Return the expression that `tensor` is, or None if it is not made of parameters."""
         entry = self.expressions.get(id(tensor))
         return entry[1] if entry is not None else None
+
+    def leaves(self) -> dict[Tensor, Expression]:
+        """Return what the model sees of the expressions, and has no history there; parameters are left out."""
+        seen = self.expressions.values()
+        return {t: e for t, e in seen if t.requires_grad and t.is_leaf and not e.is_parameter}
 
     def value(self, tensor: Any) -> Any:
         """Return `tensor` without its way back to the parameters."""
@@ -232,8 +243,10 @@ class Capture(TorchFunctionMode):
         """Run an operation on parameters and what else is constant, and remember what its result is made of."""
 
         def remember(expression: Expression) -> Tensor:
-            self.expressions[id(expression.value)] = (expression.value, expression)
-            return expression.value
+            # What the model sees is a leaf of its own, so that autograd tells of a use that is not seen here.
+            seen = expression.value.detach().requires_grad_()
+            self.expressions[id(seen)] = (seen, expression)
+            return seen
 
         sources = {id(t): e for t in tensors_in((args, dict(kwargs))) if (e := self.expression(t)) is not None}
         return express(func, args, kwargs, sources, remember)
@@ -327,6 +340,29 @@ class Capture(TorchFunctionMode):
         if self.forward_pass:
             for expression in expressions:
                 self.sink.expect(expression)
+
+    def _adopted(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Make expressions of those tensors that came into being unseen, if autograd knows how from parameters alone.
+
+        A custom `torch.autograd.Function` gives such ones. Its backward pass then runs for each sample.
+        """
+        if self.intercepted or not self.forward_pass or not torch.is_grad_enabled():
+            return []
+        found = []
+        for tensor in tensors:
+            if tensor.grad_fn is None or tensor._is_view() or id(tensor) in self.expressions or tensor in self.layouts:
+                continue
+            leaves = variables_of(nodes_behind(tensor))
+            sources = [(leaf, e) for leaf in leaves if (e := self.expression(leaf)) is not None]
+            if sources and len(sources) == len(leaves):
+                parameters = {name: p for _, source in sources for name, p in source.parameters.items()}
+                through = {leaf: source for leaf, source in sources if not source.is_parameter}
+                graph = tensor.clone()  # memory and history of its own, whatever is written into the tensor later on
+                expression = Expression(graph.detach(), graph, parameters, moves=False, through=through)
+                self.expressions[id(tensor)] = (tensor, expression)
+                self.without_gradient = True  # its backward pass may give gradients to parameters by itself
+                found.append(tensor)
+        return found
 
     def _require_constants(self, func: Any, tensors: list[Tensor]) -> None:
         """Raise unless `tensors`, which are not followed, depend on no sample and no parameter."""

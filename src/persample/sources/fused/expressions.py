@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from persample.errors import UnsupportedModelError
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.families import RESHAPES, SAME, functions
 from persample.sources.fused.layouts import saved_tensors_are_intercepted
+from persample.sources.graph import nodes_behind
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +36,7 @@ class Expression:
         moves: whether f only moves entries of one parameter, or leaves them away.
         repeats: the dimensions along which θ' is the same over and over, with the length of what is repeated.
         is_parameter: whether f is the identity.
+        through: other expressions that the graph begins at, by the leaves that stand for them.
     """
 
     value: Tensor
@@ -42,6 +45,7 @@ class Expression:
     moves: bool
     repeats: Mapping[int, int] = field(default_factory=dict)
     is_parameter: bool = False
+    through: Mapping[Tensor, Expression] = field(default_factory=dict)
 
     @property
     def reorders(self) -> bool:
@@ -53,7 +57,7 @@ class Expression:
         length = self.repeats[dim]
         graph = self.graph.narrow(dim, 0, length)
         repeats = {d: size for d, size in self.repeats.items() if d != dim}
-        return Expression(graph.detach(), graph, self.parameters, self.moves, repeats)
+        return Expression(graph.detach(), graph, self.parameters, self.moves, repeats, through=self.through)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,18 +79,27 @@ class Expression:
         """Return the same for several gradients at once; `gradients` and the results have a leading dimension."""
         if self.is_parameter:
             return {self.names[0]: gradients}
-        return self._grad(gradients, batched=True)
+        if not any(isinstance(node, BackwardCFunction) for node in nodes_behind(self.graph)):
+            return self._grad(gradients, batched=True)
+        # A custom function may do in its backward pass what cannot be mapped over the samples.
+        rows = [self._grad(gradient, batched=False) for gradient in gradients]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _grad(self, gradients: Tensor, *, batched: bool) -> dict[str, Tensor]:
         found = torch.autograd.grad(
             self.graph,
-            list(self.parameters.values()),
+            [*self.parameters.values(), *self.through],
             gradients.to(self.graph.dtype),
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,
         )
-        return {name: g for name, g in zip(self.parameters, found, strict=True) if g is not None}
+        pulled = {name: g for name, g in zip(self.parameters, found, strict=False) if g is not None}
+        for source, gradient in zip(self.through.values(), found[len(self.parameters) :], strict=True):
+            if gradient is not None:
+                for name, g in (source.pull_rows if batched else source.pull)(gradient).items():
+                    pulled[name] = pulled[name] + g if name in pulled else g
+        return pulled
 
 
 def express(
@@ -121,6 +134,7 @@ def express(
     # `contiguous`, `to` and others return what they are given if that will do.
     unchanged = {id(source.graph): t for t in tensors_in((args, dict(kwargs))) if (source := sources.get(id(t)))}
     parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
+    through = {leaf: inner for source in sources.values() for leaf, inner in source.through.items()}
     source = next(iter(sources.values()))
 
     def expression(output: Any) -> Any:
@@ -130,7 +144,7 @@ def express(
             return unchanged[id(output)]
         repeats = _repeats(func, source, output)
         moves = len(sources) == 1 and source.moves and _moves(func, source, args, kwargs)
-        return remember(Expression(output.detach(), output, parameters, moves, repeats))
+        return remember(Expression(output.detach(), output, parameters, moves, repeats, through=through))
 
     if isinstance(result, tuple | list):
         outputs = map(expression, result)

@@ -6,6 +6,7 @@ without floating-point results. Each name stands for the function, the method, a
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -173,6 +174,20 @@ def is_in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
+
+def asked_in_place(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of `torch.nn.functional` is asked to write into its first operand, by its flag `inplace`."""
+    position = _FLAG.get(func)
+    if position is None:
+        return False
+    return bool(kwargs.get("inplace", args[position] if position < len(args) else False))
+
+
+_FLAG = {
+    function: list(inspect.signature(function).parameters).index("inplace")
+    for function in vars(F).values()
+    if isinstance(function, types.FunctionType) and "inplace" in inspect.signature(function).parameters
+}
 
 _IN_PLACE = {"__setitem__"} | {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow")

@@ -116,6 +116,9 @@ class Recorder(Capture):
         for name, parameter in self._parameters.items():
             if parameter in unseen:
                 yield Use(name, "refused", "an operation that is not seen", "", unseen_use(name))
+        for leaf, expression in self.leaves().items():
+            for name in expression.names if leaf in unseen else ():
+                yield Use(name, "refused", "an operation that is not seen", "", unseen_use(name))
 
     def _noted(self, result: Tensor) -> Tensor:
         """Keep the node of `result`, whose operation has just told the sink what it uses."""

@@ -17,10 +17,12 @@ from persample.sources.fused.arguments import tensors_in
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.following import Lost
 from persample.sources.fused.opened import opened
+from persample.sources.fused.recorder import unseen_use
 from persample.sources.fused.uses import Moment
 from persample.sources.graph import nodes_behind
 from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
 from persample.sources.recording import LossReduction, Sums
+from persample.sources.reference import inner_backward_pass
 from persample.sources.refusals import refuse_impossible
 from persample.sources.scalar_loss import refuse_uses_past_outputs, used_outside
 
@@ -40,6 +42,7 @@ class FusedRecorder(Recorder):
         super().__init__(source.model, parameters, reduction)
         self.source = source
         self.capture: Capture | None = None
+        self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
         self._alone: dict[str, Tensor] = {}
         self._mixed: dict[Node, str] = {}
         for name, p in parameters.items():
@@ -98,10 +101,15 @@ class FusedRecorder(Recorder):
         if self.capture is None:
             self._check(forward_pass)
             return Sums(1, self._alone, {name: g.square() for name, g in self._alone.items()})
+        for leaf, expression in self.capture.leaves().items():
+            if leaf.grad is not None:
+                raise UnsupportedModelError(unseen_use(expression.names[0]))
         sink = self.capture.sink
         device = next((p.device for p in self.recorded.parameters.values()), torch.device("cpu"))
+        self._finishing = True
         with torch.enable_grad(), without_autocast(device):
             sink.finish()
+        self._finishing = False
         for name, total in sink.total.items():
             p = self.recorded.parameters[name]
             gradient = total.detach().to(p.dtype, copy=True)
@@ -119,6 +127,8 @@ class FusedRecorder(Recorder):
 
     def _unseen(self, name: str) -> Callable[[Tensor], None]:
         def refuse(parameter: Tensor) -> None:
+            if self._finishing:
+                raise inner_backward_pass(name)
             if self.in_backward and self.capture is not None:
                 raise UnsupportedModelError(used_outside(name))
 

@@ -116,18 +116,22 @@ class FusedSource(PerSampleGradSource):
                     self._run_backward(total, capture, parameters)
             with without_autocast(losses.device):
                 sink.finish()
+            if capture.without_gradient:
+                refuse_accumulated(parameters)
         return losses.detach()
 
     def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
         # The anchor makes every tap part of the graph; parameters are among the inputs so that an unseen use shows.
-        inputs = [capture.anchor, *parameters.values()]
+        derived = capture.leaves()
+        inputs = [capture.anchor, *parameters.values(), *derived]
         if capture.without_gradient:
             inputs += other_leaves(total, inputs)
         with reentrant_refused(), _failed_repetition_refused():
             _, *unseen = _grad(total, inputs, allow_unused=True)
         if capture.without_gradient:
             refuse_accumulated(parameters)
-        for name, part in zip(parameters, unseen, strict=False):
+        names = [*parameters, *(expression.names[0] for expression in derived.values())]
+        for name, part in zip(names, unseen, strict=False):
             if part is not None:
                 raise UnsupportedModelError(unseen_use(name))
 

@@ -43,6 +43,27 @@ def _experts_by_size(model: Any, x: Tensor) -> Any:
     return output
 
 
+class _Sign(torch.autograd.Function):
+    """The sign, whose gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        return deltas[0]
+
+
+def _sign(x: Tensor) -> Any:
+    return _Sign.apply(x)  # type: ignore[no-untyped-call]
+
+
+def _nothing_chosen(model: Any, x: Tensor) -> Any:
+    chosen = x > 1e3
+    return model.inner(torch.zeros_like(x).masked_scatter(chosen, x[chosen] * model.scale)) + x
+
+
 CASES = (
     # The self-check took rounding for an error where every gradient vanishes in exact arithmetic.
     Case(
@@ -61,6 +82,11 @@ CASES = (
         lambda: nn.Sequential(nn.Linear(2, 3), nn.Unflatten(1, (3, 1)), frozen(nn.LayerNorm(1))),
         reals(2),
         dtype=torch.float32,
+    ),
+    Case(
+        "Vanishing loss behind a norm of one number",
+        lambda: nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1), nn.LayerNorm(1, bias=False)),
+        reals(2),
     ),
     Case(
         "Vanishing gradients by cancellation",
@@ -118,6 +144,31 @@ CASES = (
         "Convolution of one image after the other",
         lambda: Net(lambda m, x: torch.stack([m.inner(image) for image in x]), inner=nn.Conv2d(2, 3, 2)),
         reals(2, 4, 4),
+    ),
+    Case(
+        "ReLU in place where no sample entered",
+        lambda: Net(_nothing_chosen, inner=nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), scale=parameter()),
+        reals(3),
+    ),
+    Case(
+        "ReLU in place on a tensor made of parameters",
+        lambda: Net(lambda m, x: F.linear(x, F.relu(2 * m.weight, inplace=True)), weight=parameter(4, 3)),
+        reals(3),
+    ),
+    Case("Linear layer of no inputs", lambda: Net(lambda m, x: m.inner(x[:, :0]) * x, inner=nn.Linear(0, 3)), reals(3)),
+    Case(
+        "Linear layer of no outputs",
+        lambda: Net(lambda m, x: m.outer(torch.cat([m.inner(x), x], 1)), inner=nn.Linear(3, 0), outer=nn.Linear(3, 2)),
+        reals(3),
+    ),
+    Case(
+        "Custom function of a weight", lambda: Net(lambda m, x: x @ _sign(m.weight), weight=parameter(3, 2)), reals(3)
+    ),
+    # Without a check, it gave zeros for the parameter.
+    Case(
+        "Custom function of a tensor made of parameters",
+        lambda: Net(lambda m, x: x @ _sign(m.weight - m.weight.mean()), weight=parameter(3, 2)),
+        reals(3),
     ),
     # Entries of nobody stand between those of a sample, and in two batches of two could stand between the samples.
     Case(

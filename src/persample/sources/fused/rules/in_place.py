@@ -17,7 +17,7 @@ from torch import Tensor
 from persample.errors import UnsupportedModelError
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression, own_saved_tensors
-from persample.sources.fused.families import RESHAPES_IN_PLACE, SAME, is_in_place
+from persample.sources.fused.families import RESHAPES_IN_PLACE, functions, is_in_place
 from persample.sources.fused.following import Call, after
 from persample.sources.fused.rules.copies import copied, place_in
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 def writes(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation changes the entries of its first operand."""
-    return is_in_place(func) and func not in SAME and func not in RESHAPES_IN_PLACE and isinstance(args[0], Tensor)
+    return is_in_place(func) and func not in _LEAVE_ENTRIES and isinstance(args[0], Tensor)
+
+
+_LEAVE_ENTRIES = RESHAPES_IN_PLACE | functions("requires_grad_ detach_")
 
 
 def write_parameters(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -48,14 +51,16 @@ def write_parameters(capture: Capture, func: Any, args: tuple[Any, ...], kwargs:
         graph = (target if before is None else before.graph).clone()
         new_args, new_kwargs = substitute(arguments, graphs | {id(target): graph})
         func(*new_args, **new_kwargs)
-    if before is None or target.requires_grad:
+    if before is None or not target.is_leaf:
         # With its graph, so that a use of what shares the constants' memory is noticed as one of the parameter.
         new_args, new_kwargs = substitute(arguments, {key: g for key, g in graphs.items() if key != id(target)})
         func(*new_args, **new_kwargs)
     else:
         target.data = graph.detach()
     parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
-    capture.expressions[id(target)] = (target, Expression(graph.detach(), graph, parameters, moves=False))
+    through = {leaf: inner for source in sources.values() for leaf, inner in source.through.items()}
+    expression = Expression(graph.detach(), graph, parameters, moves=False, through=through)
+    capture.expressions[id(target)] = (target, expression)
     return target
 
 

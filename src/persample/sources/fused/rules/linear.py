@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
+    if weight.shape[1] == 0:  # nothing of the samples enters, only the bias is left
+        shape = (*input.shape[:-1], weight.shape[0])
+        return input.new_zeros(shape) if bias is None else capture.again(Tensor.expand, (bias, shape), {}, {})
     layout = capture.layout(input, "F.linear")
     outputs, inputs = weight.shape
     layout.require_features(inputs, outputs)
