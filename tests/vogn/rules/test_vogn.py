@@ -1,8 +1,8 @@
-"""VOGN and OGN with all their settings against a transcription of the rule in NumPy, written from its equations.
+"""VOGN with all its settings against a transcription of the rule in NumPy, written from its equations.
 
 N = ρ · data_size                                                              Osawa et al. 2019, algorithm 1, line 2
 τ_t = τ_start + (τ − τ_start) · min(t / steps, 1),  t = 0, 1, …                the same, section 3 (KL warm-up)
-w = μ_t + σ_t ∘ ε,  σ_t² = τ_t / (N (s_t + d) + τ_t λ);  OGN: w = μ_t          line 9
+w = μ_t + σ_t ∘ ε,  σ_t² = τ_t / (N (s_t + d) + τ_t λ)                         line 9
 ĝ = Σ g_i / M,  h = Σ g_i² / M over samples and draws                          lines 11 to 14
 ĝ ← ĝ · min(1, c / (‖ĝ‖ + 1e-6))                                               gradient clipping
 m_{t+1} = β m_t + (1 − β) ĝ                                                    Kingma and Ba 2015
@@ -26,7 +26,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persample.vogn import OGN, VOGN, DangerousFirstStepWarning
+from persample.vogn import VOGN, DangerousFirstStepWarning
 
 from .problems import PROBLEMS, Array, Batch, Noise, Problem, as_tensors, shared_noise, weights_of
 
@@ -37,7 +37,7 @@ def whole_rule(
     mu: list[Array],
     minibatches: list[list[Batch]],
     problem: Problem,
-    noise: Noise | None,
+    noise: Noise,
     precision: list[Array],
     prior_mean: list[Array],
     c: dict[str, Any],
@@ -62,7 +62,7 @@ def whole_rule(
         rows: list[list[Array]] = [[] for _ in mu]
         for x, y in parts:
             for _ in range(c["mc_samples"]):
-                w = mu if noise is None else [m + sd * e for m, sd, e in zip(mu, sigma(t), noise(), strict=True)]
+                w = [m + sd * e for m, sd, e in zip(mu, sigma(t), noise(), strict=True)]
                 for k, g in enumerate(problem.gradients(w, x, y)):
                     rows[k].extend(g)
         g_hat = [sum(g) / len(g) for g in rows]
@@ -113,9 +113,7 @@ def all_settings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def compare(
-    rule: type[VOGN], name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int, each_weight: bool
-) -> None:
+def compare(name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int, each_weight: bool) -> None:
     problem = PROBLEMS[name]
     model, minibatches = problem.model(seed), problem.batches(sizes, seed)
     start = weights_of(model)
@@ -129,12 +127,11 @@ def compare(
         names = [name for name, _ in model.named_parameters()]
         given["prior_precision"] = dict(zip(names, map(torch.from_numpy, precision), strict=True))
         given["prior_mean"] = dict(zip(names, map(torch.from_numpy, prior_mean), strict=True))
-    noise = shared_noise(model, seed) if rule.draws_for_training else None
-    truth = whole_rule(start, minibatches, problem, noise, precision, prior_mean, chosen)
+    truth = whole_rule(start, minibatches, problem, shared_noise(model, seed), precision, prior_mean, chosen)
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DangerousFirstStepWarning)
-        optimizer = rule(model, problem.loss_fn, backend="loop", generator=generator, **given)
+        optimizer = VOGN(model, problem.loss_fn, backend="loop", generator=generator, **given)
         for parts, (mu, s, sigma) in zip(minibatches, truth, strict=True):
             for part in parts:
                 optimizer.observe(*as_tensors(part))
@@ -146,7 +143,6 @@ def compare(
                 np.testing.assert_allclose(variance.numpy(), sigma_p**-2, rtol=1e-9)
 
 
-@pytest.mark.parametrize("rule", [VOGN, OGN])
 @pytest.mark.parametrize("name", PROBLEMS)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -156,9 +152,9 @@ def compare(
     each_weight=st.booleans(),
 )
 def test_agrees_with_the_transcription(
-    rule: type[VOGN], name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int, each_weight: bool
+    name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int, each_weight: bool
 ) -> None:
-    compare(rule, name, chosen, sizes, seed, each_weight)
+    compare(name, chosen, sizes, seed, each_weight)
 
 
 BASE: dict[str, Any] = {
@@ -216,29 +212,3 @@ def test_each_setting_matters(base: dict[str, Any], change: dict[str, Any]) -> N
         return next(model.parameters()).detach().clone()
 
     assert not torch.allclose(end(BASE | base), end(BASE | base | change), rtol=1e-6, atol=0)
-
-
-def test_the_state_of_one_is_that_of_the_other() -> None:
-    """Settings are found with OGN first, and training goes on with VOGN."""
-    problem = PROBLEMS["linear regression"]
-    model = problem.model(0)
-    ogn = OGN(model, problem.loss_fn, data_size=20, hess_init=0.5, backend="loop")
-    for (batch,) in problem.batches([[4]] * 3, 0):
-        ogn.observe(*as_tensors(batch))
-        ogn.step()
-    vogn = VOGN(model, problem.loss_fn, data_size=20, backend="loop")
-    vogn.load_state_dict(ogn.state_dict())
-    assert torch.equal(vogn.state[model.weight]["curvature"], ogn.state[model.weight]["curvature"])
-
-
-def test_ogn_draws_nothing_while_training_but_has_a_posterior() -> None:
-    problem = PROBLEMS["linear regression"]
-    model, generator = problem.model(0), torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    ogn = OGN(model, problem.loss_fn, data_size=20, hess_init=0.5, backend="loop", generator=generator)
-    ogn.observe(*as_tensors(problem.batches([[4]], 0)[0][0]))
-    ogn.step()
-    assert torch.equal(generator.get_state(), before)
-    mean = model.weight.detach().clone()
-    with ogn.sampled_params():
-        assert not torch.equal(model.weight, mean)
