@@ -1,7 +1,7 @@
 """Processes that train one posterior together, and write down what each holds; the tests start them.
 
-python one_rank.py FOLDER --steps 4 --processes 2 [--resume]
-torchrun --nproc-per-node 2 one_rank.py FOLDER --steps 4 [--die-at STEP]
+python ranks.py FOLDER --steps 4 --processes 2 [--way WAY …] [--resume]
+torchrun --nproc-per-node 2 ranks.py FOLDER --steps 4 [--die-at STEP]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 
 import persample
@@ -20,6 +21,7 @@ from persample import VOGN
 
 DATA_SIZE = 40
 SHARES = (5, 2, 0, 3)  # samples of each rank in each step; the third has none
+WAYS = ("observe", "context", "closure")
 
 
 def make_model(seed: int) -> nn.Module:
@@ -49,10 +51,36 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(2, (SHARES[rank],), generator=generator)
 
 
-def observe(optimizer: VOGN, step: int, rank: int) -> None:
+def parts(step: int, rank: int) -> list[tuple[Tensor, Tensor]]:
+    """The first rank's batch in two parts."""
     inputs, targets = batch(step, rank)
-    for rows in torch.arange(len(targets)).split(3):  # the first rank's batch in two parts
-        optimizer.observe(inputs[rows], targets[rows])
+    return list(zip(inputs.split(3), targets.split(3), strict=True))
+
+
+def observe(optimizer: VOGN, step: int, rank: int, way: str = "observe") -> None:
+    """Observe the batch of a rank; a closure sees what a block of the user's own would see at each draw."""
+    if way == "observe":
+        for inputs, targets in parts(step, rank):
+            optimizer.observe(inputs, targets)
+        return
+    for _ in range(optimizer.mc_samples):
+        with optimizer.sampled_params(train=True):
+            run_passes(optimizer, step, rank)
+
+
+def run_passes(optimizer: VOGN, step: int, rank: int) -> None:
+    for inputs, targets in parts(step, rank):
+        F.cross_entropy(optimizer.model(inputs), targets).backward()
+
+
+def take_step(optimizer: VOGN, rank: int, way: str) -> None:
+    step = optimizer.steps
+    if SHARES[rank] and way == "closure":
+        optimizer.step(lambda: run_passes(optimizer, step, rank))
+        return
+    if SHARES[rank]:
+        observe(optimizer, step, rank, way)
+    optimizer.step()
 
 
 def train(rank: int, options: argparse.Namespace) -> None:
@@ -62,6 +90,13 @@ def train(rank: int, options: argparse.Namespace) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
     else:
         dist.init_process_group("gloo")
+    held = [train_by(way, rank, options) for way in options.way or WAYS[:1]]
+    torch.save(held, options.folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_by(way: str, rank: int, options: argparse.Namespace) -> list[object]:
+    """Train, and return the means after each step, the curvature, and predictions."""
     model = make_model(seed=rank)  # the ranks begin at other weights
     optimizer = make_optimizer(model, process_group=dist.group.WORLD)
     checkpoint = options.folder / "checkpoint.pt"
@@ -73,16 +108,13 @@ def train(rank: int, options: argparse.Namespace) -> None:
     while optimizer.steps < options.steps:
         if options.die_at == optimizer.steps and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if SHARES[rank]:
-            observe(optimizer, optimizer.steps, rank)
-        optimizer.step()
+        take_step(optimizer, rank, way)
         history.append([p.detach().clone() for p in model.parameters()])
         if rank == 0:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
     curvature = [optimizer.state[p]["curvature"] for p in model.parameters()]
     predicted = optimizer.predict(batch(0, 0)[0], samples=3).probabilities
-    torch.save([history, curvature, predicted], options.folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return [history, curvature, predicted]
 
 
 def main() -> None:
@@ -90,6 +122,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--processes", type=int, help="start them here, instead of by torchrun")
+    parser.add_argument("--way", choices=WAYS, action="append", help="how to observe; one after the other")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die-at", type=int)
     options = parser.parse_args()

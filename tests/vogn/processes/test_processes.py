@@ -21,19 +21,19 @@ from . import ranks
 
 SCRIPT = Path(ranks.__file__)
 STEPS = 4
-
+ALL_WAYS = [argument for way in ranks.WAYS for argument in ("--way", way)]
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run_ranks(processes: int, folder: Path, *arguments: str) -> list[Any]:
-    """Start the processes, and return what each has written down."""
+    """Start the processes, and return what each has written down, one entry for each way to observe."""
     command = [sys.executable, str(SCRIPT), str(folder), "--steps", str(STEPS), "--processes", str(processes)]
     subprocess.run([*command, *arguments], env=ENVIRONMENT, timeout=180, check=True)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-def by_one_process(processes: int) -> list[list[torch.Tensor]]:
+def by_one_process(processes: int, way: str) -> list[list[torch.Tensor]]:
     """The means after each step, if one process observes all batches, each at the draws of the rank that had it."""
     model = ranks.make_model(seed=0)
     optimizer = ranks.make_optimizer(model)
@@ -42,7 +42,7 @@ def by_one_process(processes: int) -> list[list[torch.Tensor]]:
         for rank in range(processes):
             optimizer.generator = noise_of_rank(11, rank, step)
             if ranks.SHARES[rank]:
-                ranks.observe(optimizer, step, rank)
+                ranks.observe(optimizer, step, rank, way)
         optimizer.step()
         history.append([p.detach().clone() for p in model.parameters()])
     return history
@@ -50,23 +50,31 @@ def by_one_process(processes: int) -> list[list[torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return run_ranks(2, tmp_path_factory.mktemp("two"))
+    return run_ranks(2, tmp_path_factory.mktemp("two"), *ALL_WAYS)
 
 
-def check(held: list[Any]) -> None:
+@pytest.fixture(scope="module")
+def by_four(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run_ranks(4, tmp_path_factory.mktemp("four"), *ALL_WAYS)
+
+
+def check(held: list[Any], way: str) -> None:
     """All ranks hold the same, bit for bit, and what one process would hold."""
-    assert all(same(other, held[0]) for other in held[1:])
-    for actual, expected in zip(held[0][0], by_one_process(len(held)), strict=True):
+    own = [of_rank[ranks.WAYS.index(way)] for of_rank in held]
+    assert all(same(other, own[0]) for other in own[1:])
+    for actual, expected in zip(own[0][0], by_one_process(len(held), way), strict=True):
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13)
 
 
-def test_two_hold_what_one_would(by_two: list[Any]) -> None:
-    check(by_two)
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_two_hold_what_one_would(by_two: list[Any], way: str) -> None:
+    check(by_two, way)
 
 
-def test_four_hold_what_one_would_though_one_has_no_batch(tmp_path: Path) -> None:
-    check(run_ranks(4, tmp_path))
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_four_hold_what_one_would_though_one_has_no_batch(by_four: list[Any], way: str) -> None:
+    check(by_four, way)
 
 
 def test_a_death_ends_the_run_and_it_goes_on_from_the_checkpoint(by_two: list[Any], tmp_path: Path) -> None:
@@ -80,7 +88,7 @@ def test_a_death_ends_the_run_and_it_goes_on_from_the_checkpoint(by_two: list[An
     )
     assert killed.returncode != 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    straight, resumed = by_two[0], run_ranks(2, tmp_path, "--resume")[0]
+    straight, resumed = by_two[0][0], run_ranks(2, tmp_path, "--resume")[0][0]
     assert same(straight[0][2:], resumed[0])
     assert same(straight[1:], resumed[1:])
 
