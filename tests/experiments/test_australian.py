@@ -92,19 +92,19 @@ class TestScores:
             return np.stack(rows)
 
         kl = posterior.kl(1.0).item()
-        assert score.negative_elbo == pytest.approx(-(table(x, y, 10).sum(1).mean() - kl) / 40, rel=1e-5)
-        whole = np.exp(table(xt, yt, 10).sum(1)).mean()
-        assert score.test_log_loss == pytest.approx(-math.log(whole) / 30, rel=1e-5)
-        assert score.precise_negative_elbo == pytest.approx(-(table(x, y, 1000).sum(1).mean() - kl) / 40, rel=1e-5)
-        averaged = np.exp(table(xt, yt, 1000)).mean(0)
-        assert score.averaged_log_loss == pytest.approx(-np.log(averaged).mean(), rel=1e-5)
+        on_training_data, on_test_data = table(x, y, 1000), table(xt, yt, 1000)
+        due = [(kl - part.sum(1).mean()) / 40 for part in np.split(on_training_data, 100)]
+        np.testing.assert_allclose(score.negative_elbos, due, rtol=1e-5)
+        due = [-math.log(np.exp(part.sum(1)).mean()) / 30 for part in np.split(on_test_data, 100)]
+        np.testing.assert_allclose(score.test_log_losses, due, rtol=1e-5)
+        assert score.averaged_log_loss == pytest.approx(-np.log(np.exp(on_test_data).mean(0)).mean(), rel=1e-5)
 
 
 class TestRuns:
     @pytest.mark.parametrize("method", METHODS)
     def test_learn(self, method: str, data: TableDataset) -> None:
         before, after = (train(Run(Setting(method, 8, 2), 0, epochs), data) for epochs in (0, 60))
-        assert after.precise_negative_elbo < before.precise_negative_elbo
+        assert sum(after.negative_elbos) < sum(before.negative_elbos)
 
     def test_do_not_depend_on_jobs_and_leave_the_global_noise(self, data: TableDataset) -> None:
         runs = [Run(Setting(method, 16, 2), seed, 1) for method in ("VOGN", "Vadam") for seed in range(2)]
@@ -114,7 +114,7 @@ class TestRuns:
         two = {score.run: score for score in train_all(runs, data, jobs=2)}
         assert one.keys() == two.keys() == set(runs)
         for run in runs:
-            assert one[run].negative_elbo == pytest.approx(two[run].negative_elbo, rel=1e-6)
+            assert one[run].negative_elbos == pytest.approx(two[run].negative_elbos, rel=1e-6)
 
     def test_refuse_less_than_one_job(self, data: TableDataset) -> None:
         with pytest.raises(OptionError, match="at least 1"):
@@ -122,13 +122,16 @@ class TestRuns:
 
 
 def scores() -> list[Score]:
-    return [Score(Run(Setting("VOGN", 1, 1), seed, 16), 0.9 + 0.1 * seed, 0.4, 0.8, 0.3) for seed in range(2)]
+    return [
+        Score(Run(Setting("VOGN", 1, 1), seed, 16), (0.9 + 0.1 * seed, 0.95), (0.4, 0.38 - 0.1 * seed), 0.3)
+        for seed in range(2)
+    ]
 
 
 def test_the_table_has_ours_beside_the_published() -> None:
     table = australian_table(scores())
     cells = [next(iter(column.cells)) for column in table.columns]
-    ours = ["0.950 ± 0.071", "0.938", "0.400 ± 0.000", "0.384", "0.800 ± 0.000", "0.300 ± 0.000"]
+    ours = ["0.950 ± 0.041", "0.938", "25%", "0.365 ± 0.057", "0.384", "50%", "0.300 ± 0.000"]
     assert cells == ["VOGN", "1", "1", *ours]
 
 

@@ -31,39 +31,45 @@ class Run:
 class Score:
     """What one run reached, in nats.
 
+    A measurement as published takes 10 draws of the weights, so that it varies by its draws. Here it is repeated.
+
     Attributes:
         run: The run.
-        negative_elbo: Minus the evidence lower bound per training sample, from 10 draws, as published.
-        test_log_loss: −log(Σ_k Π_i p(y_i | x_i, w_k) / 10) / N over the N test rows i and 10 draws k, as published.
-            That is the log loss of the test set as a whole, and more than that of the averaged predictions.
-        precise_negative_elbo: As `negative_elbo`, from 1000 draws.
-        averaged_log_loss: −Σ_i log(Σ_k p(y_i | x_i, w_k) / 1000) / N, the usual log loss of averaged predictions.
+        negative_elbos: Minus the evidence lower bound per training sample, once for each measurement.
+        test_log_losses: −log(Σ_k Π_i p(y_i | x_i, w_k) / 10) / N over the N test rows i and 10 draws k, once for each
+            measurement. That is the log loss of the test set as a whole, and more than that of the averaged
+            predictions.
+        averaged_log_loss: −Σ_i log(Σ_k p(y_i | x_i, w_k) / K) / N with all K draws, the usual log loss of averaged
+            predictions.
     """
 
     run: Run
-    negative_elbo: float
-    test_log_loss: float
-    precise_negative_elbo: float
+    negative_elbos: tuple[float, ...]
+    test_log_losses: tuple[float, ...]
     averaged_log_loss: float
 
 
 _TEXT = ("method",)
 _INTEGERS = ("batch_size", "draws", "seed", "epochs")
-_NUMBERS = ("negative_elbo", "test_log_loss", "precise_negative_elbo", "averaged_log_loss")
+_LISTS = ("negative_elbos", "test_log_losses")
+_NUMBERS = ("averaged_log_loss",)
 
 
 def write_csv(scores: Sequence[Score], path: Path) -> None:
     """Write the scores as a table of comma-separated values with a header, whole or not at all.
+
+    Lists of numbers are separated by spaces.
 
     Args:
         scores: The rows, in order.
         path: The file to write; its folder exists.
     """
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*_TEXT, *_INTEGERS, *_NUMBERS], extrasaction="ignore")
+        writer = csv.DictWriter(file, [*_TEXT, *_INTEGERS, *_NUMBERS, *_LISTS], extrasaction="ignore")
         writer.writeheader()
         for score in scores:
-            writer.writerow(asdict(score.run.setting) | vars(score.run) | vars(score))
+            lists = {name: " ".join(f"{value:.6f}" for value in getattr(score, name)) for name in _LISTS}
+            writer.writerow(asdict(score.run.setting) | vars(score.run) | vars(score) | lists)
 
 
 def read_csv(path: Path) -> list[Score]:
@@ -84,4 +90,5 @@ def read_csv(path: Path) -> list[Score]:
 def _score(row: dict[str, str]) -> Score:
     batch_size, draws, seed, epochs = (int(row[name]) for name in _INTEGERS)
     setting = Setting(row["method"], batch_size, draws)  # type: ignore[arg-type]
-    return Score(Run(setting, seed, epochs), *(float(row[name]) for name in _NUMBERS))
+    negative_elbos, test_log_losses = (tuple(map(float, row[name].split())) for name in _LISTS)
+    return Score(Run(setting, seed, epochs), negative_elbos, test_log_losses, float(row["averaged_log_loss"]))

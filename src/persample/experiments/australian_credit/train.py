@@ -19,7 +19,7 @@ from persample.experiments.seeds import derive_seed, make_generator
 from persample.vogn import VariationalOptimizer
 
 _PUBLISHED_DRAWS = 10
-_MANY_DRAWS = 1000
+_MEASUREMENTS = 100
 
 
 def train(run: Run, data: TableDataset) -> Score:
@@ -51,25 +51,25 @@ def measure(run: Run, optimizer: VariationalOptimizer, data: TableDataset) -> Sc
         data: The data.
     """
     generator = make_generator(run.seed, "evaluation")
-    posterior = optimizer.posterior
-
-    def negative_elbo(draws: int) -> float:
-        elbo = optimizer.elbo(data.train_inputs, data.train_targets, samples=draws, generator=generator)
-        return -elbo.per_sample
-
-    def on_test_data(draws: int) -> Tensor:
-        table = posterior.log_likelihoods(
-            losses.bernoulli, data.test_inputs, data.test_targets, samples=draws, generator=generator
-        )
-        return table.double()  # (draws, rows)
-
+    draws = _MEASUREMENTS * _PUBLISHED_DRAWS
+    size = len(data.train_targets)
+    elbo = optimizer.elbo(data.train_inputs, data.train_targets, samples=draws, generator=generator)
+    on_test_data = optimizer.posterior.log_likelihoods(
+        losses.bernoulli, data.test_inputs, data.test_targets, samples=draws, generator=generator
+    ).double()  # (draws, rows)
     return Score(
         run=run,
-        negative_elbo=negative_elbo(_PUBLISHED_DRAWS),
-        test_log_loss=-_log_mean_exp(on_test_data(_PUBLISHED_DRAWS).sum(1)).item() / len(data.test_targets),
-        precise_negative_elbo=negative_elbo(_MANY_DRAWS),
-        averaged_log_loss=-_log_mean_exp(on_test_data(_MANY_DRAWS)).mean().item(),
+        negative_elbos=tuple((elbo.kl - part.mean().item()) / size for part in _measurements(elbo.log_likelihoods)),
+        test_log_losses=tuple(
+            -_log_mean_exp(part).item() / len(data.test_targets) for part in _measurements(on_test_data.sum(1))
+        ),
+        averaged_log_loss=-_log_mean_exp(on_test_data).mean().item(),
     )
+
+
+def _measurements(draws: Tensor) -> Sequence[Tensor]:
+    """What belongs to one measurement after the other."""
+    return torch.split(draws, _PUBLISHED_DRAWS)
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:
