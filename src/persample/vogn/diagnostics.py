@@ -17,6 +17,9 @@ FIRST_LOOK = 128
 # Above this share of the initial value in the curvature, the data have not been heard yet.
 MOST_OF_INITIAL = 0.9
 
+# As many times 1 / (1 − γ) steps leave a twentieth of the initial value, which has to be high for a safe first step.
+LONG_ENOUGH = 3
+
 # σ over |μ|, both as root mean squares over all weights: above this the draws are little but noise.
 WIDEST = 10.0
 
@@ -122,7 +125,7 @@ def warn_of_width(mean: list[Tensor], scale: list[Tensor]) -> bool:
 def warn_of_stuck_curvature(curvature: Mapping[str, Tensor], initial: float, decay: float, steps: list[int]) -> bool:
     """Warn with `StuckCurvatureWarning` if a layer's curvature is little but what is left of its initial value.
 
-    Of s_t a part γ^t s_0 comes from the start, and the rest from the data. Before 1 / (1 − γ) steps nobody can tell.
+    Of s_t a part γ^t s_0 comes from the start, and the rest from the data. Before 3 / (1 − γ) steps nobody can tell.
 
     Args:
         curvature: s_t by the names of the parameters.
@@ -136,7 +139,10 @@ def warn_of_stuck_curvature(curvature: Mapping[str, Tensor], initial: float, dec
     stuck = [
         name
         for (name, s), t in zip(curvature.items(), steps, strict=True)
-        if decay < 1 and t * (1 - decay) >= 1 and s.numel() and initial * decay**t > MOST_OF_INITIAL * s.median().item()
+        if decay < 1
+        and t * (1 - decay) >= LONG_ENOUGH
+        and s.numel()
+        and initial * decay**t > MOST_OF_INITIAL * s.median().item()
     ]
     if stuck:
         warn(
