@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,13 @@ def _rounding_left(source: PerSampleGradSource, batch: Batch, before: RandomStat
     with replayed(source, before):
         dtype = least_precise(source.losses(batch))
 
-    def gradients(model: nn.Module) -> dict[str, Tensor]:
-        moved = copy.copy(source)
+    def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+        moved, like = copy.copy(source), replace(batch, args=inputs[0], kwargs=inputs[1])
         moved.model = model
         with replayed(moved, before):
-            mean = {name: g / batch.size for name, g in gradient(moved.losses(batch).sum(), moved).items()}
+            mean = {name: g / batch.size for name, g in gradient(moved.losses(like).sum(), moved).items()}
         with replayed(moved, before):
-            rows = [mean, *sample_gradients(moved, batch, few)[1]]
+            rows = [mean, *sample_gradients(moved, like, few)[1]]
         return {name: torch.stack([row[name] for row in rows]) for name in mean}
 
-    return rounding_left(source.model, gradients, dtype)
+    return rounding_left(source.model, (batch.args, dict(batch.kwargs)), gradients, dtype)

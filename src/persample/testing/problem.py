@@ -56,11 +56,11 @@ class Problem:
     def rounding_left(self, stream: Stream = "batch") -> dict[str, float]:
         """Return what rounding leaves of gradients that vanish in exact arithmetic, by name; zero for all others."""
 
-        def gradients(model: nn.Module) -> dict[str, Tensor]:
-            return dataclasses.replace(self, model=model).truth(stream).gradients
+        def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+            return dataclasses.replace(self, model=model, inputs=inputs).truth(stream).gradients
 
         dtypes = {p.dtype for p in self.model.parameters()} | ({self.autocast} if self.autocast else set())
-        return rounding_left(self.model, gradients, max(dtypes, key=_eps, default=torch.float64))
+        return rounding_left(self.model, self.inputs, gradients, max(dtypes, key=_eps, default=torch.float64))
 
     def draws_random_numbers(self) -> bool:
         """Return whether the forward pass does."""

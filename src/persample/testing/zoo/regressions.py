@@ -88,6 +88,7 @@ CASES = (
         lambda: nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1), nn.LayerNorm(1, bias=False)),
         reals(2),
     ),
+    Case("Vanishing loss of a norm of one number", lambda: nn.LayerNorm(1, bias=False), reals(1)),
     Case(
         "Vanishing gradients by cancellation",
         lambda: Net(lambda m, x: m.inner(x) + m.inner(-x), inner=nn.Linear(2, 3, bias=False)),
