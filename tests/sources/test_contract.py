@@ -94,6 +94,12 @@ def test_impossible_models_are_refused_before_they_run(
     assert advice in str(refusal.value)
 
 
+def test_models_without_values_are_refused(backend: str, method: Method) -> None:
+    model = mlp(nn.Linear(4, 4, device="meta"))
+    with pytest.raises(UnsupportedModelError, match=r"'2.weight' is on the meta device.*to_empty"):
+        getattr(make(backend, model), method)(*batch())
+
+
 def test_mode_counts_when_a_call_is_made(backend: str, method: Method) -> None:
     model = mlp(nn.BatchNorm1d(4).double()).eval()
     source = make(backend, model)
@@ -395,6 +401,31 @@ def test_gradients_of_the_inputs_are_no_matter(
     with no_trace(model, inputs, targets):
         result = getattr(make(backend, model), method)(inputs, targets)
     assert_true(result, per_sample_truth(model, losses.cross_entropy, inputs, targets))
+
+
+class SumOfParameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.change = (nn.Parameter(torch.randn(2, 3)) for _ in range(2))
+        self.first, self.second = (nn.Parameter(torch.randn(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.change) + self.first + self.second
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("backend", ["loop", "fused", "vmap"])
+def test_results_may_be_changed_in_place(backend: str, method: Method, size: int, per_sample_truth: Any) -> None:
+    model = SumOfParameters().double()
+    inputs, targets = batch(size)
+    truth = per_sample_truth(model, losses.cross_entropy, inputs, targets)
+    result = getattr(make(backend, model), method)(inputs, targets)
+    for values in (result.mean, result.second_moment) if isinstance(result, persample.Moments) else (result,):
+        for g in values.values():
+            g.mul_(3)
+        for g in values.values():
+            g.div_(3)
+    assert_true(result, truth)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])

@@ -50,11 +50,16 @@ def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'loop
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter._backward_hooks:
-            raise UnsupportedModelError(
-                f"Parameter {name!r} has a hook (Tensor.register_hook), which changes the gradient that autograd "
-                f"gives it, but this backend computes gradients of its own: remove the hook, or {instead}, "
-                "which gives it the gradient of each sample."
-            )
+            raise hooked_parameter(name, instead)
+
+
+def hooked_parameter(name: str, instead: str = "use backend 'loop'") -> UnsupportedModelError:
+    """Return the refusal of a parameter that has a hook."""
+    return UnsupportedModelError(
+        f"Parameter {name!r} has a hook (Tensor.register_hook), which changes the gradient that autograd gives it, but "
+        f"this backend computes gradients of its own: remove the hook, or {instead}, which gives it the gradient of "
+        "each sample."
+    )
 
 
 def describe(path: str, module: nn.Module) -> str:
@@ -65,6 +70,8 @@ def describe(path: str, module: nn.Module) -> str:
 def _reason_of_tensor(kind: str, tensor: Tensor) -> str | None:
     if is_lazy(tensor):
         return "is not initialised yet (a lazy module): run one forward pass of the model first."
+    if tensor.is_meta:
+        return "is on the meta device, where it has no values: call model.to_empty(device=...) and load its weights."
     if kind == "Parameter" and tensor.is_complex() and tensor.requires_grad:
         return (
             "is complex, and a squared gradient is not defined for it: hold its real and imaginary parts as two real "

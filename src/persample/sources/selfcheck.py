@@ -60,12 +60,12 @@ def verify(
     with buffers_restored(source.model), random_state_restored(source.model, before):
         losses = source.losses(batch)
         total = gradient(losses.sum(), source)
-        random = not same_random_state(before, random_state(source.model))
-    _verify_no_mixing(source, batch, losses.detach(), before, random, tolerance(losses))
+        after = random_state(source.model)
+    _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
     allowance = Allowance(
         max(rounding, tolerance(losses)), least_precise(losses), _largest(losses.detach()), left or {}
     )
-    if random and not source.ordinary_random_stream:
+    if not (source.ordinary_random_stream or same_random_state(before, after)):
         return  # its random numbers are other ones than these, so there is nothing to compare
     with buffers_restored(source.model), random_state_restored(source.model, before):
         if isinstance(result, Moments):
@@ -82,33 +82,51 @@ def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomStat
     """
     with replayed(source, before):
         losses = source.losses(batch)
-        random = not same_random_state(before, random_state(source.model))
-    _verify_no_mixing(source, batch, losses.detach(), before, random, tolerance(losses))
+        after = random_state(source.model)
+    _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
 
 
 def _verify_no_mixing(
-    source: PerSampleGradSource, batch: Batch, losses: Tensor, before: RandomState, random: bool, rounding: float
+    source: PerSampleGradSource,
+    batch: Batch,
+    losses: Tensor,
+    before: RandomState,
+    after: RandomState,
+    rounding: float,
 ) -> None:
-    """Require that no sample's loss depends on the others, nor on how many there are."""
+    """Require that no sample's loss depends on the others, nor on how many there are.
+
+    Where `losses` drew random numbers, from the state `before` to the state `after`, a smaller batch draws others; so
+    does another sample, where their count depends on values. But in eval mode there may be none left to draw.
+    """
     if batch.size == 1:
         return
     order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size)).tolist()
+    with replayed(source, before):
+        _verify_exchange(source, batch, losses, after, order, rounding)
+    if same_random_state(before, after):
+        with replayed(source, before):
+            _verify_halves(source, batch, losses, order, rounding)
+        return
+    with replayed(source, before), _in_eval_mode(source.model):
+        losses = source.losses(batch).detach()
+        if same_random_state(before, random_state(source.model)):
+            _verify_exchange(source, batch, losses, before, order, rounding)
+            _verify_halves(source, batch, losses, order, rounding)
+
+
+def _verify_exchange(
+    source: PerSampleGradSource, batch: Batch, losses: Tensor, after: RandomState, order: list[int], rounding: float
+) -> None:
     first, last = order[0], order[-1]
     rows = [last if i == first else i for i in range(batch.size)]
     others = [i for i in range(batch.size) if i != first]
-    with replayed(source, before):
+    with buffers_restored(source.model):
         exchanged = source.losses(batch.rows(rows)).detach()
-    _require_unmixed(exchanged[others], losses[others], rounding, f"when sample {first} is exchanged for another one")
-    if random:
-        # A smaller batch would draw other random numbers, but in eval mode there may be none left to draw.
-        with replayed(source, before), _in_eval_mode(source.model):
-            losses = source.losses(batch).detach()
-            if not same_random_state(before, random_state(source.model)):
-                return
-            _verify_halves(source, batch, losses, order, rounding)
-    else:
-        with replayed(source, before):
-            _verify_halves(source, batch, losses, order, rounding)
+    if same_random_state(after, random_state(source.model)):
+        _require_unmixed(
+            exchanged[others], losses[others], rounding, f"when sample {first} is exchanged for another one"
+        )
 
 
 def _verify_halves(

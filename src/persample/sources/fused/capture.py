@@ -32,6 +32,7 @@ from persample.sources.fused.rules import in_place
 from persample.sources.fused.rules.copies import copied, own_of_one_sample
 from persample.sources.fused.taps import Copies, Operation, Tap
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.refusals import hooked_parameter
 
 Build = Callable[..., Contribution]
 
@@ -249,6 +250,8 @@ class Capture(TorchFunctionMode):
             return seen
 
         sources = {id(t): e for t in tensors_in((args, dict(kwargs))) if (e := self.expression(t)) is not None}
+        if func is Tensor.register_hook:
+            self._expect_hook(sources[id(args[0])])
         return express(func, args, kwargs, sources, remember)
 
     def fall_back(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -340,6 +343,14 @@ class Capture(TorchFunctionMode):
         if self.forward_pass:
             for expression in expressions:
                 self.sink.expect(expression)
+
+    def _expect_hook(self, hooked: Expression) -> None:
+        """Pull gradients back one by one from now on, as a hook may change each of them."""
+        if hooked.is_parameter:
+            raise hooked_parameter(hooked.names[0])
+        for _, expression in self.expressions.values():
+            if expression.parameters.keys() & hooked.parameters.keys():
+                expression.moves = False
 
     def _adopted(self, tensors: list[Tensor]) -> list[Tensor]:
         """Make expressions of those tensors that came into being unseen, if autograd knows how from parameters alone.

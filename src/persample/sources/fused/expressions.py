@@ -79,9 +79,10 @@ class Expression:
         """Return the same for several gradients at once; `gradients` and the results have a leading dimension."""
         if self.is_parameter:
             return {self.names[0]: gradients}
-        if not any(isinstance(node, BackwardCFunction) for node in nodes_behind(self.graph)):
+        nodes = nodes_behind(self.graph)
+        if not any("Sparse" in node.name() or isinstance(node, BackwardCFunction) for node in nodes):
             return self._grad(gradients, batched=True)
-        # A custom function may do in its backward pass what cannot be mapped over the samples.
+        # A custom function may do in its backward pass what cannot be mapped over the samples; sparse products do.
         rows = [self._grad(gradient, batched=False) for gradient in gradients]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

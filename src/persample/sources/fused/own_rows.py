@@ -68,7 +68,7 @@ class PickedRows:
         return torch.where(own, self.delta, 0)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        return self.delta, self.delta.square()
+        return self.delta.clone(), self.delta.square()  # δ may be that of other parameters, too
 
     def printed_second_moment_sum(self) -> Tensor:
         return self.delta.square()

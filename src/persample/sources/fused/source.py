@@ -61,7 +61,7 @@ class FusedSource(PerSampleGradSource):
             return losses, {name: g.unsqueeze(0) for name, g in alone.items()}
         parameters, sink = self.parameters(), Rows()
         losses = self._backward(batch, parameters, sink)
-        return losses, _complete(parameters, sink.gradients, batch.size)
+        return losses, _in_own_memory(_complete(parameters, sink.gradients, batch.size))
 
     def compute_moments(self, batch: Batch) -> Moments:
         if batch.size == 1:
@@ -82,7 +82,7 @@ class FusedSource(PerSampleGradSource):
     def _of_one(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of a single sample is the ordinary one."""
         losses = self.losses(batch)
-        return losses.detach(), gradient(losses.sum(), self)
+        return losses.detach(), _in_own_memory(gradient(losses.sum(), self))
 
     def find_uses(self, batch: Batch | None) -> Iterable[Use]:
         if batch is None:
@@ -158,3 +158,14 @@ def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *le
             value = p.new_zeros((*leading, *p.shape))
         complete[name] = value if value.dtype == p.dtype else value.to(p.dtype)
     return complete
+
+
+def _in_own_memory(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in place of those that share memory, as what autograd gives the operands of a sum does."""
+    separate, taken = {}, set()
+    for name, g in gradients.items():
+        memory = g.untyped_storage()
+        shared = memory.data_ptr() in taken or memory.nbytes() < g.numel() * g.element_size()
+        taken.add(memory.data_ptr())
+        separate[name] = g.clone(memory_format=torch.contiguous_format) if shared else g
+    return separate

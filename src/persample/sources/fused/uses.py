@@ -45,7 +45,8 @@ class Moment:
             g = added_up(self.waiting, slice(start, start + rows))
             for name, piece in g.items():
                 _add(self.total, name, piece.sum(0))
-                _add(self.squares, name, piece.square_().sum(0))
+                # Not in place: the gradients of two parameters may be one tensor, as those in a sum are.
+                _add(self.squares, name, piece.square().sum(0))
 
 
 class Rows:

@@ -64,6 +64,13 @@ def _nothing_chosen(model: Any, x: Tensor) -> Any:
     return model.inner(torch.zeros_like(x).masked_scatter(chosen, x[chosen] * model.scale)) + x
 
 
+def _hooked_weight(model: Any, x: Tensor) -> Any:
+    weight = model.weight.t()
+    if weight.requires_grad:
+        weight.register_hook(lambda gradient: 3 * gradient)
+    return F.linear(x, weight)
+
+
 CASES = (
     # The self-check took rounding for an error where every gradient vanishes in exact arithmetic.
     Case(
@@ -228,4 +235,51 @@ CASES = (
         ),
         reals(4),
     ),
+    # The gradients of two parameters were one tensor, which was squared in place for one of them.
+    Case(
+        "Weight that is a sum of two parameters",
+        lambda: Net(
+            lambda m, x: F.linear(x, m.weight + m.change.view(4, 3).t(), m.first + m.second),
+            weight=parameter(3, 4),
+            change=parameter(12),
+            first=parameter(3),
+            second=parameter(3),
+        ),
+        reals(4),
+    ),
+    # What the model saw of an expression did not require a gradient, so that hooks, branches and custom functions
+    # lost the parameter.
+    Case("Hook on a transposed weight", lambda: Net(_hooked_weight, weight=parameter(4, 3)), reals(4)),
+    Case(
+        "Branch on whether an expression requires a gradient",
+        lambda: Net(
+            lambda m, x: F.linear(x, 2 * m.weight) * (1 + (m.weight * 2).requires_grad),
+            weight=parameter(3, 4),
+        ),
+        reals(4),
+    ),
+    Case(
+        "Custom functions of custom functions",
+        lambda: Net(lambda m, x: F.linear(x, _sign(_sign(m.weight * 2) + m.weight)), weight=parameter(3, 4)),
+        reals(4),
+    ),
+    # Refused, or an error of PyTorch.
+    Case(
+        "Weight by a sparse product",
+        lambda: Net(
+            lambda m, x: F.linear(x, torch.sparse.mm(torch.eye(3, dtype=x.dtype).to_sparse(), m.weight)),
+            weight=parameter(3, 4),
+        ),
+        reals(4),
+    ),
+    Case(
+        "Product with a matrix without entries",
+        lambda: Net(
+            lambda m, x: x[..., :0] @ m.matrix + x[..., 1:] * m.scale, matrix=parameter(0, 3), scale=parameter(3)
+        ),
+        reals(2, 4),
+    ),
+    Case("Layer of one vector", lambda: Net(lambda m, x: F.linear(x, m.weight), weight=parameter(4)), reals(3, 4)),
+    # More random numbers are drawn for some samples than for others.
+    Case("RReLU in training mode", lambda: nn.Sequential(nn.Linear(4, 3), nn.RReLU()), reals(4)),
 )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
+    if weight.dim() == 1:
+        return rewritten.linear(capture, input, weight, bias)
     if weight.shape[1] == 0:  # nothing of the samples enters, only the bias is left
         shape = (*input.shape[:-1], weight.shape[0])
         return input.new_zeros(shape) if bias is None else capture.again(Tensor.expand, (bias, shape), {}, {})
@@ -58,7 +60,8 @@ def _autocast(x: Tensor) -> bool:
 
 def matmul(capture: Capture, x: Tensor, other: Tensor) -> Any:
     """`x @ P` with samples in x and a matrix P made of parameters: a linear layer with the weight Pᵀ."""
-    if capture.expression(other) is None or capture.expression(x) is not None or other.dim() != 2 or x.dim() < 2:
+    of_matrix = other.dim() == 2 and x.dim() >= 2 and other.numel() > 0
+    if capture.expression(other) is None or capture.expression(x) is not None or not of_matrix:
         return rewritten.matmul(capture, x, other)
     layout = capture.layout(x, "matmul")
     inputs, outputs = other.shape

@@ -24,6 +24,14 @@ def addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: 
         return product + (input if beta == 1 else beta * input)
 
 
+def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with a vector for weight."""
+    with capture:
+        product = input @ weight
+        result: Tensor = product if bias is None else product + bias
+        return result
+
+
 def masked_fill(capture: Capture, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     """The parameter where the mask is, x elsewhere."""
     with capture:
@@ -55,6 +63,8 @@ def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
             return (second.mT @ first.mT).mT
         if not in_front and second.dim() == 1:
             return (first @ second.unsqueeze(1)).squeeze(-1)
+        if not in_front and second.dim() == 2 and second.numel() == 0:
+            return first.new_zeros(*first.shape[:-1], second.shape[1])
     return capture.fall_back(torch.matmul, (first, second), {})
 
 
