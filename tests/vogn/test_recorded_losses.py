@@ -83,6 +83,28 @@ class TestWhatIsNoSumOverTheSamples:
             with summed.sampled_params(train=True, loss_reduction="sum"):
                 F.cross_entropy(summed.model(x), ignoring, reduction="sum").backward()
 
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_as_many_ignored_targets_in_every_sample(self, backend: str, flat: bool, batch: Batch) -> None:
+        """As in models of language, where the last word has no next one: the mean divides by a constant."""
+        x, y = batch
+        words = torch.stack([y, 1 - y, torch.full_like(y, -100)], 1)
+
+        def loss(z: Tensor, words: Tensor) -> Tensor:
+            logits = torch.stack([z, 2 * z, 3 * z], 2)
+            if not flat:
+                return F.cross_entropy(logits, words)
+            return F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), words.flatten())
+
+        optimizer = make(backend=backend)
+        with optimizer.sampled_params(train=True):
+            loss(optimizer.model(x), words).backward()
+        params = list(optimizer.model.parameters())
+        with optimizer.sampled_params(generator=torch.Generator().manual_seed(2)):
+            rows = [torch.autograd.grad(loss(optimizer.model(x[[i]]), words[[i]]), params) for i in range(6)]
+        second = optimizer._observations.parts[0].moments.second_moment
+        for found, column in zip(second.values(), zip(*rows, strict=True), strict=True):
+            torch.testing.assert_close(found, torch.stack(column).square().mean(0))
+
     def test_division_by_the_number_of_parts_is_warned_of(self, backend: str, batch: Batch) -> None:
         x, y = batch
         for divide in (lambda loss: loss / 3, lambda loss: loss * (1 / 3)):

@@ -329,7 +329,7 @@ class Recorder(TorchFunctionMode):
                 for loss in losses:
                     edges = [forward_pass.edges[index] for index in forward_pass.outputs]
                     if self.recorded.reduction == "mean":
-                        refuse_weighted_mean(loss, edges)
+                        refuse_weighted_mean(loss, edges, forward_pass.batch.size)
                     if source.check_is_due(forward_pass.batch):
                         refuse_joint_loss(loss, edges, forward_pass.batch.size)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,11 @@ def _last_reduction(node: Node | None, batch_size: int) -> LossReduction | None:
     return "mean" if kind == "MeanBackward" else "sum" if kind == "SumBackward" else None
 
 
-def refuse_weighted_mean(loss: Tensor, outputs: Iterable[GradientEdge]) -> None:
+def refuse_weighted_mean(loss: Tensor, outputs: Iterable[GradientEdge], batch_size: int) -> None:
     """Raise if a mean between the outputs and `loss` divides by the weights of the targets, not by their number.
+
+    Targets may be ignored if all samples have as many of them, as the last ones of sequences: then the divisor is one
+    number for all.
 
     Raises:
         UsageError: it does.
@@ -52,13 +56,26 @@ def refuse_weighted_mean(loss: Tensor, outputs: Iterable[GradientEdge]) -> None:
         if "NllLoss" not in node.name() or getattr(node, "_saved_reduction", None) != 1:
             continue
         weights, count = float(node._saved_total_weight), node._saved_target.numel()  # type: ignore[attr-defined]
-        if weights != count:
+        if weights != count and not _ignored_alike(node, batch_size):
             raise UsageError(
-                f"The loss is a mean over {count} targets of which some are ignored or weighted: PyTorch divides it by "
+                f"The loss is a mean over {count} targets of which some are weighted, or ignored in some samples more "
+                "than in others: PyTorch divides it by "
                 f"the sum of the weights ({weights:g}), which depends on all samples, so the loss of a single sample "
                 'cannot be told. Use reduction="sum" and say loss_reduction="sum", or use '
                 "optimizer.observe(inputs, targets)."
             )
+
+
+def _ignored_alike(node: Node, batch_size: int) -> bool:
+    """Whether the mean has no weights, and every sample has as many targets that are not ignored."""
+    saved: Any = node
+    target, index = saved._saved_target, saved._saved_ignore_index
+    if saved._saved_weight is not None or target.numel() % batch_size != 0:
+        return False
+    if index >= 2**63:  # a negative number, saved as an unsigned one
+        index -= 2**64
+    counts = (target != index).reshape(batch_size, -1).sum(1)
+    return bool((counts == counts[0]).all())
 
 
 def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size: int) -> None:
