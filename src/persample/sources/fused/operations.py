@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.sources.fused.families import COMPARISONS, JOINING, POINTWISE, functions, is_in_place
+from persample.sources.fused.mapped import no_rule as no_rule
 from persample.sources.fused.rules import recurrent, rewritten
 from persample.sources.fused.rules.convolution import convolutions, transposed_convolutions
 from persample.sources.fused.rules.copies import batched, beside_each_other, entry_by_entry
 from persample.sources.fused.rules.embedding import embedding, embedding_bag
 from persample.sources.fused.rules.fallback import fallback as fallback
-from persample.sources.fused.rules.fallback import no_rule as no_rule
 from persample.sources.fused.rules.in_order import in_order
 from persample.sources.fused.rules.in_place import change_samples, fill, written_into
 from persample.sources.fused.rules.linear import linear, matmul

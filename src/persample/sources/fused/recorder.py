@@ -15,7 +15,7 @@ from persample.sources.contributions import Contribution
 from persample.sources.fused.arguments import tensors_in
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.expressions import Expression
-from persample.sources.fused.rules.fallback import Mapped
+from persample.sources.fused.mapped import Mapped, MappedRows
 from persample.sources.fused.uses import added_up
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.reference import REENTRANT
@@ -150,7 +150,7 @@ class Recorder(Capture):
             yield from (Use(name, "refused", tapped.by, tapped.module, str(refusal)) for name in tapped.names)
             return
         for expression, contribution in self._sink.received:
-            kind: Any = "fallback" if isinstance(contribution, Mapped) else "rule"
+            kind: Any = "fallback" if isinstance(contribution, Mapped | MappedRows) else "rule"
             yield from (Use(name, kind, tapped.by, tapped.module) for name in expression.names)
 
 

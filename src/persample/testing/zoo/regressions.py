@@ -64,6 +64,11 @@ def _nothing_chosen(model: Any, x: Tensor) -> Any:
     return model.inner(torch.zeros_like(x).masked_scatter(chosen, x[chosen] * model.scale)) + x
 
 
+def _chosen_tokens(model: Any, x: Tensor) -> Any:
+    chosen = x[..., 0] > 0
+    return x.index_put((chosen,), torch.einsum("nd,df->nf", x[chosen], model.matrix).tanh())
+
+
 def _hooked_weight(model: Any, x: Tensor) -> Any:
     weight = model.weight.t()
     if weight.requires_grad:
@@ -282,4 +287,18 @@ CASES = (
     Case("Layer of one vector", lambda: Net(lambda m, x: F.linear(x, m.weight), weight=parameter(4)), reals(3, 4)),
     # More random numbers are drawn for some samples than for others.
     Case("RReLU in training mode", lambda: nn.Sequential(nn.Linear(4, 3), nn.RReLU()), reals(4)),
+    # Picked rows were refused by operations without a rule.
+    Case(
+        "Tensor product of exchanged samples with a parameter",
+        lambda: Net(
+            lambda m, x: torch.einsum("bij,jk->bki", x[torch.arange(len(x)).flip(0)], m.matrix).flip(0),
+            matrix=parameter(4, 2),
+        ),
+        reals(3, 4),
+    ),
+    Case(
+        "Tensor product of chosen tokens",
+        lambda: Net(_chosen_tokens, matrix=parameter(4, 4)),
+        reals(3, 4),
+    ),
 )

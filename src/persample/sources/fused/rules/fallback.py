@@ -6,20 +6,20 @@ the same for all samples, the operation's vector-Jacobian product is mapped over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.contributions import Contribution, samples_at_once
+from persample.sources.contributions import Contribution
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.expressions import Expression
 from persample.sources.fused.families import is_in_place
 from persample.sources.fused.following import Call, after
 from persample.sources.fused.layout import Layout
+from persample.sources.fused.mapped import Mapped, MappedRows, no_rule
 from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules.copies import copied
@@ -48,14 +48,6 @@ def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
         if not rows:
             raise
         return capture.again(func, args, kwargs, rows)
-
-
-def no_rule(name: str, reason: str) -> UnsupportedModelError:
-    """The refusal of an operation."""
-    return UnsupportedModelError(
-        f"{name} uses a parameter, backend 'fused' has no rule for it, and it cannot be mapped over single samples "
-        f"({reason.splitlines()[0] if reason else 'no reason given'}). Use backend 'vmap' or 'loop'."
-    )
 
 
 def _rows(
@@ -90,66 +82,20 @@ def _rows(
     return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in places.items()}
 
 
-@dataclass(frozen=True)
-class Mapped:
-    """g_i = (∂ operation(θ, x_i) / ∂θ)ᵀ δ_i for one operand θ.
-
-    Attributes:
-        operation: `operation(theta, *samples)` of one sample, in the shapes that a batch of one has.
-        theta: the operand, the same for all samples.
-        samples: what the operation takes of the samples, each with the sample as an additional dim 0.
-        delta: δ, in the same way.
-        name: the operation's name, for errors.
-    """
-
-    operation: Any
-    theta: Tensor
-    samples: tuple[Tensor, ...]
-    delta: Tensor
-    name: str
-
-    def rows(self, rows: slice) -> Mapped:
-        samples = tuple(x[rows] for x in self.samples)
-        return Mapped(self.operation, self.theta, samples, self.delta[rows], self.name)
-
-    def per_sample(self) -> Tensor:
-        def one(delta: Tensor, *samples: Tensor) -> Tensor:
-            result, pull, *_ = torch.func.vjp(lambda theta: self.operation(theta, *samples), self.theta)
-            gradient: Tensor = pull(delta.to(result.dtype))[0]
-            return gradient
-
-        try:
-            with torch.enable_grad():
-                gradients: Tensor = torch.func.vmap(one)(self.delta, *self.samples)
-                return gradients
-        except RuntimeError as error:
-            raise no_rule(self.name, str(error)) from error
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        total, squares = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
-        rows = samples_at_once(self.theta.numel(), self.delta.device)
-        for start in range(0, len(self.delta), rows):
-            g = self.rows(slice(start, start + rows)).per_sample()
-            total += g.sum(0)
-            squares += g.square().sum(0)
-        return total, squares
-
-    def printed_second_moment_sum(self) -> Tensor:
-        raise no_rule(self.name, "the printed formula is defined for layers only")
-
-
 def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, and tap its result."""
-    name, batch = getattr(func, "__name__", str(func)), capture.batch_size
+    name = getattr(func, "__name__", str(func))
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
     expressions = {key: e for key, t in operands.items() if (e := capture.expression(t)) is not None}
     samples = capture.samples_in(args, kwargs)
     places = {}
     for key, layout in samples.items():
         place = layout.place(operands[key].shape)
-        if place is None or layout.owners is not None:
-            raise no_rule(name, "the samples are not in one dimension, or not in their order")
+        if place is None:
+            raise no_rule(name, "the samples are not in one dimension")
         places[key] = place
+    labels = _labels(name, samples.values())
+    batch = capture.batch_size if labels is None else len(labels)  # rows are taken for samples
 
     def run(given: Mapping[int, Tensor]) -> Any:
         replaced = substitute((args, dict(kwargs)), given)
@@ -162,11 +108,20 @@ def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[
     if not isinstance(result, Tensor):
         raise no_rule(name, "its result is not a tensor")
     args_of_values, kwargs_of_values = substitute((args, dict(kwargs)), values)
-    where = after(Call(func, args_of_values, kwargs_of_values, samples, batch, [result]))[0]
+    where = after(Call(func, args_of_values, kwargs_of_values, samples, capture.batch_size, [result]))[0]
     layout = capture.known(where, name, result.shape)
     at = layout.place(result.shape)
-    last = {key: places[key].sample_first(operands[key].detach(), batch)[-1] for key in places}
-    if at is None or layout.owners is not None or not _is_part(result, at, batch, lambda: run(values | last)):
+
+    def run_alone(row: int) -> Any:
+        return run(values | {key: places[key].sample_first(operands[key].detach(), batch)[row] for key in places})
+
+    # Rows that were picked may be several of one sample, which must not meet either.
+    tried = (-1,) if labels is None else (0, -1)
+    if (
+        at is None
+        or not _same(_labels(name, [layout]), labels)
+        or not all(_is_part(result, at, batch, row, run_alone) for row in tried)
+    ):
         raise no_rule(name, "its result for a sample alone is not that sample's part of its result for the batch")
 
     def contribution_of(key: int) -> Callable[..., Contribution]:
@@ -175,7 +130,8 @@ def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[
 
         def contribution(delta: Tensor, *saved: Tensor) -> Contribution:
             parts = tuple(place.sample_first(x, batch) for place, x in zip(places.values(), saved, strict=True))
-            return Mapped(operation, values[key], parts, at.sample_first(delta, batch), name)
+            mapped = Mapped(operation, values[key], parts, at.sample_first(delta, batch), name)
+            return mapped if labels is None else MappedRows(mapped, labels, 0, capture.batch_size)
 
         return contribution
 
@@ -183,13 +139,27 @@ def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[
     return capture.tap(result.clone(), layout, uses, tuple(operands[key] for key in places))
 
 
-def _is_part(result: Tensor, at: Place, batch: int, run_alone: Callable[[], Tensor]) -> bool:
-    """Whether the last sample alone gives its part of the result for the batch."""
+def _labels(name: str, layouts: Iterable[Layout]) -> Tensor | None:
+    """Return whose the rows are in all of `layouts`; None where row i is sample i."""
+    first, *others = [None if layout.owners is None else layout.owners.labels for layout in layouts]
+    if not all(_same(first, labels) for labels in others):
+        raise no_rule(name, "the samples are in different orders in its operands")
+    return first
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
+
+
+def _is_part(result: Tensor, at: Place, batch: int, row: int, run_alone: Callable[[int], Tensor]) -> bool:
+    """Whether a sample alone, that in `row`, gives its part of the result for the batch."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[result.device] if result.is_cuda else []):
-            alone = run_alone()
+            alone = run_alone(row)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
     result = result.detach()
-    part, allowed = at.sample_first(result, batch)[-1], tolerance(result)
+    part, allowed = at.sample_first(result, batch)[row], tolerance(result)
     return alone.shape == part.shape and torch.allclose(alone, part, rtol=allowed, atol=allowed, equal_nan=True)
