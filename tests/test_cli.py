@@ -189,6 +189,10 @@ def test_lists_the_backends(persample) -> None:
         (["bench", "--model", "resnet"], "persample: no model is called 'resnet'"),
         (["explain", "lenet5", "--backend", "nobody"], "persample: no backend is called 'nobody'; choose among"),
         (["explain", "lenet5", "--shape", "3,x"], "persample: shape='3,x' must be positive integers with commas"),
+        (
+            ["explain", "lenet5", "--shape", "1,32,32"],
+            "persample: the model does not run on torch.float32",
+        ),
         (["bench", "--dtype", "int8"], "persample: dtype='int8' must be one of float32, float64"),
     ],
 )

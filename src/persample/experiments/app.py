@@ -20,7 +20,7 @@ from persample.experiments.australian_credit.train import train_all
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_NAMES
 from persample.experiments.data.australian import load_australian
-from persample.experiments.model_argument import load_model, random_inputs, sample_shape
+from persample.experiments.model_argument import load_model, random_inputs, require_runs, sample_shape
 from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
 from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
@@ -303,6 +303,8 @@ def explain(
     if sizes is not None:
         network, inputs = network.to(_dtype(dtype)), random_inputs(sizes, tokens, batch_size, _dtype(dtype))
     network.train(network.training and not eval_mode)
+    if sizes is not None:
+        require_runs(network, inputs)
     for name in backend or ["fused"]:
         Console().print(persample.explain(network, inputs, backend=name))
 

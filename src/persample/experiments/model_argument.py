@@ -66,6 +66,19 @@ def random_inputs(shape: tuple[int, ...], tokens: int | None, size: int, dtype: 
     return torch.randn(size, *shape, dtype=dtype)
 
 
+def require_runs(network: nn.Module, inputs: Tensor) -> None:
+    """Raise `OptionError` if `network` does not run on an example batch."""
+    try:
+        with torch.no_grad():
+            network(inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OptionError(
+            f"the model does not run on {inputs.dtype} of shape {tuple(inputs.shape)} ({reason}): give its sample's "
+            "shape by --shape, and --tokens if it takes integers"
+        ) from error
+
+
 def _find(package: str, attribute: str) -> Any:
     here = str(Path.cwd())
     added = here not in sys.path

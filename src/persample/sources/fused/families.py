@@ -150,6 +150,36 @@ def index_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return found + [kwargs[place] for place in places if isinstance(place, str) and place in kwargs]
 
 
+def looked_up_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
+    """Return how many dimensions of a result stand before those of the indices, and the indices.
+
+    No indices where it is no lookup in whole dimensions, one beside the other.
+    """
+    if func in _LOOKUPS:
+        position, whole = _LOOKUPS[func]
+        index = kwargs.get("index", args[position] if position < len(args) else None)
+        dim = kwargs.get("dim", args[1] if position == 2 and len(args) > 1 else 0)
+        return (0 if whole else dim % args[0].dim()), [index] if isinstance(index, Tensor) else []
+    if func is not Tensor.__getitem__:
+        return 0, []
+    given = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if any(part is Ellipsis for part in given[:-1]):
+        return 0, []
+    parts = [part for part in given if part is not Ellipsis]
+    first = next((place for place, part in enumerate(parts) if isinstance(part, Tensor)), len(parts))
+    indices = [part for part in parts if isinstance(part, Tensor)]
+    others = parts[:first] + parts[first + len(indices) :]
+    together = all(isinstance(part, Tensor) for part in parts[first : first + len(indices)])
+    whole = together and all(isinstance(p, slice) and p == slice(None) for p in others)
+    return first, indices if whole else []
+
+
+#: Lookups by one tensor of indices: where it stands, and whether the result has its shape.
+_LOOKUPS: Mapping[Any, tuple[int, bool]] = _by_name(
+    {"take": (1, True), "gather": (2, True), "index_select": (2, False)}
+)
+
+
 def dims_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the dimensions along which an operation of `ALONG` acts: numbers, `ALL`, or None if nobody can tell."""
     position, default = ALONG[func]

@@ -1,7 +1,8 @@
 """Where the samples are after an operation that uses no parameter.
 
-Three ways, the quickest first: what is known of the operation by its name and of where each dimension goes
-(`families`); the same operation on labels, if it only moves entries; or a trial (`trial`). What is found is remembered
+Four ways, the quickest first: what is known of the operation by its name and of where each dimension goes
+(`families`); whose the indices are, if constants are looked up; the same operation on labels, if it only moves entries;
+or a trial (`trial`). What is found is remembered
 for the same operation on the same shapes.
 """
 
@@ -108,6 +109,10 @@ def _find(call: Call) -> tuple[list[Where], bool]:
     """Return where the samples are in the outputs, and whether that depends on values, not on shapes alone."""
     try:
         return _by_family(call), False
+    except Unknown:
+        pass
+    try:
+        return _by_indices(call), False
     except Unknown:
         pass
     try:
@@ -223,7 +228,25 @@ def _joined(call: Call) -> DimAfter:
     return dim_after
 
 
-# By labels, and by trial.
+# By indices, by labels, and by trial.
+
+
+def _by_indices(call: Call) -> list[Where]:
+    """Constants are looked up by the numbers of samples: an entry of the result belongs to whom its index belongs."""
+    if not call.args or call.func not in families.MOVES or id(call.args[0]) in call.samples:
+        raise Unknown
+    first, indices = families.looked_up_by(call.func, call.args, call.kwargs)
+    if not any(id(index) in call.samples for index in indices) or any(i.dtype == torch.bool for i in indices):
+        raise Unknown
+    place = torch.broadcast_shapes(*(index.shape for index in indices))
+    owner = torch.full(place, NOBODY, device=indices[0].device)
+    for index in indices:
+        if id(index) in call.samples:
+            own = call.samples[id(index)].labels(index.shape, owner.device).expand(place)
+            owner = torch.where((owner == NOBODY) | (owner == own), own, torch.where(own == NOBODY, owner, SEVERAL))
+    (shape,) = call.shapes()
+    behind = len(shape) - first - len(place)
+    return [_where(call, owner.view([1] * first + list(place) + [1] * behind).expand(shape))]
 
 
 def _by_labels(call: Call) -> tuple[list[Where], bool]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from persample.testing.zoo.case import Case, Net, frozen, parameter, reals, tokens
+from persample.testing.zoo.case import Case, Net, both, frozen, parameter, reals, tokens
 
 
 def _sign_of_itself(model: Any, x: Tensor) -> Any:
@@ -157,6 +157,25 @@ CASES = (
         "Convolution of one image after the other",
         lambda: Net(lambda m, x: torch.stack([m.inner(image) for image in x]), inner=nn.Conv2d(2, 3, 2)),
         reals(2, 4, 4),
+    ),
+    Case(
+        "Constants looked up by the numbers of the samples",
+        lambda: Net(
+            lambda m, x: m.inner(torch.cat([m.table[x], m.table.T[:, x].movedim(0, -1).sin()], -1)),
+            inner=nn.Linear(8, 3),
+            table=torch.randn(6, 4),
+        ),
+        tokens(3),
+    ),
+    Case(
+        "Noise of the level that each sample is given",
+        lambda: Net(
+            lambda m, x, t: m.outer(m.inner(m.levels[t, 0, None] * x + m.levels.gather(0, t[:, None].expand(-1, 2)))),
+            inner=nn.Linear(2, 3),
+            outer=nn.Linear(3, 2),
+            levels=torch.randn(6, 2),
+        ),
+        both(reals(2), tokens()),
     ),
     Case(
         "ReLU in place where no sample entered",
