@@ -157,7 +157,25 @@ def view_of_samples_to_be(m: Net, x: Tensor) -> Tensor:
     return first * h
 
 
-@pytest.mark.parametrize("function", [view_before, view_between, view_changed, view_of_samples_to_be])
+def detached_before(m: Net, x: Tensor) -> Tensor:
+    weight = m.matrix * 2
+    detached = weight.detach()
+    weight.mul_(3)
+    return x @ weight * detached.sum()
+
+
+def data_before(m: Net, x: Tensor) -> Tensor:
+    weight = torch.zeros(4, 4, dtype=x.dtype)
+    weight[:] = m.matrix
+    first = weight.data[0]
+    weight[0] = m.q
+    return x @ weight * first.sum()
+
+
+VIEWS = [view_before, view_between, view_changed, view_of_samples_to_be, detached_before, data_before]
+
+
+@pytest.mark.parametrize("function", VIEWS)
 def test_refused(function: Function) -> None:
     assert FUSED.judge(problem(function), "never").kind == "refused"
 

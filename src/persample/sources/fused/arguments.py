@@ -46,3 +46,8 @@ def substitute(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
     if type(tree) in (tuple, list):
         return type(tree)(substitute(item, replacements) for item in tree)
     return tree
+
+
+def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
+    """Return where the memory begins that `tensor` shares with its views."""
+    return tensor.device, tensor.untyped_storage().data_ptr()

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.contributions import Contribution
 from persample.sources.fused import families, operations
-from persample.sources.fused.arguments import substitute, tensors_in
+from persample.sources.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.fused.expressions import Expression, express
 from persample.sources.fused.following import Call, Lost, Where, after, outputs_of
 from persample.sources.fused.layout import Layout, batch_first
@@ -57,6 +57,7 @@ class Capture(TorchFunctionMode):
         self.constants = Seen()  # in what activation checkpointing repeats
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
+        self.aliases: list[Tensor] = []  # tensors that share memory with expressions, without being seen as ones
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         for name, p in parameters.items():
@@ -114,7 +115,7 @@ class Capture(TorchFunctionMode):
             return args[0]
         if not torch.is_grad_enabled():
             self.without_gradient = True
-            return self.plain(func, *self.values((args, dict(kwargs))))
+            return self._aliased(used, self.plain(func, *self.values((args, dict(kwargs)))))
         if followed:
             return self._use(func, args, kwargs)
         self._require_constants(func, [t for t in tensors if id(t) not in self.expressions])
@@ -249,10 +250,11 @@ class Capture(TorchFunctionMode):
             self.expressions[id(seen)] = (seen, expression)
             return seen
 
-        sources = {id(t): e for t in tensors_in((args, dict(kwargs))) if (e := self.expression(t)) is not None}
+        used = [t for t in tensors_in((args, dict(kwargs))) if id(t) in self.expressions]
+        sources = {id(t): self.expressions[id(t)][1] for t in used}
         if func is Tensor.register_hook:
             self._expect_hook(sources[id(args[0])])
-        return express(func, args, kwargs, sources, remember)
+        return self._aliased(used, express(func, args, kwargs, sources, remember))
 
     def fall_back(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run `func` as if it had no rule."""
@@ -339,6 +341,14 @@ class Capture(TorchFunctionMode):
 
     # Inner workings.
 
+    def _aliased(self, used: list[Tensor], result: Any) -> Any:
+        """Return `result`, and remember what in it shares memory with expressions but is none: what `detach` gives."""
+        memories = {memory_of(self.value(t)) for t in used}
+        for tensor in tensors_in((result,)):
+            if id(tensor) not in self.expressions and tensor.layout is torch.strided and memory_of(tensor) in memories:
+                self.aliases.append(tensor)
+        return result
+
     def _expect(self, expressions: Iterable[Expression]) -> None:
         if self.forward_pass:
             for expression in expressions:
@@ -377,7 +387,7 @@ class Capture(TorchFunctionMode):
 
     def _require_constants(self, func: Any, tensors: list[Tensor]) -> None:
         """Raise unless `tensors`, which are not followed, depend on no sample and no parameter."""
-        if self.forward_pass and saved_tensors_are_intercepted():
+        if self.forward_pass and self.intercepted:
             self.constants.add(tensors)
         if any(t.grad_fn is not None or not (self.forward_pass or t in self.constants) for t in tensors):
             raise UnsupportedModelError(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.fused.arguments import substitute, tensors_in
+from persample.sources.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.fused.expressions import Expression, own_saved_tensors
 from persample.sources.fused.families import RESHAPES_IN_PLACE, functions, is_in_place
 from persample.sources.fused.following import Call, after
@@ -117,9 +117,9 @@ def _require_own_memory(capture: Capture, func: Any, args: tuple[Any, ...], kwar
         return
     if expression.is_parameter:
         func(*args, **kwargs)  # PyTorch forbids it, in its own words
-    memory = expression.value.untyped_storage().data_ptr()
-    others = (e for _, e in capture.expressions.values() if e is not expression and e.value.numel())
-    if any(e.value.untyped_storage().data_ptr() == memory for e in others):
+    memory = memory_of(expression.value)
+    others = [e.value for _, e in capture.expressions.values() if e is not expression and e.value.numel()]
+    if any(memory_of(other) == memory for other in others + capture.aliases):
         raise _sharing(func)
 
 
