@@ -392,8 +392,9 @@ class Capture(TorchFunctionMode):
         if any(t.grad_fn is not None or not (self.forward_pass or t in self.constants) for t in tensors):
             raise UnsupportedModelError(
                 f"{_name(func)} was called with a parameter and with a tensor that backend 'fused' did not see come "
-                "into being (the result of a custom torch.autograd.Function, or what hooks on autograd's saved tensors "
-                "made of the input of an activation checkpoint): use backend 'vmap' or 'loop'."
+                "into being (the result of a custom torch.autograd.Function, of torch.vmap or compiled code, or what "
+                "hooks on autograd's saved tensors made of the input of an activation checkpoint): use backend "
+                "'vmap' or 'loop'."
             )
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

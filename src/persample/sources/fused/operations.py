@@ -16,6 +16,7 @@ from persample.sources.fused.rules.convolution import convolutions, transposed_c
 from persample.sources.fused.rules.copies import batched, beside_each_other, entry_by_entry
 from persample.sources.fused.rules.embedding import embedding, embedding_bag
 from persample.sources.fused.rules.fallback import fallback as fallback
+from persample.sources.fused.rules.in_groups import in_groups
 from persample.sources.fused.rules.in_order import in_order
 from persample.sources.fused.rules.in_place import change_samples, fill, written_into
 from persample.sources.fused.rules.linear import linear, matmul
@@ -86,7 +87,7 @@ RULES: Mapping[Any, Rule] = {
     Tensor.fill_: fill,
     **_of_reals(
         _each({"matmul mm __matmul__": matmul})
-        | {func: in_order(rule) for func, rule in (convolutions | transposed_convolutions).items()}
+        | {func: in_groups(func, in_order(rule)) for func, rule in (convolutions | transposed_convolutions).items()}
         | {F.linear: linear}
     ),
     F.embedding: embedding,

@@ -69,6 +69,12 @@ def _chosen_tokens(model: Any, x: Tensor) -> Any:
     return x.index_put((chosen,), torch.einsum("nd,df->nf", x[chosen], model.matrix).tanh())
 
 
+def _samples_as_groups(model: Any, x: Tensor) -> Any:
+    size, _, *image = x.shape
+    weight, bias = model.weight.repeat(size, 1, 1, 1), model.bias.repeat(size)
+    return F.conv2d(x.reshape(1, -1, *image), weight, bias, groups=size).unflatten(1, (size, -1)).squeeze(0)
+
+
 def _hooked_weight(model: Any, x: Tensor) -> Any:
     weight = model.weight.t()
     if weight.requires_grad:
@@ -319,5 +325,10 @@ CASES = (
         "Tensor product of chosen tokens",
         lambda: Net(_chosen_tokens, matrix=parameter(4, 4)),
         reals(3, 4),
+    ),
+    Case(
+        "Convolution of all samples as the groups of one image",
+        lambda: Net(_samples_as_groups, weight=parameter(3, 2, 2, 2), bias=parameter(3)),
+        reals(2, 3, 4),
     ),
 )

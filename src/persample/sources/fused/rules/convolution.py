@@ -57,6 +57,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
 
         return _tap(capture, result, after, rows, weight, for_weight, bias, input)
 
+    rule.__name__ = function.__name__
     return rule
 
 
@@ -87,6 +88,7 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
 
         return _tap(capture, result, after, rows, weight, for_weight, bias, input)
 
+    rule.__name__ = function.__name__
     return rule
 
 
