@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from persample.errors import UsageError
 from persample.sources.base import PerSampleGradSource
+from persample.sources.forward_pass import ForwardPass
 from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
     refuse_unseen_uses,
     require_batch_first,
 )
-from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
+from persample.sources.recorder import Recorder, ordinary_gradients
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import require_close

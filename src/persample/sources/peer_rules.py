@@ -22,6 +22,7 @@ from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.call_recorder import CallRecorder
 from persample.sources.contributions import precise, without_autocast
+from persample.sources.forward_pass import ForwardPass
 from persample.sources.layer_uses import uses_of_layers
 from persample.sources.module_calls import (
     ModuleCall,
@@ -30,7 +31,6 @@ from persample.sources.module_calls import (
     refuse_unseen_uses,
     require_batch_first,
 )
-from persample.sources.recorder import ForwardPass
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import gradients_at
 from persample.sources.refusals import describe

@@ -6,18 +6,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UsageError
 from persample.sources.batch import Batch, as_batch
+from persample.sources.forward_pass import ForwardPass, tensors_of
 from persample.sources.graph import nodes_from
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.reference import reentrant_refused
@@ -31,39 +30,6 @@ if TYPE_CHECKING:
 
 class LossReductionWarning(UserWarning):
     """The loss is perhaps no mean over the samples that the model was called with."""
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """One call of the model by the user.
-
-    Attributes:
-        batch: what it was called with; the targets are the numbers of the samples.
-        autocast: the dtypes of `torch.autocast` then, by kinds of device.
-        edges: where the tensors that it returned stand in the graph, those of them that do.
-        outputs: which of the tensors that it returned have a number, or more, for each sample.
-        done: whether a backward pass has gone through it.
-        divisor: by what number the loss was divided last.
-        added: whether its gradients were added to others in `p.grad`.
-        covered: for each sample whether the loss depends on its outputs; None if nobody can tell.
-    """
-
-    batch: Batch
-    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
-    edges: dict[int, GradientEdge] = field(default_factory=dict)
-    outputs: list[int] = field(default_factory=list)
-    done: bool = False
-    divisor: float = 1.0
-    added: bool = False
-    covered: Tensor | None = None
-
-    @contextmanager
-    def under_autocast(self) -> Iterator[None]:
-        """Let `torch.autocast` be as it was then."""
-        with ExitStack() as stack:
-            for kind, dtype in self.autocast.items():
-                stack.enter_context(torch.autocast(kind, dtype))
-            yield
 
 
 class Recorder(TorchFunctionMode):
@@ -354,11 +320,6 @@ class Recorder(TorchFunctionMode):
                 source.check_once(batch.with_targets(batch.targets), loss_fn)
         finally:
             self.checking = False
-
-
-def tensors_of(outputs: Any) -> list[Tensor]:
-    """Return the tensors in what a model returned, in order."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _weights(shape: torch.Size, index: int) -> Tensor:

@@ -25,7 +25,8 @@ from persample.dtypes import at_least_float32
 from persample.errors import DisagreementError, UnsupportedModelError, UsageError
 from persample.moments import Moments
 from persample.sources.batch import Batch
-from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients, tensors_of
+from persample.sources.forward_pass import ForwardPass, tensors_of
+from persample.sources.recorder import Recorder, ordinary_gradients
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.reference import gradient, reentrant_refused
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import as_batch
-from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
+from persample.sources.forward_pass import ForwardPass
+from persample.sources.recorder import Recorder, ordinary_gradients
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.untouched import untouched
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 from persample.errors import UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
 from persample.sources.contributions import without_autocast
+from persample.sources.forward_pass import ForwardPass
 from persample.sources.fused.arguments import tensors_in
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.following import Lost
@@ -20,7 +21,7 @@ from persample.sources.fused.opened import opened
 from persample.sources.fused.recorder import unseen_use
 from persample.sources.fused.uses import Moment
 from persample.sources.graph import nodes_behind
-from persample.sources.recorder import ForwardPass, Recorder, ordinary_gradients
+from persample.sources.recorder import Recorder, ordinary_gradients
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.reference import inner_backward_pass
 from persample.sources.refusals import refuse_impossible

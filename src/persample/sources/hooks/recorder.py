@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from persample.sources.base import PerSampleGradSource
 from persample.sources.call_recorder import CallRecorder
+from persample.sources.forward_pass import ForwardPass
 from persample.sources.hooks.counting import UseCounter
 from persample.sources.hooks.sums import HookSums
 from persample.sources.module_calls import ModuleCall
-from persample.sources.recorder import ForwardPass
 from persample.sources.recording import LossReduction
 
 
