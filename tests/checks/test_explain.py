@@ -359,6 +359,30 @@ def test_backends_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (told.supported, told.refusals) == (False, ("Too many layers: use fewer.",))
 
 
+class _Unseen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() * weight.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        return None, deltas[0].sum(0)
+
+
+def test_losses_that_no_sample_is_seen_to_enter() -> None:
+    model = Net(lambda m, x: _Unseen.apply(x, m.scale), scale=parameter(3))  # type: ignore[no-untyped-call]
+    assert statuses(persample.explain(model, torch.randn(4, 3))) == {"scale": "served"}
+
+
+@pytest.mark.parametrize("backend", ["fused", "hooks", "vmap"])
+@pytest.mark.parametrize("example", [None, torch.zeros(4, 3)], ids=["no batch", "batch"])
+def test_scripted_modules(backend: str, example: Tensor | None) -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    for explained in (model, nn.Sequential(model, nn.Linear(4, 2))):
+        explanation = persample.explain(explained, example, backend=backend)
+        assert len(explanation.rows) == len(list(explained.parameters()))
+
+
 # How it reads.
 
 

@@ -182,7 +182,7 @@ def _rows(
             name,
             tuple(others),
             () if is_lazy(parameter) else tuple(parameter.shape),
-            describe(paths[0], model.get_submodule(paths[0])),
+            describe(paths[0], dict(model.named_modules())[paths[0]]),
             _status(parameter, own, complete),
             tuple(own) if parameter.requires_grad else (),
         )

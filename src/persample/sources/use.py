@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 Kind = Literal["rule", "fallback", "refused"]
@@ -44,6 +45,8 @@ def current_module(model: nn.Module) -> Iterator[Callable[[], str]]:
 
     handles = []
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks
+            continue
         handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -133,6 +133,8 @@ class Recorder(Capture):
 
     def _by(self) -> str:
         """The operation that the model calls, and the one inside of it that is served, if that is another."""
+        if not self._running:  # the losses are made of parameters and of what was not seen to be samples
+            return "the losses"
         outer, inner = self._running[0], self._running[-1]
         return outer if inner == outer else f"{outer} → {inner}"
 
