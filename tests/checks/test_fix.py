@@ -229,3 +229,13 @@ def test_frozen_batch_norm_stays_frozen() -> None:
     assert torch.equal(norm.running_mean, torch.zeros(3))
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         norm(torch.randn(3))
+
+
+def test_a_model_that_cannot_be_copied_is_refused(no_trace: Any) -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4))  # type: ignore[no-untyped-call]
+    model(torch.randn(2, 3))
+    with (
+        pytest.raises(UnsupportedModelError, match=r"\(Sequential\) cannot be copied.*parametrizations"),
+        no_trace(model),
+    ):
+        persample.fix(model)

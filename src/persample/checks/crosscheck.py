@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persample.checks.copies import copy_of
 from persample.errors import PersampleError, UsageError
 from persample.sources.batch import in_float64
 from persample.sources.registry import backends as all_backends
@@ -84,7 +84,8 @@ def crosscheck(
         backend itself returns.
 
     Raises:
-        UnsupportedModelError: the model itself has no per-sample gradients, so the oracle refused it.
+        UnsupportedModelError: the model itself has no per-sample gradients, so the oracle refused it; or it cannot be
+            copied.
         UsageError: a backend is asked for an approximation (`curvature="printed"`), which must not be compared as if
             it were exact.
     """
@@ -128,8 +129,8 @@ class _Problem:
 
     def in_float64(self) -> _Problem:
         # A loss module may hold weights of its own.
-        loss_fn = copy.deepcopy(self.loss_fn).double() if isinstance(self.loss_fn, nn.Module) else self.loss_fn
-        model = copy.deepcopy(self.model).double()
+        loss_fn = copy_of(self.loss_fn).double() if isinstance(self.loss_fn, nn.Module) else self.loss_fn
+        model = copy_of(self.model).double()
         return _Problem(model, loss_fn, in_float64(self.inputs), in_float64(self.targets), self.start)
 
     def results(self, backend: str, options: Mapping[str, Any], check: str = "never") -> _Results:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from persample.checks.copies import copy_of
 from persample.errors import OptionError, UnsupportedModelError
 from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.sources.refusals import describe
@@ -76,7 +76,7 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
         OptionError: `groups` does not divide the channels of a BatchNorm, or an option is not known.
         UnsupportedModelError: a BatchNorm cannot be replaced: it is not initialised yet, has a forward or parameters
             of its own, has no running statistics to freeze, or has a single feature, of which GroupNorm would make a
-            constant.
+            constant; or the model cannot be copied.
 
     Example:
         >>> import persample
@@ -92,7 +92,7 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
         raise OptionError(f"groups={groups!r} is for batch_norm='group_norm' only: leave it away.")
     for module, paths in _batch_norms(model).items():
         _refuse_unknown(module, paths[0])
-    fixed = copy.deepcopy(model)
+    fixed = copy_of(model)
     changes = []
     for module, paths in _batch_norms(fixed).items():
         before = repr(module)
