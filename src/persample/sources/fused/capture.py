@@ -437,8 +437,12 @@ class Capture(TorchFunctionMode):
         outputs = outputs_of(func, args, result)
         if not outputs:
             return result
-        for output, where in zip(outputs, self._after(func, args, kwargs, followed, outputs), strict=True):
+        places = self._after(func, args, kwargs, followed, outputs)
+        for output, where in zip(outputs, places, strict=True):
             self._place(output, where, func)
+        if places == [None] and isinstance(result, Tensor) and result.requires_grad and not result._is_view():
+            # Nothing of the samples was moved into it, as if their mask were empty: it is a constant.
+            return result if any(result is t for t in followed) else result.detach()
         return result
 
     def _after(

@@ -22,6 +22,13 @@ def _sample_by_sample(model: Any, x: Tensor) -> Any:
     return torch.stack([torch.cat([model.inner(sample) * model.scale, model.token]).tanh() for sample in x])
 
 
+def _scattered_nowhere(model: Any, x: Tensor) -> Any:
+    """What is scattered has no entries, but a graph."""
+    mask = x.abs() > 1e6
+    scattered = torch.ones_like(x).masked_scatter(mask, x[mask] * model.scale)
+    return F.linear(scattered, model.weight) * model.scale + F.linear(x, model.weight, model.bias)
+
+
 def _checkpoint_in_checkpoint(model: Any, x: Tensor) -> Any:
     def inside(h: Tensor) -> Any:
         return F.linear(h, model.first.weight.tanh() @ torch.eye(4, dtype=h.dtype)).tanh()
@@ -330,5 +337,10 @@ CASES = (
         "Convolution of all samples as the groups of one image",
         lambda: Net(_samples_as_groups, weight=parameter(3, 2, 2, 2), bias=parameter(3)),
         reals(2, 3, 4),
+    ),
+    Case(
+        "Scattered under an empty mask",
+        lambda: Net(_scattered_nowhere, weight=parameter(3, 4), bias=parameter(3), scale=parameter()),
+        reals(4),
     ),
 )
