@@ -171,6 +171,7 @@ def _rows(
     model: nn.Module, uses: Iterable[Use], impossible: Mapping[str, str], *, complete: bool
 ) -> Iterator[ExplainedParameter]:
     """Yield the parameters; `complete` says whether `uses` are all uses that there are."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -182,7 +183,7 @@ def _rows(
             name,
             tuple(others),
             () if is_lazy(parameter) else tuple(parameter.shape),
-            describe(paths[0], dict(model.named_modules())[paths[0]]),
+            describe(paths[0], modules[paths[0]]),
             _status(parameter, own, complete),
             tuple(own) if parameter.requires_grad else (),
         )

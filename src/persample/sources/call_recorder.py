@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from persample.sources.module_calls import (
     refuse_unseen_uses,
     require_batch_first,
 )
-from persample.sources.recorder import Recorder, ordinary_gradients
+from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.refusals import refuse_impossible
 from persample.sources.selfcheck import require_close
-from persample.sources.tolerances import Allowance, least_precise, tolerance
+from persample.sources.tolerances import Allowance
 
 
 class CallRecorder(Recorder):
@@ -44,7 +44,6 @@ class CallRecorder(Recorder):
         self._modules = modules
         self._recording = ExitStack()
         self._all_calls: list[ModuleCall] = []
-        self._gradients: dict[str, Tensor] = {}
         self._allowance = Allowance(0.0, torch.float64, 0.0)
 
     # What a backend implements.
@@ -82,8 +81,8 @@ class CallRecorder(Recorder):
         with torch._C.DisableTorchFunction():
             for loss in losses:
                 refuse_unseen_uses(loss, calls, self.recorded.parameters)
-                self._allowance = Allowance(tolerance(loss), least_precise(loss), loss.detach().abs().max().item())
-        return self._with_gradients()
+                self._allowance = Allowance.of(loss)
+        return self.with_gradients()
 
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
         with torch._C.DisableTorchFunction():
@@ -91,14 +90,9 @@ class CallRecorder(Recorder):
             self._check(total)
         self._forget(forward_pass)
         self._check_layers(forward_pass)
-        return Sums(forward_pass.batch.size, self._gradients, squares)
+        return Sums(forward_pass.batch.size, self.gradients, squares)
 
     # Inner workings.
-
-    @contextmanager
-    def _with_gradients(self) -> Iterator[None]:
-        with ordinary_gradients(self.recorded.parameters) as self._gradients:
-            yield
 
     def _on_call(self, call: ModuleCall) -> None:
         forward_pass = self.current
@@ -138,7 +132,7 @@ class CallRecorder(Recorder):
     def _check(self, total: Mapping[str, Tensor]) -> None:
         if self.source.check == "never":
             return
-        ordinary = {name: g for name, g in self._gradients.items() if name in total}
+        ordinary = {name: g for name, g in self.gradients.items() if name in total}
         if all(bool(g.isfinite().all()) for g in ordinary.values()):  # else a gradient scaler will skip the step
             claimed = {name: total[name] for name in ordinary}
             require_close(self.source, "sum of the per-sample gradients", claimed, ordinary, self._allowance)

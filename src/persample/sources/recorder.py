@@ -53,6 +53,7 @@ class Recorder(TorchFunctionMode):
         self.model = model
         self.recorded = Recorded(reduction, parameters)
         self.passes: list[ForwardPass] = []
+        self.gradients: dict[str, Tensor] = {}
         self.in_backward = False
         self.checking = False
         self._reached = False
@@ -104,6 +105,24 @@ class Recorder(TorchFunctionMode):
     def current(self) -> ForwardPass | None:
         """The forward pass that is running, if any."""
         return self.passes[-1] if self._depth > 0 and self.passes else None
+
+    @contextmanager
+    def with_gradients(self) -> Iterator[None]:
+        """Keep the ordinary gradient of each parameter in the next backward pass as `gradients`, by name."""
+        self.gradients = {}
+
+        def hook_for(name: str) -> Callable[[Tensor], None]:
+            def hook(gradient: Tensor) -> None:
+                self.gradients[name] = gradient.detach().to_dense().clone()
+
+            return hook
+
+        handles = [p.register_hook(hook_for(name)) for name, p in self.recorded.parameters.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def hold(self, *handles: RemovableHandle) -> None:
         """Remove these hooks when the recording ends."""
@@ -346,22 +365,3 @@ def second_pass() -> UsageError:
         "A second backward pass went through the same forward pass (retain_graph=True): its gradients would count "
         "twice. Add the losses up and call backward() once."
     )
-
-
-@contextmanager
-def ordinary_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that gets the gradient of each parameter in the next backward pass, by name."""
-    found: dict[str, Tensor] = {}
-
-    def hook_for(name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            found[name] = gradient.detach().to_dense().clone()
-
-        return hook
-
-    handles = [p.register_hook(hook_for(name)) for name, p in parameters.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

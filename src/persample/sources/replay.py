@@ -13,8 +13,8 @@ time: the sum of the gradients must be the one that the user's backward pass gav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +26,14 @@ from persample.errors import DisagreementError, UnsupportedModelError, UsageErro
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.forward_pass import ForwardPass, tensors_of
-from persample.sources.recorder import Recorder, ordinary_gradients
+from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.reference import gradient, reentrant_refused
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.scalar_loss import refuse_uses_past_outputs
 from persample.sources.second_look import only_rounded
 from persample.sources.selfcheck import replayed, require_close
-from persample.sources.tolerances import Allowance, least_precise, tolerance
+from persample.sources.tolerances import Allowance
 from persample.sources.untouched import buffer_snapshot, random_state, same_random_state
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ class ReplayRecorder(Recorder):
         super().__init__(source.model, source.parameters(), reduction)
         self.source = source
         self._put_back_buffers: Callable[[], None] = lambda: None
-        self._gradients: dict[str, Tensor] = {}
         self._deltas: dict[int, Tensor] = {}
 
     def begin(self, forward_pass: ForwardPass) -> None:
@@ -74,7 +73,7 @@ class ReplayRecorder(Recorder):
             with torch._C.DisableTorchFunction():
                 for loss in losses:
                     refuse_uses_past_outputs(loss, edges, self.recorded.parameters)
-        return self._with_gradients()
+        return self.with_gradients()
 
     def run_backward(self, losses: Any, gradient: Any = None, *, retain_graph: bool | None = None) -> None:
         if self.passes and not self.passes[-1].done and self.passes[-1].outputs:
@@ -83,7 +82,7 @@ class ReplayRecorder(Recorder):
 
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
         size = forward_pass.batch.size
-        if not all(bool(g.isfinite().all()) for g in (*self._deltas.values(), *self._gradients.values())):
+        if not all(bool(g.isfinite().all()) for g in (*self._deltas.values(), *self.gradients.values())):
             # A gradient scaler will skip the step: nothing can be told of single samples.
             nothing = {name: torch.full_like(p, torch.nan) for name, p in self.recorded.parameters.items()}
             return Sums(size, nothing, nothing)
@@ -103,15 +102,10 @@ class ReplayRecorder(Recorder):
         finally:
             self.checking = False
         squares = {name: at_least_float32(s) * (size * unit**2) for name, s in moments.second_moment.items()}
-        return Sums(size, self._gradients, squares)
+        return Sums(size, self.gradients, squares)
 
     def left_out(self) -> Iterable[str]:
-        return self._gradients
-
-    @contextmanager
-    def _with_gradients(self) -> Iterator[None]:
-        with ordinary_gradients(self.recorded.parameters) as self._gradients:
-            yield
+        return self.gradients
 
     def _refuse_unrepeatable(self, forward_pass: ForwardPass) -> None:
         name = type(self.source).__name__
@@ -133,8 +127,8 @@ class ReplayRecorder(Recorder):
         with replayed(source, self._start):
             losses = source.losses(batch)
             total = gradient(losses.sum(), source)
-        allowance = Allowance(tolerance(losses), least_precise(losses), losses.detach().abs().max().item())
-        ordinary = {name: at_least_float32(g) / unit for name, g in self._gradients.items()}
+        allowance = Allowance.of(losses)
+        ordinary = {name: at_least_float32(g) / unit for name, g in self.gradients.items()}
         repeated = {name: at_least_float32(total[name]) for name in ordinary}
         try:
             require_close(source, "gradient of the batch", repeated, ordinary, allowance, batch.size)

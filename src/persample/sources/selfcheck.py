@@ -20,7 +20,7 @@ from persample.errors import DisagreementError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.reference import gradient, losses_of_part, sample_gradients
-from persample.sources.tolerances import Allowance, least_precise, tolerance
+from persample.sources.tolerances import Allowance, tolerance
 from persample.sources.untouched import (
     RandomState,
     buffers_restored,
@@ -62,9 +62,7 @@ def verify(
         total = gradient(losses.sum(), source)
         after = random_state(source.model)
     _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
-    allowance = Allowance(
-        max(rounding, tolerance(losses)), least_precise(losses), _largest(losses.detach()), left or {}
-    )
+    allowance = Allowance.of(losses, rounding, left)
     if not (source.ordinary_random_stream or same_random_state(before, after)):
         return  # its random numbers are other ones than these, so there is nothing to compare
     with buffers_restored(source.model), random_state_restored(source.model, before):

@@ -53,6 +53,13 @@ class Allowance:
     largest_loss: float
     left: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, losses: Tensor, rounding: float = 0.0, left: Mapping[str, float] | None = None) -> Allowance:
+        """Return what rounding explains in the gradients of `losses`: relatively at least `rounding`."""
+        dtype = least_precise(losses)
+        largest = losses.detach().abs().max().item() if losses.numel() else 0.0
+        return cls(max(rounding, _RELATIVE[dtype]), dtype, largest, left or {})
+
     def difference(self, name: str, size: float, largest: float, samples: int) -> float:
         """Return how far two values may lie apart.
 

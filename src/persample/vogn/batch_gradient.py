@@ -13,7 +13,7 @@ from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import as_batch
 from persample.sources.forward_pass import ForwardPass
-from persample.sources.recorder import Recorder, ordinary_gradients
+from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.untouched import untouched
 
@@ -66,15 +66,10 @@ class GradientRecorder(Recorder):
     """Records the ordinary gradients of the user's backward passes."""
 
     def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        return self._with_gradients()
+        return self.with_gradients()
 
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
-        return Sums(forward_pass.batch.size, self._gradients, None)
+        return Sums(forward_pass.batch.size, self.gradients, None)
 
     def left_out(self) -> Iterable[str]:
-        return self._gradients
-
-    @contextmanager
-    def _with_gradients(self) -> Iterator[None]:
-        with ordinary_gradients(self.recorded.parameters) as self._gradients:
-            yield
+        return self.gradients

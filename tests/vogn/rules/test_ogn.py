@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from persample.vogn import OGN, VOGN, DangerousFirstStepWarning
 
+from .choices import CHANGES, shared_settings
 from .problems import PROBLEMS, Array, Batch, as_tensors, weights_of
 
 STEPS = 12
@@ -92,35 +93,10 @@ def online_gauss_newton(
         yield mu, s, (n * (s + c.damping) + tau * c.prior_precision) / tau
 
 
-@st.composite
-def all_settings(draw: st.DrawFn) -> Settings:
-    """Settings under which the steps move far, but do not diverge, which would blow rounding errors up."""
-    data_size, prior = draw(st.integers(5, 500)), draw(st.floats(0.05, 1))
-    return Settings(
-        data_size=data_size,
-        augmentation=draw(st.sampled_from([1.0, 2.5, 10.0])),
-        prior_precision=prior * data_size,
-        prior_mean=draw(st.sampled_from([0.0, 0.7, -1.5])),
-        lr=prior * draw(st.floats(0, 0.02)),
-        decay=draw(st.floats(0.5, 1)),
-        hess_init=draw(st.floats(0.05, 2)),
-        momentum=draw(st.sampled_from([0.0, 0.5, 0.9])),
-        bias_correction=draw(st.booleans()),
-        average_prior=draw(st.booleans()),
-        order=draw(st.sampled_from(["printed", "updated"])),
-        damping=draw(st.sampled_from([0.0, 1e-3, 0.3])),
-        temperature=draw(st.sampled_from([1.0, 0.1, 3.0])),
-        temperature_start=draw(st.sampled_from([0.01, 0.5])),
-        temperature_steps=draw(st.sampled_from([0, 1, 5, 100])),
-        max_update=draw(st.sampled_from([None, 0.05, 2.0])),
-        max_grad_norm=draw(st.sampled_from([None, 0.1, 10.0])),
-    )
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 @settings(max_examples=25, deadline=None)
 @given(
-    chosen=all_settings(),
+    chosen=st.builds(lambda chosen: Settings(**chosen), shared_settings()),
     sizes=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=2), min_size=STEPS, max_size=STEPS),
     seed=st.integers(0, 2**31),
     mc_samples=st.integers(1, 2),
@@ -148,27 +124,7 @@ def test_agrees_with_the_transcription(
                 np.testing.assert_allclose(row, due, rtol=1e-9, atol=1e-11)
 
 
-WITH_MOMENTUM = {"momentum": 0.9}
-
-
-@pytest.mark.parametrize(
-    ("base", "change"),
-    [
-        ({}, {"augmentation": 3.0}),
-        ({}, {"prior_mean": 1.0}),
-        ({}, {"momentum": 0.9}),
-        (WITH_MOMENTUM, {"bias_correction": False}),
-        (WITH_MOMENTUM, {"average_prior": True}),
-        ({}, {"order": "updated"}),
-        ({}, {"damping": 0.1}),
-        ({}, {"temperature": 0.5}),
-        ({}, {"temperature_steps": 3}),
-        ({"temperature_steps": 3}, {"temperature_start": 0.5}),
-        ({}, {"max_update": 0.1}),
-        ({}, {"max_grad_norm": 0.1}),
-    ],
-    ids=lambda change: "-".join(map(str, change)),
-)
+@pytest.mark.parametrize(("base", "change"), CHANGES, ids=lambda change: "-".join(map(str, change)))
 def test_each_setting_matters(base: dict[str, Any], change: dict[str, Any]) -> None:
     """Otherwise the comparison above could not tell whether it is obeyed."""
     problem = PROBLEMS["tanh network"]

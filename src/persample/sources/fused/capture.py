@@ -440,9 +440,10 @@ class Capture(TorchFunctionMode):
         places = self._after(func, args, kwargs, followed, outputs)
         for output, where in zip(outputs, places, strict=True):
             self._place(output, where, func)
-        if places == [None] and isinstance(result, Tensor) and result.requires_grad and not result._is_view():
+        new = isinstance(result, Tensor) and not result._is_view() and all(result is not t for t in followed)
+        if places == [None] and new and result.requires_grad:
             # Nothing of the samples was moved into it, as if their mask were empty: it is a constant.
-            return result if any(result is t for t in followed) else result.detach()
+            return result.detach()
         return result
 
     def _after(

@@ -8,7 +8,7 @@ squaring commutes with it, and sums can be pulled back in place of single sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +103,13 @@ class Expression:
         return pulled
 
 
+def origins(sources: Collection[Expression]) -> tuple[dict[str, nn.Parameter], dict[Tensor, Expression]]:
+    """Return what a tensor made of `sources` is made of: `parameters` and `through` of its expression."""
+    parameters = {name: p for source in sources for name, p in source.parameters.items()}
+    through = {leaf: inner for source in sources for leaf, inner in source.through.items()}
+    return parameters, through
+
+
 def express(
     func: Any,
     args: tuple[Any, ...],
@@ -134,8 +141,7 @@ def express(
         )
     # `contiguous`, `to` and others return what they are given if that will do.
     unchanged = {id(source.graph): t for t in tensors_in((args, dict(kwargs))) if (source := sources.get(id(t)))}
-    parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
-    through = {leaf: inner for source in sources.values() for leaf, inner in source.through.items()}
+    parameters, through = origins(sources.values())
     source = next(iter(sources.values()))
 
     def expression(output: Any) -> Any:

@@ -214,9 +214,9 @@ def asked_in_place(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 _FLAG = {
-    function: list(inspect.signature(function).parameters).index("inplace")
+    function: names.index("inplace")
     for function in vars(F).values()
-    if isinstance(function, types.FunctionType) and "inplace" in inspect.signature(function).parameters
+    if isinstance(function, types.FunctionType) and "inplace" in (names := list(inspect.signature(function).parameters))
 }
 
 _IN_PLACE = {"__setitem__"} | {

@@ -2,8 +2,7 @@
 
 Four ways, the quickest first: what is known of the operation by its name and of where each dimension goes
 (`families`); whose the indices are, if constants are looked up; the same operation on labels, if it only moves entries;
-or a trial (`trial`). What is found is remembered
-for the same operation on the same shapes.
+or a trial (`trial`). What is found is remembered for the same operation on the same shapes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from persample.sources.fused.opened import opened
 from persample.sources.fused.recorder import unseen_use
 from persample.sources.fused.uses import Moment
 from persample.sources.graph import nodes_behind
-from persample.sources.recorder import Recorder, ordinary_gradients
+from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.reference import inner_backward_pass
 from persample.sources.refusals import refuse_impossible
@@ -44,7 +44,6 @@ class FusedRecorder(Recorder):
         self.source = source
         self.capture: Capture | None = None
         self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
-        self._alone: dict[str, Tensor] = {}
         self._mixed: dict[Node, str] = {}
         for name, p in parameters.items():
             self.hold(p.register_post_accumulate_grad_hook(self._unseen(name)))
@@ -95,13 +94,13 @@ class FusedRecorder(Recorder):
             with self.capture.during_backward():
                 yield
         else:
-            with ordinary_gradients(self.recorded.parameters) as self._alone:
+            with self.with_gradients():
                 yield
 
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
         if self.capture is None:
             self._check(forward_pass)
-            return Sums(1, self._alone, {name: g.square() for name, g in self._alone.items()})
+            return Sums(1, self.gradients, {name: g.square() for name, g in self.gradients.items()})
         for leaf, expression in self.capture.leaves().items():
             if leaf.grad is not None:
                 raise UnsupportedModelError(unseen_use(expression.names[0]))
@@ -120,7 +119,7 @@ class FusedRecorder(Recorder):
         return Sums(forward_pass.batch.size, sink.total, sink.squares)
 
     def left_out(self) -> Iterable[str]:
-        return self._alone
+        return self.gradients
 
     def _check(self, forward_pass: ForwardPass) -> None:
         if forward_pass.outputs:  # else the model computes its loss itself, in one number

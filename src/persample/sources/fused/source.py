@@ -15,6 +15,7 @@ from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.contributions import without_autocast
+from persample.sources.fused.arguments import memory_of
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.choice import deterministic_choice
 from persample.sources.fused.freed_memory import keep_freed_memory
@@ -164,8 +165,8 @@ def _in_own_memory(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return copies in place of those that share memory, as what autograd gives the operands of a sum does."""
     separate, taken = {}, set()
     for name, g in gradients.items():
-        memory = g.untyped_storage()
-        shared = memory.data_ptr() in taken or memory.nbytes() < g.numel() * g.element_size()
-        taken.add(memory.data_ptr())
+        memory = memory_of(g)
+        shared = memory in taken or g.untyped_storage().nbytes() < g.numel() * g.element_size()
+        taken.add(memory)
         separate[name] = g.clone(memory_format=torch.contiguous_format) if shared else g
     return separate

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.fused.arguments import memory_of, substitute, tensors_in
-from persample.sources.fused.expressions import Expression, own_saved_tensors
+from persample.sources.fused.expressions import Expression, origins, own_saved_tensors
 from persample.sources.fused.families import RESHAPES_IN_PLACE, functions, is_in_place
 from persample.sources.fused.following import Call, after
 from persample.sources.fused.rules.copies import copied, place_in
@@ -57,8 +57,7 @@ def write_parameters(capture: Capture, func: Any, args: tuple[Any, ...], kwargs:
         func(*new_args, **new_kwargs)
     else:
         target.data = graph.detach()
-    parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
-    through = {leaf: inner for source in sources.values() for leaf, inner in source.through.items()}
+    parameters, through = origins(sources.values())
     expression = Expression(graph.detach(), graph, parameters, moves=False, through=through)
     capture.expressions[id(target)] = (target, expression)
     return target
