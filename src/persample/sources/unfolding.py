@@ -8,6 +8,27 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
+def windows_of(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Return the windows of the padded `x`, `(B, C, *S)`, as a view of it, `(B, C, *K, *L)`.
+
+    Args:
+        x: what the windows are cut from.
+        kernel: size of a window along each dimension, K.
+        stride: distance between windows.
+        dilation: distance between the entries of a window.
+        positions: how many windows along each dimension, L. The last ones are left away where the output padding of a
+            transposed convolution leaves room for more.
+    """
+    dimensions = len(positions)
+    windows = x
+    for d in range(dimensions):
+        span = dilation[d] * (kernel[d] - 1) + 1
+        windows = windows.unfold(2 + d, span, stride[d])[..., :: dilation[d]].narrow(2 + d, 0, positions[d])
+    return windows.permute(0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions))
+
+
 def unfold(
     x: Tensor,
     kernel: Sequence[int],
@@ -16,7 +37,7 @@ def unfold(
     groups: int,
     positions: Sequence[int],
 ) -> Tensor:
-    """Return the windows of the padded `x`, `(B, C, *S)`, as `(B, G, C/G · K, L)`.
+    """Return a copy of the windows of the padded `x`, `(B, C, *S)`, as `(B, G, C/G · K, L)`.
 
     Args:
         x: what the windows are cut from.
@@ -24,18 +45,11 @@ def unfold(
         stride: distance between windows.
         dilation: distance between the entries of a window.
         groups: G.
-        positions: how many windows along each dimension; L is their product. The last ones are left away where the
-            output padding of a transposed convolution leaves room for more.
+        positions: how many windows along each dimension; L is their product. See `windows_of`.
     """
-    dimensions = len(positions)
-    windows = x
-    for d in range(dimensions):
-        span = dilation[d] * (kernel[d] - 1) + 1
-        windows = windows.unfold(2 + d, span, stride[d])[..., :: dilation[d]].narrow(2 + d, 0, positions[d])
     batch, channels = x.shape[:2]
-    kernel_first = [0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions)]
     rows = channels // groups * math.prod(kernel)
-    return windows.permute(kernel_first).reshape(batch, groups, rows, math.prod(positions))
+    return windows_of(x, kernel, stride, dilation, positions).reshape(batch, groups, rows, math.prod(positions))
 
 
 def padding_pairs(

@@ -68,7 +68,7 @@ def test_every_form_is_exact(name: str, dtype: torch.dtype) -> None:
 
 def test_the_shapes_meet_every_form() -> None:
     kinds = {form.split()[0] for name in CASES for form in forms(problem(name, torch.float32)[0])}
-    assert kinds >= {"patches", "rows", "grouped", "single"}
+    assert kinds >= {"patches", "rows", "aligned-patches", "aligned-rows", "grouped", "single"}
 
 
 @pytest.mark.parametrize("name", CASES)
