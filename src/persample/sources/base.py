@@ -303,7 +303,7 @@ class PerSampleGradSource(ABC):
         return (
             method,
             tuple([(id(module), module.training, _hooks(module)) for module in modules]),
-            tuple([(name, len(p._backward_hooks or ())) for name, p in self.parameters().items()]),
+            tuple([_state(name, p) for m in modules for name, p in m._parameters.items() if p is not None]),
             batch.kind(),
         )
 
@@ -311,6 +311,10 @@ class PerSampleGradSource(ABC):
 # The random numbers of dropout come from one generator for all threads, and a check winds it back. A call that ran in
 # between would draw other numbers than it is checked with.
 _ONE_AT_A_TIME = threading.RLock()
+
+
+def _state(name: str, parameter: nn.Parameter) -> tuple[str, bool, int]:
+    return name, parameter.requires_grad, len(parameter._backward_hooks or ())
 
 
 def _hooks(module: nn.Module) -> int:

@@ -48,9 +48,10 @@ def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'loop
     Raises:
         UnsupportedModelError: it names the parameter.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter._backward_hooks:
-            raise hooked_parameter(name, instead)
+    for module, path in modules_of(model).items():
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and parameter._backward_hooks:
+                raise hooked_parameter(f"{path}.{own}" if path else own, instead)
 
 
 def hooked_parameter(name: str, instead: str = "use backend 'loop'") -> UnsupportedModelError:
