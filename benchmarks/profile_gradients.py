@@ -11,7 +11,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -58,7 +58,7 @@ def main(
             name = marks[place][2]
             own[name][event.name] += event.self_cpu_time_total / rounds / 1000
             count[name][event.name] += 1
-    total = {name: median(end - start for start, end, mark in marks if mark == name) / 1000 for name in calls}
+    total = {name: fmean(end - start for start, end, mark in marks if mark == name) / 1000 for name in calls}
     table = Table("operation", *(f"{name}: times, ms" for name in calls), "difference, ms", title=model)
     difference = {op: own["fused"][op] - own["plain"][op] for op in own["plain"] | own["fused"]}
     for op in sorted(difference, key=lambda op: -abs(difference[op]))[:rows]:
