@@ -19,19 +19,23 @@ SETTINGS: list[tuple[Any, ...]] = [
     (3, 1, 1, 2),
     (2, 2, 0, 1, True),
     (3, 2, 1, 1, True),
+    (2, 3),
+    ([2, 1], [3, 1], [1, 0]),
+    ([2, 3], [2, 2]),
+    (2, 4, 0, 2),
 ]
 
 
-@pytest.mark.parametrize("form", [0, -1])
+@pytest.mark.parametrize("form", ["as it lies", "channels last", "images side by side"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("channels", [1, 6, 16, 33])
-def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def take(key: object, forms: Any, *operands: Any) -> Any:
-        return list(forms().values())[form](*operands)
+        return forms()[form](*operands)
 
     monkeypatch.setattr(pooling, "choose", take)
     torch.manual_seed(0)
-    x = torch.randn(5, channels, 11, 13).round().requires_grad_()  # rounded, so that there are ties
+    x = torch.randn(6, channels, 11, 13).round().requires_grad_()  # rounded, so that there are ties
     expected = F.max_pool2d(x, *settings)
     found = pooling.max_pool2d(x, *settings)
     assert torch.equal(found, expected)
@@ -39,6 +43,14 @@ def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: int, monkeyp
     delta = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, x, delta)[0]
     assert torch.equal(torch.autograd.grad(found, x, delta)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "images"), [(128, 6, 16), (128, 10, 8), (7, 10, 7), (4, 1, 4), (128, 64, 1), (3, 100, 1)]
+)
+def test_enough_channels_side_by_side(batch: int, channels: int, images: int) -> None:
+    assert pooling._images_side_by_side(batch, channels) == images
+    assert ("images side by side" in pooling._forms(torch.empty(batch, channels, 4, 4))) == (images > 1)
 
 
 @pytest.mark.parametrize("x", [torch.randn(3, 8, 8), torch.randn(2, 8, 8, 3).movedim(3, 1)], ids=["no batch", "last"])
