@@ -106,10 +106,12 @@ def _all_forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
     }
     if c.images > 1 or c.x.numel() == 0:
         return found
-    # oneDNN rounds the channels of each group up to multiples of 16, in memory that it takes beside the result.
+    # oneDNN rounds the channels of each group up to multiples of 16, in memory that it takes beside the result, some
+    # five times over. A model with so few channels is small, so it gets half of it.
     outputs, channels, *kernel = c.geometry.weight
-    rounded = -(-outputs // c.geometry.groups // 16) * -(-channels // 16) * 256 * c.geometry.groups * math.prod(kernel)
-    found |= {f"grouped {rows}": partial(_by_groups, rows=rows) for rows in _pieces(c, rounded, 2**17, 2**18, 2**19)}
+    rounded = c.geometry.groups * _aligned(outputs // c.geometry.groups) * _aligned(channels) * math.prod(kernel)
+    taken = rounded if rounded == gradient else 2 * rounded
+    found |= {f"grouped {rows}": partial(_by_groups, rows=rows) for rows in _pieces(c, taken, 2**17, 2**18, 2**19)}
     if c.geometry.groups == 1 and c.geometry.stride[0] == 1 and c.geometry.weight[2] > 1:
         entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
         found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(c, entries, 2**18, 3 * 2**17)}

@@ -93,7 +93,8 @@ def _as_it_lies(x: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _channels_last(x: Tensor, settings: tuple[Any, ...], images: int) -> tuple[Tensor, Tensor]:
-    together = x.view(len(x) // images, images * x.shape[1], *x.shape[2:]).contiguous(memory_format=torch.channels_last)
-    values, indices = _as_it_lies(together, settings)
+    together = x.view(len(x) // images, images * x.shape[1], *x.shape[2:])
+    # The copy has no name, so that its memory is free for those of the results.
+    values, indices = _as_it_lies(together.contiguous(memory_format=torch.channels_last), settings)
     shape = (*x.shape[:2], *values.shape[2:])
     return values.contiguous().view(shape), indices.contiguous().view(shape)
