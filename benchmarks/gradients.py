@@ -4,9 +4,9 @@
     python benchmarks/gradients.py --out runs/gradients
     python benchmarks/gradients.py --out runs/gradients-on-gpu --device cuda
 
-Times alternate within one process; peak memory is taken in a fresh process for each model and backend. What refuses a
-model, or disagrees with the oracle, is not timed. Writes `gradients.json`, `gradients.md` and `gradients.png`; what the
-folder holds of other models stays.
+The backends take turns in a process of their own for each model; peak memory is taken in a fresh process for each model
+and backend. What refuses a model, or disagrees with the oracle, is not timed. Writes `gradients.json`, `gradients.md`
+and `gradients.png`; what the folder holds of other models stays.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import matplotlib
 import torch
@@ -29,10 +31,13 @@ from matplotlib.figure import Figure
 import persample
 from persample.checks.benchmark import PLAIN, plain_pass
 from persample.checks.memory import peak_memory
+from persample.files import replacing
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
 from models import PROBLEMS
+
+Result = TypeVar("Result")
 
 BACKENDS = ["fused", "hooks", "vmap", "vmap in chunks", "backpack", "BackPACK itself", "opacus", "Opacus itself"]
 OWN_BATCH = {"Transformer": 32, "Transformer, tied head": 32}
@@ -61,22 +66,21 @@ def measure(name: str, batch: int, device: str, rounds: int, backends: list[str]
 def measure_memory(result: dict[str, Any], device: str) -> None:
     """Write the peak memory of all backends into the costs of one model."""
     name, batch = result["model"], result["batch"]
-    plain = memory_in_fresh_process(name, batch, device, PLAIN)
+    plain = in_fresh_process(memory, name, batch, device, PLAIN)
     for backend, cost in result["costs"].items():
         if cost["problem"] is None:
-            peak = memory_in_fresh_process(name, batch, device, backend)
+            peak = in_fresh_process(memory, name, batch, device, backend)
             cost |= {"peak_bytes": peak, "memory_ratio": peak / plain}
 
 
-def memory_in_fresh_process(name: str, batch: int, device: str, backend: str) -> int:
-    """Return the peak memory of one call in bytes, parameters and batch included."""
-    options = {"--memory-of": name, "--batch": str(batch), "--device": device, "--backend": backend}
-    command = [sys.executable, __file__, *(word for option in options.items() for word in option)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
+    """Return what `function` returns in a process that has done nothing else, and whose memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn"), peers.register) as pool:
+        return pool.submit(function, *args).result()
 
 
 def memory(name: str, batch: int, device: str, backend: str) -> int:
-    """Return the same, in this process."""
+    """Return the peak memory of one call in bytes, parameters and batch included."""
     model, inputs, targets = problem(name, batch, device)
     loss_fn = persample.losses.cross_entropy
     if backend == PLAIN:
@@ -157,14 +161,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")] = 15,
     memory_too: Annotated[bool, typer.Option("--memory/--no-memory", help="Take the peak memory, too.")] = True,
     backends: Annotated[str, typer.Option(help="Names of backends, separated by semicolons.")] = ";".join(BACKENDS),
-    memory_of: Annotated[str, typer.Option(hidden=True)] = "",
-    backend: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure all backends on all models."""
-    peers.register()
-    if memory_of:
-        print(memory(memory_of, batch, device, backend))
-        return
     out.mkdir(parents=True, exist_ok=True)
     file = out / "gradients.json"
     found = json.loads(file.read_text())["results"] if file.exists() else []
@@ -174,7 +172,7 @@ def main(
     jobs = [(name, batch) for name in wanted] if batch else [job for job in own_jobs if job[0] in wanted]
     for job in jobs:
         if rounds:
-            results[job] = measure(*job, device, rounds, backends.split(";"))
+            results[job] = in_fresh_process(measure, *job, device, rounds, backends.split(";"))
         if memory_too:
             measure_memory(results[job], device)
         print(table([results[job]]), flush=True)
@@ -189,9 +187,12 @@ def order(job: tuple[str, int]) -> tuple[int, int]:
 def write(file: Path, results: list[dict[str, Any]], device: str) -> None:
     """Write the results, the table and the picture."""
     report = {"machine": machine("backpack-for-pytorch", "opacus", device=device), "results": results}
-    file.write_text(json.dumps(report, indent=2) + "\n")
-    file.with_suffix(".md").write_text(table(results))
-    picture(results, file.with_suffix(".png"))
+    with replacing(file) as new:
+        new.write_text(json.dumps(report, indent=2) + "\n")
+    with replacing(file.with_suffix(".md")) as new:
+        new.write_text(table(results))
+    with replacing(file.with_suffix(".png")) as new:
+        picture(results, new)
     print(f"written to {file.parent}")
 
 

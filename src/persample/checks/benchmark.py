@@ -61,8 +61,9 @@ def benchmark(
     """Time `moments` with each backend against an ordinary forward and backward pass.
 
     In every round the plain pass and all backends take their turn, so that what else the machine does meets them
-    alike; the ratios are medians over the rounds. A backend that refuses or disagrees with the oracle (see
-    `crosscheck`) is not timed. Self-checks are off while the clock runs.
+    alike; the ratios are medians over the rounds. Each turn is two calls, of which the second is timed, as in a loop
+    that does nothing else: the first finds the caches and the memory that another backend left. A backend that refuses
+    or disagrees with the oracle (see `crosscheck`) is not timed. Self-checks are off while the clock runs.
 
     Args:
         model: the network; it is not changed.
@@ -117,10 +118,11 @@ def plain_pass(
 
 
 def _alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the first round warms up and is not counted."""
+    """Seconds of each call in each round, after one of its own; the first round warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
         for name, call in calls.items():
+            call()
             _wait_for(device)
             start = time.perf_counter()
             call()
