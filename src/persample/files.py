@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,24 +16,46 @@ def replacing(path: Path) -> Iterator[Path]:
     """Lend a temporary path beside `path`, which takes the place of `path` when the block ends well.
 
     The temporary name keeps the suffix, so that writers that choose a format by it do so. When the block
-    raises, the temporary file is removed, and what was at `path` before stays.
+    raises, the temporary file is removed, and what was at `path` before stays. A file that is replaced passes its
+    permissions on; of a symbolic link the target is replaced, and the link stays.
 
     Args:
         path: The file to write; its folder exists.
 
     Yields:
         The path to write to, in the same folder.
+
+    Raises:
+        OSError: `path` is a folder, a pipe or a device, or cannot be written.
     """
+    path = Path(os.path.realpath(path))
+    permissions = _permissions(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner may read; give the usual permissions back.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(permissions)  # mkstemp makes files that only their owner may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _permissions(path: Path) -> int:
+    """Those of the file at `path`, or the usual ones of a new file.
+
+    Raises:
+        OSError: what is there is no regular file, and to replace it would be to destroy it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return 0o666 & ~_umask()
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a regular file", str(path))
+    return stat.S_IMODE(mode)
 
 
 def _umask() -> int:

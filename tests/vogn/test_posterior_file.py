@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from persample import Posterior
-from persample.errors import DataError, UsageError
+from persample.errors import DataError, OptionError, UsageError
 from persample.vogn import VOGN
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -91,6 +92,16 @@ class TestGarbage:
     def test_a_folder(self, tmp_path: Path) -> None:
         self.refused(tmp_path, "cannot be read")
 
+    @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+    def test_a_pipe(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        self.refused(tmp_path / "pipe", "cannot be read")
+
+    @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+    def test_no_such_device(self, saved: tuple[Posterior, Path], device: str) -> None:
+        with pytest.raises(OptionError, match=f"device='{device}': there is no such device"):
+            Posterior.load(saved[1], device=device)
+
     @pytest.mark.parametrize("content", [b"", b"garbage" * 20, b"\x00" * 64])
     def test_other_bytes(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(content)
@@ -141,3 +152,25 @@ class TestNotWritten:
         with pytest.raises(DataError, match="cannot be written"):
             saved[0].save(tmp_path / "folder")
         assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+    def test_a_pipe_stays(self, saved: tuple[Posterior, Path], tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(DataError, match="cannot be written: it is a pipe"):
+            saved[0].save(tmp_path / "pipe")
+        assert (tmp_path / "pipe").is_fifo()
+
+    def test_a_name_that_no_file_can_have(self, saved: tuple[Posterior, Path], tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="cannot be written"):
+            saved[0].save(f"{tmp_path}/a\0b")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_through_a_link_its_target_is_written(saved: tuple[Posterior, Path], tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(saved[1])
+    saved[0].prune(0.5).save(link)
+    assert link.is_symlink()
+    assert all(
+        torch.equal(mean, saved[0].prune(0.5).mean[name]) for name, mean in Posterior.load(saved[1]).mean.items()
+    )

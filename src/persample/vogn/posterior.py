@@ -258,11 +258,11 @@ class Posterior:
         """Write mean and precision to a file in the format safetensors, whole or not at all; the model is left out.
 
         Args:
-            path: the file; its folder exists.
+            path: the file; its folder exists. Of a symbolic link the target is written.
 
         Raises:
             MissingPackageError: the package safetensors is not installed.
-            DataError: the file cannot be written.
+            DataError: the file cannot be written, or what is there is a folder, a pipe or a device.
         """
         posterior_file.write(Path(path), self.mean, self.precision)
 
@@ -279,9 +279,10 @@ class Posterior:
 
         Raises:
             MissingPackageError: the package safetensors is not installed.
+            OptionError: there is no such device here.
             DataError: the file is missing, damaged, or not a posterior.
         """
-        mean, precision = posterior_file.read(Path(path), torch.device(device))
+        mean, precision = posterior_file.read(Path(path), device)
         return Posterior(mean, precision, model)
 
     def _model(self, call: str) -> nn.Module:

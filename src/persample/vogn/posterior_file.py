@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from persample.errors import DataError, MissingPackageError
+from persample.errors import DataError, MissingPackageError, OptionError
 from persample.files import replacing
 
 _FORMAT = "persample posterior"
@@ -36,33 +36,49 @@ def write(path: Path, mean: Mapping[str, Tensor], precision: Mapping[str, Tensor
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(save(tensors, metadata=header))
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}; choose a file in a writable folder.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be written: {reason}; choose a file in a writable folder.") from error
 
 
-def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the mean and the precision that `write` wrote, on `device`.
 
     Raises:
         MissingPackageError: safetensors is not installed.
+        OptionError: there is no such device here.
         DataError: the file is missing, damaged, or not a posterior.
     """
+    _check_device(device)
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise MissingPackageError(_missing(error)) from error
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} cannot be read: it is a folder, a pipe or a device; name what Posterior.save wrote.")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             names = _names(path, file.metadata() or {}, set(file.keys()))
             mean = {name: file.get_tensor(f"mean/{name}") for name in names}
             precision = {name: file.get_tensor(f"precision/{name}") for name in names}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path} does not exist: save a posterior there first, or correct the path.") from error
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}): it is damaged, or no file of safetensors.") from error
     for name in names:
         _check_values(path, name, mean[name], precision[name])
-    return mean, precision
+    return (
+        {name: value.to(device) for name, value in mean.items()},
+        {name: value.to(device) for name, value in precision.items()},
+    )
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a build of PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise OptionError(f'device={device!r}: there is no such device here ({reason}); load on "cpu".') from error
 
 
 def _names(path: Path, header: Mapping[str, str], keys: set[str]) -> list[str]:
