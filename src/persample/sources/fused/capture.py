@@ -30,7 +30,7 @@ from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules import in_place
 from persample.sources.fused.rules.copies import copied, own_of_one_sample
-from persample.sources.fused.taps import Copies, Operation, Tap
+from persample.sources.fused.taps import Copies, Mixed, Operation, Tap
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.refusals import hooked_parameter
 
@@ -117,7 +117,8 @@ class Capture(TorchFunctionMode):
             self.without_gradient = True
             return self._aliased(used, self.plain(func, *self.values((args, dict(kwargs)))))
         if followed:
-            return self._use(func, args, kwargs)
+            where = self._mixture(followed)
+            return self._use(func, args, kwargs) if where is None else self._use_mixed(func, args, kwargs, where)
         self._require_constants(func, [t for t in tensors if id(t) not in self.expressions])
         if in_place.writes(func, args):
             return in_place.write_parameters(self, func, args, kwargs)
@@ -181,10 +182,8 @@ class Capture(TorchFunctionMode):
                 return where
             reason = "some entries of which belong to no sample"
         elif where is not None:
-            reason = f"in which backend 'fused' lost track of the samples ({where.reason})"
-        raise UnsupportedModelError(
-            f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: use backend 'vmap' or 'loop'."
-        )
+            reason = _lost_track(where)
+        raise _not_known(operation, shape, reason)
 
     def samples_in(self, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Layout]:
         """Return where the samples are in those operands that hold any, by the operand's id.
@@ -313,6 +312,12 @@ class Capture(TorchFunctionMode):
         )
         return self.follow_as(result, layout)
 
+    def mixed(self, result: Tensor, where: Lost, expressions: Sequence[Expression], refusal: PersampleError) -> Tensor:
+        """Return `result`, made of `expressions` and of mixed samples, so that `refusal` is raised if δ reaches it."""
+        mixed: Tensor = Mixed.apply(result, self.anchor, refusal)  # type: ignore[no-untyped-call]
+        self.layouts[mixed] = where
+        return mixed
+
     def copies(self, values: Tensor, layout: Layout, expression: Expression, build: Build) -> Tensor:
         """Return `values` of an expression, an entry for each sample, so that δ reaches its contribution.
 
@@ -417,6 +422,27 @@ class Capture(TorchFunctionMode):
                 return self.plain(func, *self.values((args, dict(kwargs))))  # no entry, no gradient
             raise operations.no_rule(_name(func), str(error)) from error
 
+    def _mixture(self, followed: list[Tensor]) -> Lost | None:
+        """Return the reason if samples are mixed in one of the operands, or cannot be told apart in any; else None."""
+        places = [self.layouts.get(t) for t in followed]
+        lost = [where for where in places if isinstance(where, Lost)]
+        mixed = next((where for where in lost if where.mixed), None)
+        return lost[0] if mixed is None and len(lost) == len(places) else mixed
+
+    def _use_mixed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: Lost) -> Any:
+        """Run an operation on parameters and mixed samples, which is right as long as no gradient comes back."""
+        arguments = (args, dict(kwargs))
+        operand = next(t for t in tensors_in(arguments) if self.layouts.get(t) == where)
+        refusal = _not_known(_name(func), operand.shape, _lost_track(where))
+        if families.is_in_place(func) or families.asked_in_place(func, args, kwargs):
+            raise refusal
+        expressions = [e for t in tensors_in(arguments) if (e := self.expression(t)) is not None]
+        result = self.plain(func, *self.values(arguments))
+        if isinstance(result, tuple | list) and type(result) not in (tuple, list):
+            raise refusal
+        outputs = [t for t in tensors_in((result,)) if t.is_floating_point() or t.is_complex()]
+        return substitute(result, {id(t): self.mixed(t, where, expressions, refusal) for t in outputs})
+
     def _carry(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor]) -> Any:
         """Run an operation that uses no parameter, and follow the samples from its operands into its results."""
         result = operations.FASTER.get(func, func)(*args, **kwargs)
@@ -470,6 +496,16 @@ class Capture(TorchFunctionMode):
         if base is not None and families.is_in_place(func) and self.layouts.get(output) != where:
             self.layouts[base] = Lost(f"{_name(func)} writes samples into a part of a tensor")
         self.layouts[output] = where
+
+
+def _not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: use backend 'vmap' or 'loop'."
+    )
+
+
+def _lost_track(where: Lost) -> str:
+    return f"in which backend 'fused' lost track of the samples ({where.reason})"
 
 
 def _asked_by_checkpoint() -> bool:

@@ -16,6 +16,7 @@ from persample.sources.fused.rules.convolution import convolutions, transposed_c
 from persample.sources.fused.rules.copies import batched, beside_each_other, entry_by_entry
 from persample.sources.fused.rules.embedding import embedding, embedding_bag
 from persample.sources.fused.rules.fallback import fallback as fallback
+from persample.sources.fused.rules.grouped import grouped_mm
 from persample.sources.fused.rules.in_groups import in_groups
 from persample.sources.fused.rules.in_order import in_order
 from persample.sources.fused.rules.in_place import change_samples, fill, written_into
@@ -82,6 +83,7 @@ RULES: Mapping[Any, Rule] = {
             "__getitem__": rewritten.looked_up,
         }
     ),
+    **_each({"_grouped_mm": grouped_mm}),
     **_general([Tensor.masked_fill_], change_samples),
     Tensor.__setitem__: written_into,
     Tensor.fill_: fill,

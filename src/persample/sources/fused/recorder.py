@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from persample.errors import UnsupportedModelError
+from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.contributions import Contribution
 from persample.sources.fused.arguments import tensors_in
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.expressions import Expression
+from persample.sources.fused.following import Lost
 from persample.sources.fused.mapped import Mapped, MappedRows
 from persample.sources.fused.uses import added_up
 from persample.sources.graph import nodes_behind, variables_of
@@ -99,6 +100,12 @@ class Recorder(Capture):
     def copies(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._noted(super().copies(*args, **kwargs))
 
+    def mixed(self, result: Tensor, where: Lost, expressions: Sequence[Expression], refusal: PersampleError) -> Tensor:
+        result = super().mixed(result, where, expressions, refusal)
+        if result.grad_fn is not None:
+            self._note(result.grad_fn, expressions)
+        return result
+
     def uses(self, losses: Tensor) -> Iterator[Use]:
         """Yield the uses that `losses`, those of this forward pass, depend on.
 
@@ -127,9 +134,12 @@ class Recorder(Capture):
         while expected and node is not None and getattr(node, "capture", None) is not self:
             node = node.next_functions[0][0]  # of a view, that of its base
         if expected and node is not None:
-            names = tuple(dict.fromkeys(name for expression in expected for name in expression.names))
-            self._taps[node] = _Tapped(names, self._by(), self._current_module())
+            self._note(node, expected)
         return result
+
+    def _note(self, node: Node, expressions: Sequence[Expression]) -> None:
+        names = tuple(dict.fromkeys(name for expression in expressions for name in expression.names))
+        self._taps[node] = _Tapped(names, self._by(), self._current_module())
 
     def _by(self) -> str:
         """The operation that the model calls, and the one inside of it that is served, if that is another."""

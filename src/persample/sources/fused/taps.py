@@ -80,6 +80,19 @@ class Copies(torch.autograd.Function):
         return None, None, None, None, None
 
 
+class Mixed(torch.autograd.Function):
+    """The identity, for what was made of parameters and of several samples at once: a gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, anchor: Tensor, refusal: UnsupportedModelError) -> Tensor:
+        ctx.refusal = refusal
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        raise ctx.refusal
+
+
 def _refuse_inner_pass(ctx: Any, expressions: Sequence[Expression]) -> None:
     """Raise if the operation was run in the backward pass: activation checkpointing repeats it there, and no more."""
     if ctx.repeats:
