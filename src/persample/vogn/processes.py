@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -108,8 +108,8 @@ def noise_of_rank(seed: int, rank: int, step: int) -> torch.Generator:
 
     It depends on these three numbers alone: after loading a checkpoint the noise is that of an uninterrupted run.
     """
-    own = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(own[0]))
+    digest = hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def _sum(mean: Tensor | None, param: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

