@@ -160,7 +160,6 @@ print(moments.batch_size)
         "pooch",
         "mlxtend",
         "torchmetrics",
-        "tqdm",
     }
     assert run_without(extras, code).strip() == "4"
 
