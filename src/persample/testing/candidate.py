@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import persample
-from persample.errors import DisagreementError, UnsupportedModelError
+from persample.errors import ContractError, DisagreementError, UnsupportedModelError
 from persample.sources.base import Check
 from persample.testing.problem import Problem
 from persample.testing.trace import no_trace
@@ -25,11 +25,11 @@ METHODS: tuple[Method, ...] = ("moments", "per_sample")
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a backend served a problem, if it was not wrong.
+    """How a backend served a problem, if no wrong number left it.
 
     Attributes:
-        kind: `"exact"`; `"refused"` by an `UnsupportedModelError`; or `"caught"`, refused by the self-check, which
-            found that the numbers were wrong.
+        kind: `"exact"`; `"refused"` by an `UnsupportedModelError`; or `"caught"`: the numbers were wrong, which the
+            self-check found. `BackendSuite` does not accept that.
         reason: what the error said.
     """
 
@@ -62,8 +62,9 @@ class Candidate:
         """Call both methods, and return whether the backend was exact or refused, and why.
 
         Raises:
-            AssertionError: a number is wrong, a trace is left, other random numbers were drawn than in one forward
-                pass, or a refusal does not say what to do.
+            AssertionError: a number is wrong and the self-check did not see it, the result is not what the contract
+                asks for, a trace is left, other random numbers were drawn than in one forward pass, or a refusal does
+                not say what to do.
         """
         truth = None if problem.impossible else problem.truth(self.stream)
         verdicts = [self._judge_method(problem, truth, method, check) for method in METHODS]
@@ -77,6 +78,8 @@ class Candidate:
             set_seed(problem.seed)
             try:
                 result = getattr(source, method)(problem.inputs, problem.targets)
+            except ContractError as error:
+                raise AssertionError(str(error)) from error
             except (UnsupportedModelError, DisagreementError) as error:
                 kind: Any = "caught" if isinstance(error, DisagreementError) else "refused"
                 return Verdict(kind, _actionable(str(error)))

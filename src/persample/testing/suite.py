@@ -76,6 +76,7 @@ class BackendSuite:
 
     def accept(self, case: Case, verdict: Verdict) -> None:
         """Assert that `verdict` is one that this backend may get for `case`; to be overridden by those that pin it."""
+        _require_not_wrong(verdict)
         if self.serves == "everything" and not case.impossible:
             assert verdict.kind == "exact", f"it must not refuse this case: {verdict.reason}"
 
@@ -94,11 +95,12 @@ class BackendSuite:
         def judge(problem: Problem, data: st.DataObject) -> None:
             if self.stream == "each":
                 _drop_out_in_order(problem.model)
-            # What must be served is right by itself. Beyond, the self-check is part of being right or refusing.
+            # What must be served is right by itself. Beyond, the self-check may find that the model mixes the samples.
             verdict = self.candidate.judge(
                 problem, data.draw(st.sampled_from(["never", "first"])) if must_serve else "first"
             )
             event(verdict.kind)
+            _require_not_wrong(verdict)
             assert not must_serve or verdict.kind == "exact", f"it must not refuse this: {verdict.reason}"
 
         judge()
@@ -175,6 +177,11 @@ def judge_case(candidate: Candidate, case: Case) -> Verdict:
     """Return the verdict on `case` in batches of all its sizes: exact, or the first refusal."""
     verdicts = [candidate.judge(case.problem(size)) for size in case.sizes]
     return next((verdict for verdict in verdicts if verdict.kind != "exact"), verdicts[0])
+
+
+def _require_not_wrong(verdict: Verdict) -> None:
+    """Assert that the self-check had nothing to find: users may switch it off, and refusing is the backend's work."""
+    assert verdict.kind != "caught", f"a wrong number, which the self-check found: {verdict.reason}"
 
 
 def _small_problem(middle: nn.Module) -> Problem:
