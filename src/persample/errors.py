@@ -35,6 +35,10 @@ class DisagreementError(PersampleError, RuntimeError):
     """A self-check found that a backend's numbers are not the gradients of the single samples."""
 
 
+class ContractError(DisagreementError):
+    """A backend returned something else than the contract of `PerSampleGradSource` asks for."""
+
+
 class OptionError(PersampleError, ValueError):
     """An option has a value, or a name, that is not allowed."""
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from persample.checks.copies import copy_of
-from persample.errors import PersampleError, UsageError
+from persample.errors import ContractError, PersampleError, UsageError
 from persample.sources.batch import in_float64
 from persample.sources.registry import backends as all_backends
 from persample.sources.registry import make_source
+from persample.sources.selfcheck import signed_root
 from persample.sources.tolerances import MOVED
 from persample.sources.untouched import RandomState, random_state, random_state_restored, same_random_state
 
@@ -31,14 +32,14 @@ class Agreement:
 
     Attributes:
         backend: its name.
-        mean: error of the mean gradient; None if the backend refused.
+        mean: error of the mean gradient; None if the backend refused, infinite if what it returned has no error.
         second_moment: error of the second moment, compared as root mean squares.
         per_sample: error of the per-sample gradients.
         allowed: the largest error that rounding explains in the model's dtype.
         in_float64: where an error is above what rounding explains, the largest error of the same backend on a copy of
             the model in float64. Rounding may decide which pixel of a pooling window, or which side of a ReLU, gets
             the gradient; in float64 that is as good as excluded.
-        problem: why the backend refused or cannot be imported, or None.
+        problem: why the backend refused or cannot be imported, what it returned against its contract, or None.
     """
 
     backend: str
@@ -110,10 +111,14 @@ def crosscheck(
             in_float64 = max(_errors(precise.results(name, options.get(name, {})), expected)) if again else None
         except UsageError:
             raise
+        except ContractError as error:
+            agreements.append(Agreement(name, math.inf, math.inf, math.inf, allowed, problem=str(error)))
         except PersampleError as error:
             agreements.append(Agreement(name, None, None, None, allowed, problem=str(error)))
         else:
-            agreements.append(Agreement(name, *errors, allowed=allowed, in_float64=in_float64))
+            agreements.append(
+                Agreement(name, *errors, allowed=allowed, in_float64=in_float64, problem=_nans(found, expected))
+            )
     return agreements
 
 
@@ -145,7 +150,7 @@ class _Problem:
         with random_state_restored(self.model, self.start):
             gradients = source.per_sample(self.inputs, self.targets)
         # The second moment as root mean squares, in the unit of the gradients.
-        root = {name: s.sqrt() for name, s in moments.second_moment.items()}
+        root = {name: signed_root(s) for name, s in moments.second_moment.items()}
         return moments.mean, root, gradients
 
 
@@ -158,8 +163,20 @@ def _errors(found: _Results, expected: _Results) -> tuple[float, float, float]:
     return mean, root, rows
 
 
+def _nans(found: _Results, expected: _Results) -> str | None:
+    """Say where the backend returned NaN and the oracle did not, or None."""
+    for what, values, of in zip(
+        ("mean gradient", "second moment", "per-sample gradient"), found, expected, strict=True
+    ):
+        for name, e in of.items():
+            wrong = values[name].isnan() & ~e.isnan()
+            if bool(wrong.any()):
+                return f"the {what} of {name!r} is NaN in {int(wrong.sum())} of {e.numel()} entries, the loop's is not"
+    return None
+
+
 def relative_error(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest relative error over all parameters, infinite where keys or shapes differ."""
+    """Return the largest relative error over all parameters, infinite where keys, shapes or NaNs differ."""
     if values.keys() != expected.keys():
         return float("inf")
     largest = max((_largest(e) for e in expected.values()), default=0.0)
@@ -168,11 +185,13 @@ def relative_error(values: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         if values[name].shape != e.shape:
             return float("inf")
         scale = max(_largest(e), 1e-3 * largest)
+        if not torch.equal(values[name].isnan(), e.isnan()):
+            return float("inf")
         difference = _largest(values[name].to(e.dtype) - e)
-        if difference != 0:  # also where it is not a number
+        if difference > 0:
             errors.append(difference / scale if scale > 0 else float("inf"))
-    return max(errors) if not any(math.isnan(error) for error in errors) else float("inf")
+    return max(errors)
 
 
 def _largest(values: Tensor) -> float:
-    return values.abs().max().item() if values.numel() else 0.0
+    return values.abs().nan_to_num(nan=0.0, posinf=math.inf).max().item() if values.numel() else 0.0

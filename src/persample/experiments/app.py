@@ -247,7 +247,7 @@ def crosscheck(
     network, inputs, targets = _probe(model, batch_size, dtype, seed)
     agreements = persample.crosscheck(network, persample.losses.cross_entropy, inputs, targets, backends=backend)
     Console().print(agreement_table(agreements, _probe_title(model, batch_size, dtype)))
-    if wrong := [a.backend for a in agreements if a.problem is None and not a.agrees]:
+    if wrong := [a.backend for a in agreements if a.mean is not None and not a.agrees]:
         raise DisagreementError(f"do not use {', '.join(wrong)} for {model}: the errors are not those of rounding")
 
 

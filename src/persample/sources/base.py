@@ -22,6 +22,7 @@ from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.replay import ReplayRecorder
+from persample.sources.returned import moments_of, per_sample_of, uses_of
 from persample.sources.second_look import only_rounded
 from persample.sources.selfcheck import verify, verify_unmixed
 from persample.sources.uncompiled import uncompiled
@@ -95,9 +96,10 @@ class PerSampleGradSource(ABC):
             BatchError: inputs and targets are not a mini-batch.
             LossError: the loss is not a finite vector of length B.
             UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend.
-            DisagreementError: the self-check found that the result is wrong.
+            DisagreementError: the self-check found that the result is wrong, or the backend returned something else
+                than its contract asks for.
         """
-        moments: Moments = self._run(inputs, targets, self.compute_moments, "moments")
+        moments: Moments = self._run(inputs, targets, moments_of)
         return moments
 
     def per_sample(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ class PerSampleGradSource(ABC):
         Arguments, keys and errors are those of `moments`.
         """
         gradients: dict[str, Tensor]
-        _, gradients = self._run(inputs, targets, self.compute_per_sample, "per_sample")
+        _, gradients = self._run(inputs, targets, per_sample_of)
         return gradients
 
     def uses(self, inputs: Any = None, targets: Any = None) -> list[Use]:
@@ -129,7 +131,7 @@ class PerSampleGradSource(ABC):
         try:
             self.refuse_hooks()
             if inputs is None:
-                found += self.find_uses(None)
+                found += uses_of(self, None)
             else:
                 batch = as_batch(inputs, targets)
                 refuse_impossible(self.model)
@@ -143,7 +145,7 @@ class PerSampleGradSource(ABC):
                     torch.enable_grad(),
                     uncompiled(),
                 ):
-                    found += self.find_uses(batch)
+                    found += uses_of(self, batch)
                     verify_unmixed(self, batch, start)
                     if self.parameters().keys() - {use.parameter for use in found}:
                         refuse_hidden_uses(self, batch.rows(slice(0, 2)))
@@ -183,7 +185,7 @@ class PerSampleGradSource(ABC):
 
     def compute_moments(self, batch: Batch) -> Moments:
         """Return the moments of `batch`; here as averages over `compute_per_sample`."""
-        losses, gradients = self.compute_per_sample(batch)
+        losses, gradients = per_sample_of(self, batch)
         return Moments(
             losses=losses,
             mean={name: g.mean(0) for name, g in gradients.items()},
@@ -209,7 +211,7 @@ class PerSampleGradSource(ABC):
             names = [name for name, p in self.parameters().items() if p in reached]
             few = batch.rows(slice(0, 2))
             losses_of_part(self, few)
-            self.compute_moments(few)
+            moments_of(self, few)
         return [Use(name, "rule", self.method, "") for name in names]
 
     # What a backend can use.
@@ -238,7 +240,7 @@ class PerSampleGradSource(ABC):
         if not self.check_is_due(batch):
             return
         with self.with_loss(loss_fn, random_state(self.model)) as checked:
-            checked._compute_and_check(batch, checked.compute_moments)
+            checked._compute_and_check(batch, moments_of)
         if batch.size > 1:
             self._checked.add(self._kind(batch, "recording"))
 
@@ -265,15 +267,15 @@ class PerSampleGradSource(ABC):
             return self._kind(batch, "recording") not in self._checked
         return self.check == "always"
 
-    def _run(self, inputs: Any, targets: Any, compute: Callable[[Batch], Any], method: str) -> Any:
+    def _run(self, inputs: Any, targets: Any, compute: _Compute) -> Any:
         batch = as_batch(inputs, targets)
         refuse_impossible(self.model)
         self.refuse_hooks()
         self.refuse_unsupported()
-        kind = self._kind(batch, method) if self.check == "first" else ()
+        kind = self._kind(batch, compute.__name__) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
         with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad(), uncompiled():
-            result = self._compute_and_check(batch, compute) if checking else compute(batch)
+            result = self._compute_and_check(batch, compute) if checking else compute(self, batch)
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)
             return result
@@ -283,17 +285,17 @@ class PerSampleGradSource(ABC):
         if not self.runs_parameter_hooks:
             refuse_hooked_parameters(self.model)
 
-    def _compute_and_check(self, batch: Batch, compute: Callable[[Batch], Any]) -> Any:
+    def _compute_and_check(self, batch: Batch, compute: _Compute) -> Any:
         before = random_state(self.model)
         buffers_before = buffer_snapshot(self.model)
         with parameters_guarded(self.model):
-            result = compute(batch)
+            result = compute(self, batch)
         with buffers_restored(self.model):
             buffers_before()  # the check repeats the forward pass from where it began
             try:
                 verify(self, batch, result, before)
             except DisagreementError:
-                if not only_rounded(self, batch, compute.__name__, result, before):
+                if not only_rounded(self, batch, compute, result, before):
                     raise
         return result
 
@@ -307,6 +309,9 @@ class PerSampleGradSource(ABC):
             batch.kind(),
         )
 
+
+#: `moments_of` or `per_sample_of`.
+_Compute = Callable[[PerSampleGradSource, Batch], Any]
 
 # The random numbers of dropout come from one generator for all threads, and a check winds it back. A call that ran in
 # between would draw other numbers than it is checked with.

@@ -30,6 +30,7 @@ from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.reference import gradient, reentrant_refused
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
+from persample.sources.returned import moments_of
 from persample.sources.scalar_loss import refuse_uses_past_outputs
 from persample.sources.second_look import only_rounded
 from persample.sources.selfcheck import replayed, require_close
@@ -139,7 +140,7 @@ class ReplayRecorder(Recorder):
                 "model were changed before backward(). Use optimizer.observe(inputs, targets), or backend 'fused', "
                 f"which repeats nothing. ({disagreement})"
             ) from disagreement
-        moments = source.compute_moments(batch)
+        moments = moments_of(source, batch)
         if source.check == "never":
             return moments
         try:
@@ -147,7 +148,7 @@ class ReplayRecorder(Recorder):
             require_close(source, "mean gradient", moments.mean, mean, allowance)
         except DisagreementError:
             self._put_back_buffers()
-            if not only_rounded(source, batch, "compute_moments", moments, self._start):
+            if not only_rounded(source, batch, moments_of, moments, self._start):
                 raise
         return moments
 

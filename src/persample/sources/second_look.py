@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def only_rounded(
     source: PerSampleGradSource,
     batch: Batch,
-    method: str,
+    compute: Callable[[PerSampleGradSource, Batch], Any],
     result: Moments | tuple[Tensor, dict[str, Tensor]],
     before: RandomState,
 ) -> bool:
@@ -37,7 +38,7 @@ def only_rounded(
     Args:
         source: the backend.
         batch: what it was given.
-        method: the name of the method that computed `result`.
+        compute: the function that gave `result`.
         result: what it returned.
         before: the state of the random numbers before.
     """
@@ -47,7 +48,7 @@ def only_rounded(
         twin.model.double()
         precise = batch.double()
         with random_state_restored(source.model, before):
-            verify(twin, precise, getattr(twin, method)(precise), before, 0.0, _rounding_left(twin, precise, before))
+            verify(twin, precise, compute(twin, precise), before, 0.0, _rounding_left(twin, precise, before))
     except (PersampleError, RuntimeError, TypeError, ValueError, AttributeError):
         # It is wrong there too; or the model cannot be copied, or not run in float64.
         return False

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from persample.errors import DisagreementError, UnsupportedModelError
+from persample.errors import ContractError, DisagreementError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.reference import gradient, losses_of_part, sample_gradients
+from persample.sources.returned import ADVICE, moments_of, name_of
 from persample.sources.tolerances import Allowance, tolerance
 from persample.sources.untouched import (
     RandomState,
@@ -182,13 +183,13 @@ def _verify_moments(
     few = batch.rows(some_rows(batch))
     state = random_state(source.model)
     with buffers_restored(source.model):
-        claimed_few = source.compute_moments(few)
+        claimed_few = moments_of(source, few)
     with buffers_restored(source.model), random_state_restored(source.model, state):
         _, rows = sample_gradients(source, few, range(few.size))
         gradients = list(rows)
     # Compared as root mean squares, in the unit of the gradients, where the tolerance has a meaning.
     root = {name: torch.stack([g[name] for g in gradients]).square().mean(0).sqrt() for name in total}
-    claimed_root = {name: s.sqrt() for name, s in claimed_few.second_moment.items()}
+    claimed_root = {name: signed_root(s) for name, s in claimed_few.second_moment.items()}
     require_close(source, "second moment", claimed_root, root, allowance)
 
 
@@ -202,13 +203,6 @@ def _verify_rows(
 ) -> None:
     claimed_losses, gradients = claimed
     require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, allowance, 0)
-    for name, p in source.parameters().items():
-        shape = tuple(gradients[name].shape) if name in gradients else None
-        if shape != (batch.size, *p.shape):
-            raise DisagreementError(
-                f"Backend {_name(source)} returned shape {shape} for parameter {name!r}, but "
-                f"{batch.size} samples of shape {tuple(p.shape)} were due. {_ADVICE}"
-            )
     sums = {name: g.sum(0) for name, g in gradients.items()}
     require_close(source, "sum of the per-sample gradients", sums, total, allowance, batch.size)
     # With random weights, any exchange of rows shows.
@@ -224,20 +218,15 @@ def _verify_rows(
         require_close(source, f"gradient of sample {i}", claimed_row, row, allowance)
 
 
+def signed_root(second_moment: Tensor) -> Tensor:
+    """Return the square root, in which entries that are negative by mistake stay negative, and do not become NaN."""
+    return second_moment.abs().sqrt().copysign(second_moment)
+
+
 def some_rows(batch: Batch) -> list[int]:
     """Return the numbers of the samples that are compared with the loop."""
     order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size))
     return sorted(order[:_SAMPLES].tolist())
-
-
-_ADVICE = (
-    "Use another backend for this model ('loop' runs every model that has per-sample gradients), and "
-    "please report it with the model's code."
-)
-
-
-def _name(source: PerSampleGradSource) -> str:
-    return type(source).__name__
 
 
 def require_close(
@@ -258,22 +247,30 @@ def require_close(
         allowance: what rounding explains.
         samples: as many gradients of samples are added up.
     """
-    if claimed.keys() != expected.keys():
-        missing = sorted(expected.keys() ^ claimed.keys())
-        raise DisagreementError(
-            f"Backend {_name(source)} returned a {what} for other parameters than the model's: {', '.join(missing)}. "
-            f"{_ADVICE}"
-        )
     largest = max((_largest(e) for e in expected.values()), default=0.0)
     for name, value in expected.items():
+        _require_comparable(source, f"{what} of {name!r}", claimed[name], value)
         difference = _largest(claimed[name] - value)
-        if not torch.equal(claimed[name].isnan(), value.isnan()):
-            difference = float("inf")
         if difference > allowance.difference(name, _largest(value), largest, samples):
             raise DisagreementError(
-                f"Backend {_name(source)} is wrong on this model: the {what} of {name!r} differs from the ordinary "
-                f"one by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {_ADVICE}"
+                f"Backend {name_of(source)} is wrong on this model: the {what} of {name!r} differs from the ordinary "
+                f"one by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {ADVICE}"
             )
+
+
+def _require_comparable(source: PerSampleGradSource, what: str, claimed: Tensor, expected: Tensor) -> None:
+    """Raise if the two are on different devices, or if other entries than those of `expected` are not numbers."""
+    if claimed.device != expected.device:
+        raise ContractError(
+            f"Backend {name_of(source)} returned the {what} on {claimed.device}, but {expected.device} is due. {ADVICE}"
+        )
+    wrong = claimed.isnan() != expected.isnan()
+    if bool(wrong.any()):
+        numbers = "has numbers" if bool(claimed[wrong].isnan().all()) else "is NaN elsewhere"
+        raise DisagreementError(
+            f"Backend {name_of(source)} is wrong on this model: the {what} is NaN in {int(claimed.isnan().sum())} of "
+            f"{claimed.numel()} entries, where the ordinary one {numbers}. {ADVICE}"
+        )
 
 
 def _largest(values: Tensor) -> float:
