@@ -111,7 +111,8 @@ def plain_pass(
 
     def plain_pass() -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            loss = per_sample_loss(model(*batch.args, **batch.kwargs), batch.targets).mean()
+            args, kwargs, targets = batch.for_a_call()
+            loss = per_sample_loss(model(*args, **kwargs), targets).mean()
             return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return plain_pass

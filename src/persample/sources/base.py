@@ -226,8 +226,9 @@ class PerSampleGradSource(ABC):
         Raises:
             LossError: the loss is not a finite vector of length B.
         """
-        outputs = (model or self.model)(*batch.args, **batch.kwargs)
-        return check_losses(self.loss_fn(outputs, batch.targets), batch.size)
+        args, kwargs, targets = batch.for_a_call()
+        outputs = (model or self.model)(*args, **kwargs)
+        return check_losses(self.loss_fn(outputs, targets), batch.size)
 
     def check_once(self, batch: Batch, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind.

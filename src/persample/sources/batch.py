@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from persample.errors import BatchError
+from persample.sources.entering import changeable, entering
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Batch:
             leaves = pytree.tree_leaves((self.args, dict(self.kwargs), self.targets))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
+    def for_a_call(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Return arguments and targets as one call of model and loss may have them, and change them in place."""
+        args, kwargs, targets = map_tensors(changeable(), (self.args, dict(self.kwargs), self.targets))
+        return args, kwargs, targets
+
     def kind(self) -> tuple[Any, ...]:
         """Return what batches of the same kind have in common: structure, dtypes and numbers of dimensions."""
         leaves: Sequence[Any] = (*self.args, *self.kwargs.values(), self.targets)
@@ -36,12 +42,15 @@ class Batch:
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs), self.targets))
             structure = str(spec)
-        described = [(leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+        described = [
+            (leaf.dtype, leaf.dim(), leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+        ]
         return structure, len(self.args), *self.kwargs, *described
 
     def with_targets(self, targets: Any) -> Batch:
         """Return the batch with the same inputs, detached from whatever they were computed from, and other targets."""
-        return Batch(_detached(self.args), _detached(dict(self.kwargs)), targets, self.size)
+        args, kwargs = map_tensors(entering(), (self.args, dict(self.kwargs)))
+        return Batch(args, kwargs, targets, self.size)
 
     def double(self) -> Batch:
         """Return the batch in float64; whole numbers stay as they are."""
@@ -57,16 +66,12 @@ class Batch:
 
 def in_float64(tree: Any) -> Any:
     """Return `tree` with every floating-point tensor in float64; whole numbers stay as they are."""
-
-    def double(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return pytree.tree_map(double, tree)
+    return map_tensors(entering(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor), tree)
 
 
 def take_rows(tree: Any, index: slice | list[int]) -> Any:
     """Return `tree` with every tensor replaced by its rows at `index`; what is not a tensor stays as it is."""
-    return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tree)
+    return map_tensors(entering(lambda tensor: tensor[index]), tree)
 
 
 def as_batch(inputs: Any, targets: Any) -> Batch:
@@ -111,17 +116,19 @@ def as_batch(inputs: Any, targets: Any) -> Batch:
     if size == 0:
         raise BatchError("The batch has no samples: skip empty batches, no gradient can be averaged over them.")
     # Whatever the batch was computed from is no part of the model.
-    return Batch(_detached(args), _detached(kwargs), _detached(targets), size)
+    args, kwargs, targets = map_tensors(entering(), (args, kwargs, targets))
+    return Batch(args, kwargs, targets, size)
 
 
-def _detached(tree: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return `tree` with every tensor replaced by the function of it; what is not a tensor stays as it is."""
     if isinstance(tree, Tensor):
-        return tree.detach()
+        return function(tree)
     if type(tree) is tuple:
-        return tuple(map(_detached, tree))
+        return tuple([map_tensors(function, value) for value in tree])
     if type(tree) is dict:
-        return {key: _detached(value) for key, value in tree.items()}
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _lengths(name: str, tree: Any) -> dict[str, int]:

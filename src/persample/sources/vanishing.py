@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from persample.sources.batch import map_tensors
+from persample.sources.entering import entering
 
 _MOVES = 10  # as many times all numbers are moved,
 _UNITS = 8  # by as many units in the last place at most
@@ -42,7 +45,8 @@ def rounding_left(
         twin = copy.deepcopy(model)
         for p in twin.parameters():
             p.data = _moved(p.data, dtype, generator)
-        moved = gradients(twin, pytree.tree_map(lambda leaf, g=generator: _moved_input(leaf, dtype, g), inputs))
+        move = partial(_moved_input, dtype=dtype, generator=generator)
+        moved = gradients(twin, map_tensors(entering(move), inputs))
         left = {name: max(most, _TIMES * _largest(moved[name] - found[name])) for name, most in left.items()}
     return {name: most if _largest(found[name]) <= most else 0.0 for name, most in left.items()}
 
@@ -53,11 +57,11 @@ def _moved(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Te
     return values * (1 + units * torch.finfo(dtype).eps)
 
 
-def _moved_input(leaf: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+def _moved_input(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """The same for real numbers; whole ones stay, which may be masks or indices."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    return torch.where(leaf == leaf.round(), leaf, _moved(leaf, dtype, generator))
+    if not values.is_floating_point():
+        return values
+    return torch.where(values == values.round(), values, _moved(values, dtype, generator))
 
 
 def _largest(values: Tensor) -> float:

@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.func import functional_call, grad_and_value, vmap
-from torch.utils import _pytree as pytree
 
 from persample.errors import LossError, NonFiniteLossError, OptionError, UnsupportedModelError
 from persample.losses import check_losses
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
-from persample.sources.batch import Batch
+from persample.sources.batch import Batch, map_tensors
+from persample.sources.entering import changeable, entering
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.refusals import describe
 from persample.sources.untouched import random_state, set_random_state
@@ -120,9 +121,8 @@ class VmapSource(PerSampleGradSource):
             raise runs_in_batches_only(1, error) from error
 
     def _mapped(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))
-        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        tree = batch.args, dict(batch.kwargs), batch.targets
+        distinct = list({id(tensor): tensor for tensor in batch.tensors()}.values())
         model_loss = _ModelLoss(self.model, self.loss_fn)
         names: dict[Tensor, str] = {p: name for name, p in self.parameters().items()}
         places = {place: names[p] for place, p in _places(model_loss, "_parameters") if p in names}
@@ -131,14 +131,17 @@ class VmapSource(PerSampleGradSource):
         buffers = {place: copies[buffer] for place, buffer in _places(model_loss, "_buffers")}
 
         def sample_loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
-            rows = iter(sample)
-            row = [next(rows).unsqueeze(0) if known else leaf for leaf, known in zip(leaves, is_tensor, strict=True)]
+            rows = {id(tensor): row for tensor, row in zip(distinct, sample, strict=True)}
             state = buffers | {place: parameters[name] for place, name in places.items()}
-            loss: Tensor = functional_call(model_loss, state, pytree.tree_unflatten(row, structure), tie_weights=False)
+            # The model may differentiate by tensors of its own (`x.requires_grad_()`), as autograd alone would let it.
+            with enable_inplace_requires_grad(True):
+                row = map_tensors(changeable(), map_tensors(entering(lambda tensor: rows[id(tensor)]), tree))
+                loss: Tensor = functional_call(model_loss, state, row, tie_weights=False)
             return loss
 
         mapped = vmap(grad_and_value(sample_loss), in_dims=(None, None, 0), randomness=self.randomness)
-        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, buffers, tensors)
+        samples = [tensor.detach().unsqueeze(1) for tensor in distinct]
+        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, buffers, samples)
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:

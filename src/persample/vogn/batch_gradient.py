@@ -44,7 +44,8 @@ class BatchGradient:
         batch = as_batch(inputs, targets)
         params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with untouched(self.model), torch.enable_grad():
-            losses = check_losses(self.loss_fn(self.model(*batch.args, **batch.kwargs), batch.targets), batch.size)
+            args, kwargs, targets = batch.for_a_call()
+            losses = check_losses(self.loss_fn(self.model(*args, **kwargs), targets), batch.size)
             gradients: tuple[Tensor | None, ...] = (None,) * len(params)
             if params and losses.requires_grad:
                 gradients = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
