@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,11 +70,27 @@ def describe(path: str, module: nn.Module) -> str:
     return f"{type(module).__name__} {path!r}" if path else f"The model ({type(module).__name__})"
 
 
+#: What to say of a parameter that is spread over processes.
+SHARDED = (
+    "is a part of a tensor that is sharded over processes (fully_shard, FullyShardedDataParallel, tensor parallelism): "
+    "gradients of single samples need the whole parameters in each process. Train the model unsharded; several "
+    "processes train one posterior by the process_group of persample.VOGN."
+)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch.distributed.tensor`, of which this process holds a part."""
+    loaded: Any = sys.modules.get("torch.distributed.tensor")  # without it no tensor can be one of its
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 def _reason_of_tensor(kind: str, tensor: Tensor) -> str | None:
     if is_lazy(tensor):
         return "is not initialised yet (a lazy module): run one forward pass of the model first."
     if tensor.is_meta:
         return "is on the meta device, where it has no values: call model.to_empty(device=...) and load its weights."
+    if is_sharded(tensor):
+        return SHARDED
     if kind == "Parameter" and tensor.is_complex() and tensor.requires_grad:
         return (
             "is complex, and a squared gradient is not defined for it: hold its real and imaginary parts as two real "

@@ -9,12 +9,15 @@ from persample.vogn.diagnostics import LayerDiagnostics as LayerDiagnostics
 from persample.vogn.diagnostics import PosteriorWidthWarning as PosteriorWidthWarning
 from persample.vogn.diagnostics import StuckCurvatureWarning as StuckCurvatureWarning
 from persample.vogn.elbo import Elbo as Elbo
+from persample.vogn.loss import UntrainedLossWarning as UntrainedLossWarning
 from persample.vogn.optimizer import VariationalOptimizer as VariationalOptimizer
 from persample.vogn.posterior import Posterior as Posterior
 from persample.vogn.prediction import ClassPrediction as ClassPrediction
 from persample.vogn.prediction import GaussianPrediction as GaussianPrediction
 from persample.vogn.prior import Prior as Prior
+from persample.vogn.processes import SeparateProcessesWarning as SeparateProcessesWarning
 from persample.vogn.rules.mean_field import MeanFieldVI as MeanFieldVI
 from persample.vogn.rules.ogn import OGN as OGN
 from persample.vogn.rules.vadam import Vadam as Vadam
 from persample.vogn.rules.vogn import VOGN as VOGN
+from persample.vogn.untrained import UntrainedParameterWarning as UntrainedParameterWarning

@@ -17,7 +17,7 @@ from persample.sources.batch import take_rows
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import buffers_restored
 from persample.vogn.sampling import draw, restored
-from persample.vogn.settings import check_count
+from persample.vogn.settings import check_count, check_generator
 
 if TYPE_CHECKING:
     from persample.vogn.posterior import Posterior
@@ -90,6 +90,7 @@ def for_each_draw(
         BatchError: `inputs` is of another type.
     """
     check_count("samples", samples)
+    check_generator("generator", generator)
     params = _params(model, posterior.mean)
     forward = _forward(model, inputs, rows_at_once, pick)
     at_once = _affordable(params) if draws_at_once is None else check_count("draws_at_once", draws_at_once)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,19 @@ from persample.vogn.observed import Observations, Observed
 from persample.vogn.part import Part, make_part
 from persample.vogn.posterior import Posterior
 from persample.vogn.prior import Prior
-from persample.vogn.processes import Processes
-from persample.vogn.settings import check_count, check_positive_number, check_settings, each_weights, name_params
+from persample.vogn.processes import Processes, warn_of_separate_processes
+from persample.vogn.settings import (
+    check_generator,
+    check_settings,
+    each_weights,
+    groups_of,
+    name_params,
+    params_of_group,
+    refuse_unknown_settings,
+    settings_of_run,
+)
+from persample.vogn.untrained import fingerprint, refuse_replaced, refuse_resized, warn_of_untrained
+from persample.vogn.whole_model import refuse_model
 from persample.vogn.with_draws import MomentSource, WithDraws
 from persample.vogn.with_posterior import WithPosterior
 from persample.vogn.with_saving import WithSaving
@@ -42,7 +53,8 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
 
     Args:
         model: the network.
-        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`. None if only
+            passes of your own are recorded, see `sampled_params()`.
         defaults: the settings of the rule, which a group may change.
         data_size: N, the number of training samples.
         augmentation: ρ, by which N is multiplied where random changes of the inputs make more of them.
@@ -56,13 +68,18 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         process_group: the processes that train together; None is this one alone.
 
     Raises:
-        OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
+        OptionError: an argument is out of its range; a parameter is not the model's, frozen, or given twice; or the
+            model is wrapped in DistributedDataParallel or DataParallel.
+        UnsupportedModelError: the parameters are sharded.
     """
+
+    augmentation: float
+    max_grad_norm: float | None
 
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor] | None,
         defaults: dict[str, Any],
         *,
         data_size: int,
@@ -75,13 +92,16 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         params: Iterable[Any] | None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self.data_size = check_count("data_size", data_size)
-        self.augmentation = check_positive_number("augmentation", augmentation)
-        self.mc_samples = check_count("mc_samples", mc_samples)
-        self.max_grad_norm = None if max_grad_norm is None else check_positive_number("max_grad_norm", max_grad_norm)
-        if loss_reduction not in get_args(LossReduction):
-            raise OptionError(f'loss_reduction={loss_reduction!r}: must be "mean" or "sum".')
-        self.loss_reduction = loss_reduction
+        refuse_model(model, several_processes=not self.keeps_draws_apart)
+        check_generator("generator", generator)
+        of_run = {
+            "data_size": data_size,
+            "augmentation": augmentation,
+            "mc_samples": mc_samples,
+            "loss_reduction": loss_reduction,
+            "max_grad_norm": max_grad_norm,
+        }
+        vars(self).update(settings_of_run(of_run))
         self.generator = generator
         self.model = model
         self.loss_fn = loss_fn
@@ -95,16 +115,15 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         self._drawn = False
         self._processes: Processes | None = None
         if prior is not None:
-            defaults |= {"prior_mean": prior.mean, "prior_precision": prior.precision}
-        if params is None:
-            params = (p for p in model.parameters() if p.requires_grad)
-        groups = list(params)
-        if not groups:
-            raise OptionError(
-                "There is nothing to train: the model has no parameter that requires a gradient, or params is empty."
-            )
-        super().__init__(groups, defaults)
-        if process_group is not None:
+            defaults |= _settings_of(prior)
+        super().__init__(groups_of(params, model), defaults)
+        # Parameters that could be trained and are in no group were left out on purpose.
+        self._known_as_untrained = {name for name, p in model.named_parameters() if p.requires_grad} - {*self._params()}
+        self._seen: list[tuple[Any, ...]] = []
+        self._follow_model()
+        if process_group is None:
+            warn_of_separate_processes()
+        else:
             self._processes = Processes(process_group)
             self._processes.share_model(model)
             seed = torch.initial_seed() if generator is None else generator.initial_seed()
@@ -160,12 +179,10 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         Raises:
             OptionError: a setting is out of its range, or a parameter is not the model's, frozen, or given twice.
         """
-        params = param_group["params"]
-        named = name_params(
-            self.model, [params] if isinstance(params, Tensor) else params, taken=self._params().values()
-        )
-        group = self.defaults | param_group
-        for setting in ("prior_precision", "prior_mean"):
+        named = name_params(self.model, params_of_group(param_group), taken=self._params().values())
+        refuse_unknown_settings(param_group, self.defaults)
+        group = {**self.defaults, **param_group}
+        for setting in _OF_WEIGHTS:
             group[setting] = each_weights(setting, group[setting], named)
         check_settings(group)
         super().add_param_group({**group, "params": list(named.items())})
@@ -187,15 +204,19 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             The loss that the closure returned, averaged over the draws, detached; None without a closure.
 
         Raises:
-            UsageError: nothing was observed, or it is called inside `sampled_params()`.
-            OptionError: a setting of a group has left its range since.
+            UsageError: nothing was observed, it is called inside `sampled_params()`, or a parameter was replaced or
+                resized since the optimizer was made.
+            OptionError: a setting has left its range since, or `closure` is no function.
             NonFiniteError: the fifth step in a row would be skipped.
             PersampleError: whatever recording the closure's passes raises.
 
         If it raises, nothing is changed.
         """
         self._refuse_while_drawn("step()")
+        if closure is not None and not callable(closure):
+            raise OptionError(f"closure={closure!r}: must be a function without arguments, or None.")
         loss = None if closure is None else self._observe_closure(closure)
+        self._follow_model()
         observations = self._observations
         if self._processes is not None:
             observations = self._processes.merged(observations, self._params())
@@ -247,6 +268,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             UsageError: inside `sampled_params()`, where the model holds a draw.
         """
         self._refuse_while_drawn("diagnostics()")
+        self._follow_model()
         layers: dict[str, LayerDiagnostics] = {}
         for part in self._parts(self._params()):
             scale = core.precision_to_scale(self._part_precision(part))
@@ -262,6 +284,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             UsageError: inside `sampled_params()`, where the model holds a draw.
         """
         self._refuse_while_drawn("posterior")
+        self._follow_model()
         params = self._params()
         precision = dict(zip(params, self._precision(), strict=True))
         mean = {name: p.detach().to(precision[name].dtype, copy=True) for name, p in params.items()}
@@ -270,6 +293,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
     @property
     def prior(self) -> Prior:
         """The prior over the trained parameters."""
+        self._follow_model()
         mean: dict[str, Tensor] = {}
         precision: dict[str, Tensor] = {}
         for part in self._parts(self._params()):
@@ -278,6 +302,37 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         return Prior(mean, precision)
 
     # Inner workings.
+
+    def _follow_model(self) -> None:
+        """Take notice of what changed in the model, and refuse what cannot be followed.
+
+        Parameters that have another name now, as after pruning, are followed.
+
+        Raises:
+            UsageError: a parameter was replaced, removed, resized, or tied by its memory; or it has another name than
+                when it was observed.
+            UnsupportedModelError: a parameter was sharded.
+        """
+        settings_of_run(vars(self))
+        seen = fingerprint(self.model)
+        if seen == self._seen:
+            return
+        trained = self._params()
+        refuse_replaced(self.model, trained)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for group in self.param_groups:
+            present = [names[id(p)] for p in group["params"]]
+            of_weights = [group[setting] for setting in _OF_WEIGHTS if isinstance(group[setting], list)]
+            for name, param, *kept in zip(present, group["params"], *of_weights, strict=True):
+                refuse_resized(name, param, [*kept, *_tensors(self.state.get(param, {}))])
+            if present != group["param_names"] and self._observations.parts:
+                raise UsageError(
+                    "Parameters have other names than when they were observed: call step(), or zero_grad() to forget "
+                    "what was observed, before the model is changed."
+                )
+            group["param_names"] = present
+        warn_of_untrained(self.model, trained.values(), self._known_as_untrained)
+        self._seen = seen
 
     #: Asks `torch.amp.GradScaler.step` to say whether gradients overflowed, instead of leaving this step out.
     _step_supports_amp_scaling = True
@@ -351,6 +406,22 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             means = [mean.to(params[name].dtype) for name, mean in zip(part.names, means, strict=True)]
             new += list(zip(part.names, means, states, strict=True))
         return new
+
+
+# Settings that may have a tensor for each parameter of a group.
+_OF_WEIGHTS = ("prior_precision", "prior_mean")
+
+
+def _settings_of(prior: Any) -> dict[str, Any]:
+    """The prior as settings of the rule."""
+    if isinstance(prior, Posterior):
+        prior = prior.as_prior()
+    if not isinstance(prior, Prior):
+        raise OptionError(
+            f"prior is of type {type(prior).__name__}: pass a persample.Prior, for example posterior.as_prior(); one "
+            "number for all weights is prior_precision."
+        )
+    return {"prior_mean": prior.mean, "prior_precision": prior.precision}
 
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:

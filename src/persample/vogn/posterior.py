@@ -19,7 +19,7 @@ from persample.vogn.elbo import Elbo, LikelihoodTable
 from persample.vogn.prediction import ClassPrediction, ClassSummary, GaussianPrediction, GaussianSummary, Likelihood
 from persample.vogn.prior import Prior, check_same_shapes
 from persample.vogn.sampling import draw
-from persample.vogn.settings import check_count
+from persample.vogn.settings import check_count, check_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,11 @@ class Posterior:
 
         Args:
             generator: source of the noise; None is PyTorch's global generator.
+
+        Raises:
+            OptionError: `generator` is none.
         """
+        check_generator("generator", generator)
         names, mean = zip(*self.mean.items(), strict=True)
         scale = self.scale
         return dict(zip(names, draw(mean, [scale[name] for name in names], generator), strict=True))

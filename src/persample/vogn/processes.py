@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -10,9 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from persample.errors import UsageError
+from persample.errors import OptionError, UsageError
 from persample.moments import Moments
 from persample.vogn.observed import Observations, Observed
+from persample.warn import warn
+
+
+class SeparateProcessesWarning(UserWarning):
+    """Several processes run, and each trains a posterior of its own."""
 
 
 class Processes:
@@ -26,6 +32,11 @@ class Processes:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise OptionError(
+                f"process_group={group!r}: must be a group of torch.distributed, for example "
+                "torch.distributed.group.WORLD after torch.distributed.init_process_group()."
+            )
         self.group = group
         self.rank = dist.get_rank(group)
         self._first = dist.get_global_rank(group, 0)
@@ -100,6 +111,21 @@ class Processes:
     def __reduce__(self) -> NoReturn:
         raise UsageError(
             "An optimizer that belongs to several processes cannot be pickled: save its state_dict() instead."
+        )
+
+
+def warn_of_separate_processes() -> None:
+    """Warn if this is one of several processes, but an optimizer was given no `process_group`."""
+    if dist.is_available() and dist.is_initialized():
+        number = dist.get_world_size()
+    else:  # torchrun says how many there are; torch.distributed.group.WORLD is None before init_process_group()
+        number = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if number > 1:
+        warn(
+            f"{number} processes run, but the optimizer was given no process_group, so each of them trains a posterior "
+            "of its own. To train one together, call torch.distributed.init_process_group() first, and pass "
+            "process_group=torch.distributed.group.WORLD to VOGN or OGN.",
+            SeparateProcessesWarning,
         )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from persample.errors import OptionError
+from persample.sources.recording import LossReduction
 
 
 def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
@@ -53,6 +54,42 @@ _ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# What PyTorch and its schedulers put into groups beside settings, and the name that loggers show.
+_OF_ANY_OPTIMIZER = {
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_momentum",
+    "max_momentum",
+    "swa_lr",
+}
+
+
+def refuse_unknown_settings(group: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise if a parameter group has settings that nobody reads.
+
+    Args:
+        group: the group.
+        known: the settings of the rule, and what else may be there.
+
+    Raises:
+        OptionError: it has; the message names one, and those that there are.
+    """
+    for name in group:
+        if name in known or name in _OF_ANY_OPTIMIZER:
+            continue
+        if name in _OF_A_RUN:
+            reason = "is one of the whole optimizer: pass it beside params, not in a group"
+        elif name == "weight_decay":
+            reason = "is not known: a weight decay of w is prior_precision = w * data_size"
+        else:
+            reason = f"is not known: there are {', '.join(sorted(known))}"
+        raise OptionError(f"A parameter group has the setting {name!r}, which {reason}.")
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Check those of the settings of a parameter group that are known.
 
@@ -92,6 +129,43 @@ def check_positive_number(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def _check_reduction(name: str, value: object) -> object:
+    if not isinstance(value, str) or value not in get_args(LossReduction):
+        raise OptionError(f'{name}={value!r}: must be "mean" or "sum".')
+    return value
+
+
+# The settings that are not of groups.
+_OF_A_RUN: Mapping[str, Callable[[str, object], object]] = {
+    "data_size": check_count,
+    "augmentation": check_positive_number,
+    "mc_samples": check_count,
+    "loss_reduction": _check_reduction,
+    "max_grad_norm": lambda name, value: None if value is None else check_positive_number(name, value),
+}
+
+
+def settings_of_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `settings` that are not of parameter groups, with plain numbers.
+
+    Raises:
+        OptionError: one is out of its range.
+    """
+    return {name: check(name, settings[name]) for name, check in _OF_A_RUN.items()}
+
+
+def check_generator(name: str, generator: object) -> None:
+    """Raise unless `generator` is a source of noise, or None.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise OptionError(
+            f"{name}={generator!r}: must be a torch.Generator, as in torch.Generator().manual_seed(0), or None."
+        )
+
+
 def temperature_at(settings: Mapping[str, Any], step: int) -> float:
     """τ at a step, counted from 0: it goes from its start to its final value along a line, and stays there.
 
@@ -100,6 +174,56 @@ def temperature_at(settings: Mapping[str, Any], step: int) -> float:
     start, final, steps = (settings[f"temperature{part}"] for part in ("_start", "", "_steps"))
     value: float = final if step >= steps else start + (final - start) * step / steps
     return value
+
+
+def groups_of(params: Any, model: nn.Module) -> list[Any]:
+    """Return the parameters, or parameter groups, that the user wants to train.
+
+    Args:
+        params: what was given; None is all parameters that require a gradient.
+        model: the network.
+
+    Raises:
+        OptionError: it is not such a list, or it is empty.
+    """
+    if params is None:
+        params = (p for p in model.parameters() if p.requires_grad)
+    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
+        raise OptionError(f"params is of type {type(params).__name__}: pass a list of parameters or of groups.")
+    groups = _in_order(params)
+    if not groups:
+        raise OptionError(
+            "There is nothing to train: the model has no parameter that requires a gradient, or params is empty."
+        )
+    kinds = {isinstance(group, Mapping) for group in groups}
+    if len(kinds) > 1:
+        raise OptionError("params holds both parameters and groups: make all of them groups.")
+    return groups
+
+
+def _in_order(params: Iterable[Any]) -> list[Any]:
+    if isinstance(params, set | frozenset):
+        raise OptionError("params is a set, whose order changes from run to run: pass a list.")
+    return list(params)
+
+
+def params_of_group(group: Any) -> list[Any]:
+    """Return what a parameter group says of its parameters.
+
+    Raises:
+        OptionError: it is no group, or has no parameters.
+    """
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise OptionError('A parameter group must be a dict with an entry "params".')
+    params = group["params"]
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, Mapping | str) or not isinstance(params, Iterable):
+        raise OptionError(f'"params" of a group is of type {type(params).__name__}: pass a list of parameters.')
+    found = _in_order(params)
+    if not found:
+        raise OptionError('"params" of a group is empty: leave the group out.')
+    return found
 
 
 def name_params(model: nn.Module, params: Iterable[Any], taken: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -117,7 +241,7 @@ def name_params(model: nn.Module, params: Iterable[Any], taken: Iterable[Tensor]
     taken_ids = {id(p) for p in taken}
     named: dict[str, Tensor] = {}
     for entry in params:
-        param = entry[1] if isinstance(entry, tuple) else entry
+        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         name = names.get(id(param))
         if name is None:
             what = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else repr(param)
@@ -148,6 +272,8 @@ def each_weights(setting: str, value: Any, named: Mapping[str, Tensor]) -> Any:
         return value
     tensors = []
     for name, param in named.items():
+        if name in value and not isinstance(value[name], Tensor):
+            raise OptionError(f"{setting}[{name!r}] is of type {type(value[name]).__name__}: pass a tensor.")
         shape = tuple(value[name].shape) if name in value else None
         if shape != tuple(param.shape):
             there = "lacks it" if shape is None else f"has shape {shape}"

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from persample.dtypes import at_least_float32
-from persample.errors import UsageError
+from persample.errors import OptionError, UsageError
 from persample.moments import Moments
 from persample.sources.recording import LossReduction, Recorded
 from persample.vogn import core
+from persample.vogn.loss import require_loss
 from persample.vogn.observed import Observations, Observed
 from persample.vogn.processes import Processes
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, standard_noise
+from persample.vogn.settings import check_generator
+from persample.vogn.whole_model import refuse_replicas
 
 
 class MomentSource(Protocol):
@@ -41,6 +44,7 @@ class WithDraws:
     draws_for_training: ClassVar[bool] = True
 
     model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor] | None
     source: MomentSource
     mc_samples: int
     generator: torch.Generator | None
@@ -54,6 +58,10 @@ class WithDraws:
     @abstractmethod
     def _params(self) -> dict[str, Tensor]:
         """All trained parameters by name, in the order of the groups."""
+
+    @abstractmethod
+    def _follow_model(self) -> None:
+        """Take notice of what changed in the model, and refuse what cannot be followed."""
 
     @abstractmethod
     def _precision(self) -> list[Tensor]:
@@ -76,11 +84,13 @@ class WithDraws:
             The loss, averaged over samples and draws, detached.
 
         Raises:
-            UsageError: called inside `sampled_params()`, or `mc_samples` was changed before `redraw=False`.
+            UsageError: called inside `sampled_params()`; `mc_samples` was changed before `redraw=False`; the optimizer
+                has no loss; or a parameter was replaced or resized since it was made.
             PersampleError: whatever the source refuses.
 
         If it raises, what was observed before stays, and nothing is added to it.
         """
+        require_loss(self.loss_fn, "observe()")
         observations = self._observations
         earlier = [] if redraw else observations.draws
         if earlier and len(earlier) != self.mc_samples:
@@ -140,6 +150,9 @@ class WithDraws:
 
         If it raises, what was observed before stays, and nothing is added to it.
         """
+        check_generator("generator", generator)
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise OptionError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
         noisy = self.draws_for_training or not train
         generator = generator or (self._training_noise() if train else self.generator)
         with self._draws("sampled_params()", generator, noisy=noisy) as draw_weights:
@@ -148,7 +161,10 @@ class WithDraws:
             if not train:
                 yield
                 return
-            with self.source.recording(loss_reduction or self.loss_reduction) as recorded:
+            with (
+                refuse_replicas(self.model, several_processes=not self.keeps_draws_apart),
+                self.source.recording(loss_reduction or self.loss_reduction) as recorded,
+            ):
                 yield
             self._add_recorded(recorded, grad_scaler, noise)
             self._observations = replace(self._observations, draws=draws)
@@ -189,6 +205,7 @@ class WithDraws:
 
         It returns the noise, by name, where the rule needs that. Unless `noisy`, the draws are the mean itself.
         """
+        self._follow_model()
         params = self._params()
         with self._lend_params(call), restored(list(params.values())) as saved:
             scale = core.precision_to_scale(self._precision()) if noisy else []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from persample.vogn.each_draw import DrawOptions
 from persample.vogn.elbo import Elbo
+from persample.vogn.loss import require_loss
 from persample.vogn.posterior import Posterior
 from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood
 from persample.vogn.prior import Prior
@@ -20,7 +21,7 @@ from persample.vogn.prior import Prior
 class WithPosterior:
     """Base of the optimizers that keep a Gaussian posterior over the weights of a model."""
 
-    loss_fn: Callable[[Any, Any], Tensor]
+    loss_fn: Callable[[Any, Any], Tensor] | None
     data_size: int
     generator: torch.Generator | None
 
@@ -66,10 +67,11 @@ class WithPosterior:
             targets: what the loss function takes.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
         """
+        loss_fn = require_loss(self.loss_fn, "elbo()")
         posterior, prior = self.posterior, self.prior
         with self._lend_params("elbo()"):
             return posterior.elbo(
-                self.loss_fn, inputs, targets, prior=prior, data_size=self.data_size, **self._with_generator(draws)
+                loss_fn, inputs, targets, prior=prior, data_size=self.data_size, **self._with_generator(draws)
             )
 
     def _with_generator(self, draws: DrawOptions) -> DrawOptions:

@@ -39,6 +39,7 @@ class WithSaving(torch.optim.Optimizer):
         "_observations",
         "_warned_of_width",
         "_warned_of_state",
+        "_known_as_untrained",
         "_processes",
     )
 
@@ -53,6 +54,10 @@ class WithSaving(torch.optim.Optimizer):
     @abstractmethod
     def _params(self) -> dict[str, Tensor]:
         """All trained parameters by name, in the order of the groups."""
+
+    @abstractmethod
+    def _follow_model(self) -> None:
+        """Take notice of what changed in the model, and refuse what cannot be followed."""
 
     @abstractmethod
     def _refuse_while_drawn(self, call: str) -> None:
@@ -73,6 +78,7 @@ class WithSaving(torch.optim.Optimizer):
                 `step()` where several processes train together.
         """
         self._refuse_while_drawn("state_dict()")
+        self._follow_model()
         if self._processes is not None and self._observations.parts:
             raise UsageError(
                 "Of several processes each has observed something else since the last step, so there is not one state "
@@ -96,6 +102,7 @@ class WithSaving(torch.optim.Optimizer):
             OptionError: it is not the state of such an optimizer with the same parameters; nothing is changed.
         """
         self._refuse_while_drawn("load_state_dict()")
+        self._follow_model()
         check_matches(state_dict, self.rule, self._saved, self.param_groups)
         self.generator = unpack_generator(state_dict["generator"], self.generator)
         names = [group["param_names"] for group in self.param_groups]
@@ -118,3 +125,4 @@ class WithSaving(torch.optim.Optimizer):
         if "source" not in self.__dict__:
             self.source = self._make_source()
             self._drawn = False
+            self._seen: list[tuple[Any, ...]] = []

@@ -13,6 +13,7 @@ from persample.sources.recording import LossReduction
 from persample.vogn import core
 from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.core import Tensors
+from persample.vogn.loss import loss_of
 from persample.vogn.observed import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
@@ -38,7 +39,7 @@ class MeanFieldVI(VariationalOptimizer):
 
     Args:
         model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
-        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        loss_fn: as for `VOGN`.
         data_size: N, the number of training samples.
         lr: α.
         betas: β₁ and β₂.
@@ -67,7 +68,7 @@ class MeanFieldVI(VariationalOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         data_size: int,
         lr: float = 1e-3,
@@ -89,7 +90,7 @@ class MeanFieldVI(VariationalOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "prior_precision": prior_precision,
             "prior_mean": prior_mean,
@@ -113,7 +114,7 @@ class MeanFieldVI(VariationalOptimizer):
         )
 
     def _make_source(self) -> MomentSource:
-        return BatchGradient(self.model, self.loss_fn)
+        return BatchGradient(self.model, loss_of(self.loss_fn, self.model))
 
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {

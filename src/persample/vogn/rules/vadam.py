@@ -12,6 +12,7 @@ from persample.sources.recording import LossReduction
 from persample.vogn import core
 from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.core import Tensors
+from persample.vogn.loss import loss_of
 from persample.vogn.observed import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
@@ -37,7 +38,7 @@ class Vadam(VariationalOptimizer):
 
     Args:
         model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
-        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        loss_fn: as for `VOGN`.
         data_size: N, the number of training samples.
         lr: α.
         betas: β₁ and β₂.
@@ -65,7 +66,7 @@ class Vadam(VariationalOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         data_size: int,
         lr: float = 1e-3,
@@ -86,7 +87,7 @@ class Vadam(VariationalOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "prior_precision": prior_precision,
             "prior_mean": prior_mean,
             "hess_init": hess_init,
@@ -109,7 +110,7 @@ class Vadam(VariationalOptimizer):
         )
 
     def _make_source(self) -> MomentSource:
-        return BatchGradient(self.model, self.loss_fn)
+        return BatchGradient(self.model, loss_of(self.loss_fn, self.model))
 
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from persample.errors import OptionError
 from persample.sources import make_source
 from persample.sources.recording import LossReduction
 from persample.vogn import core
 from persample.vogn.checks import warn_of_first_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import warn_of_stuck_curvature
+from persample.vogn.loss import loss_of
 from persample.vogn.observed import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
@@ -51,7 +53,8 @@ class VOGN(VariationalOptimizer):
 
     Args:
         model: the network; BatchNorm in training mode and whatever else mixes samples is refused by the sources.
-        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`.
+        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`; needed by
+            `observe()` and `elbo()`, not by passes of your own, see `sampled_params()`.
         data_size: the number of training samples.
         lr: α.
         prior_precision: λ of the prior N(m₀, 1/λ) over each weight. 0 is a flat prior. A mapping from the names of
@@ -100,7 +103,7 @@ class VOGN(VariationalOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         data_size: int,
         lr: float = 1e-3,
@@ -129,6 +132,8 @@ class VOGN(VariationalOptimizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.backend = backend
+        if not isinstance(backend_options, Mapping | None):
+            raise OptionError(f"backend_options is of type {type(backend_options).__name__}: pass a dict.")
         self.backend_options = dict(backend_options or {})
         defaults = {
             "lr": lr,
@@ -162,7 +167,7 @@ class VOGN(VariationalOptimizer):
         )
 
     def _make_source(self) -> MomentSource:
-        return make_source(self.backend, self.model, self.loss_fn, **self.backend_options)
+        return make_source(self.backend, self.model, loss_of(self.loss_fn, self.model), **self.backend_options)
 
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"curvature": torch.full_like(param, settings["hess_init"])}

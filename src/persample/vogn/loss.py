@@ -1,0 +1,97 @@
+"""The loss that an optimizer was given: that there is one, and that it has nothing to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_leaves
+
+from persample.errors import UsageError
+from persample.losses import PerSampleLoss, as_per_sample
+from persample.sources.graph import nodes_from, variables_of
+from persample.warn import warn
+
+
+class UntrainedLossWarning(UserWarning):
+    """The loss has parameters of its own, which nothing trains."""
+
+
+def require_loss(loss_fn: Callable[[Any, Any], Any] | None, call: str) -> Callable[[Any, Any], Any]:
+    """Return `loss_fn` if there is one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if loss_fn is None:
+        raise UsageError(_NO_LOSS.format(call))
+    return loss_fn
+
+
+_NO_LOSS = (
+    "{} needs a loss, and the optimizer was made without one: pass loss_fn, a function of (outputs, targets) that "
+    "returns the loss of each sample, for example persample.losses.cross_entropy. Without it run forward and backward "
+    "yourself, inside `with optimizer.sampled_params(train=True):`."
+)
+
+
+def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerSampleLoss:
+    """Return the loss of each sample, which looks at its graph when it is called first.
+
+    Args:
+        loss_fn: what the user gave, None if nothing.
+        model: the network.
+
+    Raises:
+        LossError: `loss_fn` is not callable.
+    """
+    if loss_fn is None:
+
+        def no_loss(outputs: Any, targets: Any) -> Tensor:
+            raise UsageError(_NO_LOSS.format("This call"))
+
+        return no_loss
+    per_sample = as_per_sample(loss_fn)
+    looked: set[bool] = set()
+
+    def watched(outputs: Any, targets: Any) -> Tensor:
+        losses = per_sample(outputs, targets)
+        followed = _len_torch_function_stack() > 0  # then tensors without a name of a parameter may stand for others
+        if followed not in looked and isinstance(losses, Tensor):
+            with torch._C.DisableTorchFunction():
+                if losses.grad_fn is not None and torch._C._functorch.peek_interpreter_stack() is None:
+                    looked.add(followed)
+                    if found := _own_leaves(losses, outputs, targets, model, parameters_only=followed):
+                        looked.update({True, False})
+                        _warn_of(found, loss_fn)
+        return losses
+
+    return watched
+
+
+def _own_leaves(losses: Tensor, outputs: Any, targets: Any, model: nn.Module, *, parameters_only: bool) -> list[Tensor]:
+    """Return the leaves of the graph between the outputs and the losses that a training would change."""
+    stop = {t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None}
+    given = {id(t) for t in (*tree_leaves((outputs, targets)), *model.parameters()) if isinstance(t, Tensor)}
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(targets)):
+        parameters_only = True  # a leaf without the name of a parameter may be what the targets were made of
+    leaves = variables_of(nodes_from([losses.grad_fn], stop=stop))
+    return [
+        leaf for leaf in leaves if id(leaf) not in given and (isinstance(leaf, nn.Parameter) or not parameters_only)
+    ]
+
+
+def _warn_of(found: list[Tensor], loss_fn: Callable[[Any, Any], Any]) -> None:
+    names = {id(p): name for name, p in loss_fn.named_parameters()} if isinstance(loss_fn, nn.Module) else {}
+    first = found[0]
+    what = repr(names[id(first)]) if id(first) in names else f"a tensor of shape {tuple(first.shape)}"
+    more = f" and {len(found) - 1} others" if len(found) > 1 else ""
+    warn(
+        f"The loss depends on {what}{more}, which requires a gradient but is no parameter of the model: observe() "
+        "neither trains it nor gives it a gradient. Make it a part of the model, whose forward() then returns what the "
+        "loss needs of it for each sample; or, if it is a constant, call requires_grad_(False) on it.",
+        UntrainedLossWarning,
+    )
