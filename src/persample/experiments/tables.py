@@ -100,10 +100,10 @@ def cost_table(costs: Iterable[Cost], title: str) -> Table:
 def backends_table(backends: Iterable[Backend]) -> Table:
     """Return which backends exist, and which can be used here."""
     table = Table(title="Backends")
-    for heading in ("name", "usable here", "what is missing"):
+    for heading in ("name", "usable here", "why not"):
         table.add_column(heading)
     for backend in backends:
-        missing = "" if backend.available else f"{backend.problem}; {backend.install}"
+        missing = "; ".join(filter(None, (backend.problem, backend.install if backend.problem else "")))
         table.add_row(backend.name, "yes" if backend.available else "no", escape(missing))
     return table
 

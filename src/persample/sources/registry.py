@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from dataclasses import dataclass, replace
+from importlib.metadata import distributions
+from inspect import Parameter
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,7 @@ class Backend:
         name: the keyword for `make_source` and `VOGN`.
         location: `"module:class"` of its source.
         install: what to install if it cannot be imported.
-        problem: None if it can be imported here, else why not.
+        problem: None if it can be used here, else why not.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Backend:
 
     @property
     def available(self) -> bool:
-        """Whether the backend can be imported here."""
+        """Whether the backend can be used here."""
         return self.problem is None
 
 
@@ -64,8 +65,8 @@ def make_source(
 
     Raises:
         UnknownBackendError: no backend has this name.
-        MissingPackageError: the backend's package is not installed.
-        OptionError: the backend has no such option, or the option not this value.
+        MissingPackageError: the backend's package is not installed, or fails when it is imported.
+        OptionError: the backend has no such option, or the option not this value; or what is registered is no backend.
         UnsupportedModelError: the backend cannot serve the model.
 
     Example:
@@ -79,15 +80,19 @@ def make_source(
     found = _find(backend)
     try:
         source_class = _load(found)
-    except ImportError as error:
+    except MissingPackageError as error:
         hint = f"Run: {found.install}" if found.install else "Install what it needs."
-        raise MissingPackageError(f"Backend {backend!r} cannot be imported ({error}). {hint}") from error
+        raise MissingPackageError(f"Backend {backend!r} cannot be imported ({error}). {hint}") from error.__cause__
+    except OptionError as error:
+        raise OptionError(
+            f"Backend {backend!r} cannot be used: {error}. Use another one, or tell its author."
+        ) from None
     _refuse_unknown_options(backend, source_class, options)
     return source_class(model, loss_fn, **options)
 
 
 def backends() -> dict[str, Backend]:
-    """Return every backend that exists, by name; `.available` says whether it can be imported here."""
+    """Return every backend that exists, by name; `.available` says whether it can be used here."""
     return {name: _with_problem(backend) for name, backend in _all().items()}
 
 
@@ -105,7 +110,7 @@ def register_backend(name: str, location: str, *, install: str = "") -> None:
     Raises:
         OptionError: the name is taken by another backend, or the location is not `"module:class"`.
     """
-    if location.count(":") != 1:
+    if location.count(":") != 1 or not all(location.split(":")):
         raise OptionError(f"location={location!r} must have the form 'module:class'.")
     taken = _all().get(name)
     if taken is not None and taken.location != location:
@@ -114,7 +119,14 @@ def register_backend(name: str, location: str, *, install: str = "") -> None:
 
 
 def _all() -> dict[str, Backend]:
-    found = {point.name: Backend(point.name, point.value) for point in entry_points(group=_ENTRY_POINT_GROUP)}
+    found: dict[str, Backend] = {}
+    for distribution in distributions():
+        try:
+            points = distribution.entry_points.select(group=_ENTRY_POINT_GROUP)
+        except Exception:  # noqa: BLE001 - a damaged file of somebody's package, which other tools will tell
+            continue
+        for point in points:
+            found.setdefault(point.name, Backend(point.name, point.value))
     return found | _registered
 
 
@@ -128,27 +140,65 @@ def _find(name: str) -> Backend:
 
 
 def _load(backend: Backend) -> type[PerSampleGradSource]:
-    module, _, class_name = backend.location.partition(":")
-    loaded: type[PerSampleGradSource] = getattr(importlib.import_module(module), class_name)
-    return loaded
+    """Return the class of a backend.
+
+    Raises:
+        MissingPackageError: its module cannot be imported, whatever happens there.
+        OptionError: the module has no such class, or it is no backend.
+    """
+    location = backend.location.partition("[")[0].strip()  # an entry point may name extras of its package
+    module_name, _, class_name = location.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for attribute in class_name.split("."):
+            found = getattr(found, attribute, None)
+    except ImportError as error:
+        raise MissingPackageError(_one_line(error)) from error
+    except (Exception, SystemExit) as error:  # the code of a third party
+        raise MissingPackageError(f"{type(error).__name__}: {_one_line(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, PerSampleGradSource)):
+        raise OptionError(f"{location!r} is not a subclass of persample.PerSampleGradSource")
+    if lacking := sorted(found.__abstractmethods__):
+        raise OptionError(f"{location!r} does not implement {', '.join(lacking)}")
+    if "check" not in _options_of(found):
+        raise OptionError(f"{location!r} does not take the keyword argument 'check', nor **options to pass on")
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _with_problem(backend: Backend) -> Backend:
     try:
         _load(backend)
-    except ImportError as error:
-        return Backend(backend.name, backend.location, backend.install, problem=str(error))
+    except (MissingPackageError, OptionError) as error:
+        return replace(backend, problem=str(error))
     return backend
 
 
 def _refuse_unknown_options(backend: str, source_class: type[PerSampleGradSource], options: dict[str, Any]) -> None:
-    allowed = [
-        name
-        for name, parameter in inspect.signature(source_class).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+    allowed = _options_of(source_class)
     for option in options:
         if option not in allowed:
             raise OptionError(
                 f"Backend {backend!r} has no option {option!r}: it takes {', '.join(map(repr, allowed))}."
             )
+
+
+def _options_of(source_class: type[PerSampleGradSource]) -> list[str]:
+    """The names of what `__init__` takes beside model and loss, and of what it passes on by `**options`."""
+    names: dict[str, None] = {}
+    for base in source_class.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())
+        by_position = parameters[:3]  # self, model, loss_fn
+        for parameter in parameters:
+            if parameter.kind is Parameter.KEYWORD_ONLY or (
+                parameter.kind is Parameter.POSITIONAL_OR_KEYWORD and parameter not in by_position
+            ):
+                names[parameter.name] = None
+        if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return list(names)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import persample
-from persample.errors import PersampleError, UnsupportedModelError
+from persample.errors import MissingPackageError, PersampleError, UnsupportedModelError
 from persample.testing.candidate import METHODS, Candidate, Verdict
 from persample.testing.drawn import problems
 from persample.testing.drawn.functions import Around
@@ -59,9 +59,12 @@ class BackendSuite:
     @classmethod
     def _one_thread(cls) -> Iterator[None]:
         """One thread: the tensors here are tiny, and threads that wait for each other cost more than they give."""
-        problem = persample.backends()[cls.backend].problem
-        if problem:
-            pytest.skip(f"backend {cls.backend!r} cannot be imported: {problem}")
+        try:
+            persample.make_source(cls.backend, nn.Linear(1, 1), persample.losses.cross_entropy, **cls.options)
+        except MissingPackageError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            pytest.skip(str(error))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
