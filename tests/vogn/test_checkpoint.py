@@ -174,6 +174,27 @@ def test_parameters_correspond_by_position_whatever_their_names(
     assert other.state[wrapped["module"][0].weight]["step"] == 6
 
 
+@pytest.mark.parametrize("rule", [VOGN, Vadam, MeanFieldVI])
+def test_loaded_again_and_again_and_copied_it_takes_and_gives_the_same_states(rule: Any, batch: Batch) -> None:
+    model = fresh(torch.float64)
+    model[2].requires_grad_(False)
+    optimizer = rule(model, cross_entropy, data_size=100)
+    optimizer.observe(*batch)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for _ in range(2):
+        optimizer.load_state_dict(state)
+    model[2].requires_grad_(True)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    copied = copy.deepcopy(optimizer)
+    for one in (copied, optimizer):
+        other_model = fresh(torch.float64)
+        groups = [{"params": layer.parameters()} for layer in (other_model[0], other_model[2])]
+        other = rule(other_model, cross_entropy, data_size=100, params=groups)
+        other.load_state_dict(through_a_file(one.state_dict()))
+        copied.load_state_dict(other.state_dict())
+
+
 class TestGenerators:
     def test_one_is_made_if_the_optimizer_has_none(self, vogn: VOGN, make_vogn: Make, model: nn.Module) -> None:
         other = make_vogn(model, generator=None)

@@ -68,17 +68,10 @@ class Observations:
         return {"parts": parts, "draws": list(self.draws), "without_scaler": self.without_scaler}
 
     @staticmethod
-    def unpacked(packed: Mapping[str, Any], params: Mapping[str, Tensor]) -> Observations:
-        """Undo `packed`, on the devices of the parameters `params`."""
-
-        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value.to(params[name].device) for name, value in tensors.items()}
-
+    def unpacked(packed: Mapping[str, Any]) -> Observations:
+        """Undo `packed`."""
         parts = [
-            Observed(
-                Moments(part["losses"], moved(part["mean"]), moved(part["second_moment"])),
-                None if part["noise"] is None else moved(part["noise"]),
-            )
+            Observed(Moments(part["losses"], part["mean"], part["second_moment"]), part["noise"])
             for part in packed["parts"]
         ]
         return Observations(parts, list(packed["draws"]), packed["without_scaler"])

@@ -22,6 +22,8 @@ from persample.vogn.posterior import Posterior
 from persample.vogn.prior import Prior
 from persample.vogn.processes import Processes, warn_of_separate_processes
 from persample.vogn.settings import (
+    OF_WEIGHTS,
+    RUN,
     check_generator,
     check_settings,
     each_weights,
@@ -182,10 +184,10 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         named = name_params(self.model, params_of_group(param_group), taken=self._params().values())
         refuse_unknown_settings(param_group, self.defaults)
         group = {**self.defaults, **param_group}
-        for setting in _OF_WEIGHTS:
+        for setting in OF_WEIGHTS:
             group[setting] = each_weights(setting, group[setting], named)
         check_settings(group)
-        super().add_param_group({**group, "params": list(named.items())})
+        super().add_param_group({**group, "params": list(named.items()), RUN: None})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -217,6 +219,9 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             raise OptionError(f"closure={closure!r}: must be a function without arguments, or None.")
         loss = None if closure is None else self._observe_closure(closure)
         self._follow_model()
+        if closure is None and self._is_asked_for_its_state():
+            self._make_states()
+            return None
         observations = self._observations
         if self._processes is not None:
             observations = self._processes.merged(observations, self._params())
@@ -322,7 +327,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         names = {id(p): name for name, p in self.model.named_parameters()}
         for group in self.param_groups:
             present = [names[id(p)] for p in group["params"]]
-            of_weights = [group[setting] for setting in _OF_WEIGHTS if isinstance(group[setting], list)]
+            of_weights = [group[setting] for setting in OF_WEIGHTS if isinstance(group[setting], list)]
             for name, param, *kept in zip(present, group["params"], *of_weights, strict=True):
                 refuse_resized(name, param, [*kept, *_tensors(self.state.get(param, {}))])
             if present != group["param_names"] and self._observations.parts:
@@ -333,6 +338,16 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             group["param_names"] = present
         warn_of_untrained(self.model, trained.values(), self._known_as_untrained)
         self._seen = seen
+
+    def _is_asked_for_its_state(self) -> bool:
+        """Whether this is no step, but the request to make the states that `torch.distributed.checkpoint` wants to see.
+
+        It makes it of every optimizer that has none, by a step with zeros in all `p.grad`, and learning rates of zero.
+        """
+        if self.state or self._observations.parts or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        gradients = [p.grad for p in self._params().values() if p.requires_grad]
+        return all(g is not None for g in gradients) and not any(bool(g.any()) for g in gradients if g is not None)
 
     #: Asks `torch.amp.GradScaler.step` to say whether gradients overflowed, instead of leaving this step out.
     _step_supports_amp_scaling = True
@@ -365,6 +380,9 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             if isinstance(value, Tensor) and (value.dtype != dtype or value.device != param.device):
                 state[key] = value.to(param.device, dtype)
         return state
+
+    def _make_states(self) -> None:
+        self._parts(self._params())
 
     def _parts(self, names: Iterable[str]) -> list[Part]:
         """The parameters called `names`, group by group."""
@@ -406,10 +424,6 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             means = [mean.to(params[name].dtype) for name, mean in zip(part.names, means, strict=True)]
             new += list(zip(part.names, means, states, strict=True))
         return new
-
-
-# Settings that may have a tensor for each parameter of a group.
-_OF_WEIGHTS = ("prior_precision", "prior_mean")
 
 
 def _settings_of(prior: Any) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Part:
         return [state[key] for state in self.states]
 
     def of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return those of `values`, keyed by names, that belong to the parameters."""
-        return [values[name] for name in self.names]
+        """Return those of `values`, keyed by names, that belong to the parameters, with their dtypes and devices."""
+        return [values[name].to(mean) for name, mean in zip(self.names, self.mean, strict=True)]
 
     def per_weight(self, value: float | Tensors) -> dict[str, Tensor]:
         """Return a setting as one tensor for each parameter, by name."""

@@ -14,8 +14,15 @@ from persample.errors import OptionError
 from persample.sources.recording import LossReduction
 
 
+def _is_number(value: object) -> bool:
+    """Whether `value` is a finite number that PyTorch can compute with."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return abs(int(value)) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
+
+
 def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Real) and math.isfinite(value) and holds(float(value))
+    return lambda value: _is_number(value) and holds(float(value))
 
 
 def _numbers(holds: Callable[[float | Tensor], Any]) -> Callable[[Any], bool]:
@@ -24,7 +31,7 @@ def _numbers(holds: Callable[[float | Tensor], Any]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         if isinstance(value, list):
             return all(isinstance(t, Tensor) and bool((t.isfinite() & holds(t)).all()) for t in value)
-        return isinstance(value, Real) and math.isfinite(value) and bool(holds(float(value)))
+        return _is_number(value) and bool(holds(float(value)))
 
     return check
 
@@ -43,7 +50,7 @@ _ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "damping": ("a number >= 0", _number(lambda v: v >= 0)),
     "temperature": ("a number > 0", _number(lambda v: v > 0)),
     "temperature_start": ("a number > 0", _number(lambda v: v > 0)),
-    "temperature_steps": ("a whole number >= 0", lambda v: isinstance(v, Integral) and int(v) >= 0),
+    "temperature_steps": ("a whole number >= 0", lambda v: _is_number(v) and isinstance(v, Integral) and int(v) >= 0),
     "max_update": ("a number > 0, or None", lambda v: v is None or _number(lambda w: w > 0)(v)),
     "betas": (
         "two numbers >= 0 and < 1",
@@ -54,8 +61,15 @@ _ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+#: Settings that may have a tensor for each parameter of a group.
+OF_WEIGHTS = ("prior_precision", "prior_mean")
+
+#: The entry of groups for what is of the whole optimizer, see `persample.vogn.checkpoint`.
+RUN = "run"
+
 # What PyTorch and its schedulers put into groups beside settings, and the name that loggers show.
 _OF_ANY_OPTIMIZER = {
+    RUN,
     "params",
     "param_names",
     "name",
@@ -81,7 +95,7 @@ def refuse_unknown_settings(group: Mapping[str, Any], known: Collection[str]) ->
     for name in group:
         if name in known or name in _OF_ANY_OPTIMIZER:
             continue
-        if name in _OF_A_RUN:
+        if name in OF_RUN:
             reason = "is one of the whole optimizer: pass it beside params, not in a group"
         elif name == "weight_decay":
             reason = "is not known: a weight decay of w is prior_precision = w * data_size"
@@ -113,7 +127,7 @@ def check_count(name: str, value: object) -> int:
     Raises:
         OptionError: it is not.
     """
-    if not isinstance(value, Integral) or value < 1:
+    if not _is_number(value) or not isinstance(value, Integral) or value < 1:
         raise OptionError(f"{name}={value!r}: must be a whole number >= 1.")
     return int(value)
 
@@ -135,8 +149,8 @@ def _check_reduction(name: str, value: object) -> object:
     return value
 
 
-# The settings that are not of groups.
-_OF_A_RUN: Mapping[str, Callable[[str, object], object]] = {
+#: The settings that are not of groups, with their checks.
+OF_RUN: Mapping[str, Callable[[str, object], object]] = {
     "data_size": check_count,
     "augmentation": check_positive_number,
     "mc_samples": check_count,
@@ -151,7 +165,7 @@ def settings_of_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: one is out of its range.
     """
-    return {name: check(name, settings[name]) for name, check in _OF_A_RUN.items()}
+    return {name: check(name, settings[name]) for name, check in OF_RUN.items()}
 
 
 def check_generator(name: str, generator: object) -> None:

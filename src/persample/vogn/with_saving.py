@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from persample.errors import UsageError
-from persample.vogn.checkpoint import check_matches, pack_generator, unpack_generator, unpack_states
+from persample.vogn.checkpoint import COUNTS, checked, pack_run
 from persample.vogn.observed import Observations
 from persample.vogn.processes import Processes
+from persample.vogn.saved_noise import generator_setter, pack_generator
+from persample.vogn.settings import OF_RUN, RUN
+from persample.vogn.state_kinds import Kinds
 
 
 class WithSaving(torch.optim.Optimizer):
@@ -21,17 +25,14 @@ class WithSaving(torch.optim.Optimizer):
     #: Names the layout of the state: rules of one name can load each other's.
     rule: ClassVar[str]
 
+    #: Whether the rule needs the moments of each draw apart, with the noise of the draw.
+    keeps_draws_apart: ClassVar[bool] = False
+
+    #: What the state of a parameter holds, beside the number of its steps.
+    state_kinds: ClassVar[Kinds]
+
     # What is saved, and what a copy takes along beside it.
-    _saved: ClassVar[tuple[str, ...]] = (
-        "data_size",
-        "augmentation",
-        "mc_samples",
-        "loss_reduction",
-        "max_grad_norm",
-        "steps",
-        "skipped_steps",
-        "skipped_in_a_row",
-    )
+    _saved: ClassVar[tuple[str, ...]] = (*OF_RUN, *COUNTS)
     _copied: ClassVar[tuple[str, ...]] = (
         "model",
         "loss_fn",
@@ -50,6 +51,10 @@ class WithSaving(torch.optim.Optimizer):
     @abstractmethod
     def _make_source(self) -> Any:
         """Return what gives the moments of the gradients."""
+
+    @abstractmethod
+    def _make_states(self) -> None:
+        """Make the state of each parameter that has none."""
 
     @abstractmethod
     def _params(self) -> dict[str, Tensor]:
@@ -71,11 +76,14 @@ class WithSaving(torch.optim.Optimizer):
         state; None if the global generator is used, whose state is the caller's to save). It can be loaded with
         `torch.load(..., weights_only=True)`.
 
+        Each parameter group has these entries once more, packed, as `run`, for tools that keep PyTorch's own entries
+        only: `torch.distributed.checkpoint.state_dict` saves and loads the optimizer as any other.
+
         With several processes it is the same on all of them.
 
         Raises:
-            UsageError: called inside `sampled_params()`, where the model holds a draw; or between `observe()` and
-                `step()` where several processes train together.
+            UsageError: called inside `sampled_params()`, where the model holds a draw; between `observe()` and
+                `step()` where several processes train together; or a parameter was replaced or resized.
         """
         self._refuse_while_drawn("state_dict()")
         self._follow_model()
@@ -84,36 +92,57 @@ class WithSaving(torch.optim.Optimizer):
                 "Of several processes each has observed something else since the last step, so there is not one state "
                 "to save: call step() first."
             )
-        return {
-            **super().state_dict(),
+        if self.state:
+            self._make_states()
+        run = {
             "rule": self.rule,
             **{name: getattr(self, name) for name in self._saved},
             "observations": self._observations.packed(),
             "generator": pack_generator(self.generator),
         }
+        saved = super().state_dict()
+        packed = pack_run(run)
+        for group in saved["param_groups"]:
+            group[RUN] = packed
+        return saved | run
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict()` returned. Parameters correspond by position, as in every PyTorch optimizer.
+        """Take over what `state_dict()` returned.
 
-        If the state has a generator and this optimizer has none, it gets one.
+        Parameters that have the same names correspond by them, whatever their order. If all have other names, they
+        correspond by position, as in every PyTorch optimizer. If the state has a generator and this optimizer has none,
+        it gets one.
 
         Raises:
-            UsageError: called inside `sampled_params()`.
-            OptionError: it is not the state of such an optimizer with the same parameters; nothing is changed.
+            UsageError: called inside `sampled_params()`, or a parameter was replaced or resized.
+            OptionError: it is not the state of such an optimizer with the same parameters, or it is damaged; nothing is
+                changed.
         """
         self._refuse_while_drawn("load_state_dict()")
         self._follow_model()
-        check_matches(state_dict, self.rule, self._saved, self.param_groups)
-        self.generator = unpack_generator(state_dict["generator"], self.generator)
-        names = [group["param_names"] for group in self.param_groups]
-        super().load_state_dict(dict(state_dict))
-        for group, own_names in zip(self.param_groups, names, strict=True):
-            group["param_names"] = own_names
-        # PyTorch has cast the state to the dtypes of the parameters, but it is kept in at least float32.
-        self.state.update(unpack_states(state_dict, self.param_groups))
-        for name in self._saved:
-            setattr(self, name, state_dict[name])
-        self._observations = Observations.unpacked(state_dict["observations"], self._params())
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = dict(state_dict)
+            state_dict = hook(self, state_dict) or state_dict
+        groups = self.param_groups
+        loaded = checked(
+            state_dict,
+            groups,
+            rule=self.rule,
+            kinds=self.state_kinds,
+            known=self.defaults,
+            draws_apart=self.keeps_draws_apart,
+        )
+        set_generator = generator_setter(loaded.generator, self.generator)
+        own = [{name: group[name] for name in ("params", "param_names", RUN)} for group in groups]
+        new_groups = [settings | params for settings, params in zip(loaded.groups, own, strict=True)]
+        states: defaultdict[Tensor, Any] = defaultdict(dict, loaded.states)
+        # Not by PyTorch, which would cast the state to the dtypes of the parameters: it is kept in at least float32.
+        self.__setstate__({"state": states, "param_groups": new_groups})
+        vars(self).update(loaded.run)
+        self._observations = loaded.observations
+        self.generator = set_generator()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the source, for `pickle` and `copy.deepcopy`: the model belongs to it, and is copied too."""
@@ -122,6 +151,7 @@ class WithSaving(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also called by load_state_dict, with two entries only
+        self.defaults.pop("differentiable", None)  # which PyTorch has put there just now, and which is no setting
         if "source" not in self.__dict__:
             self.source = self._make_source()
             self._drawn = False

@@ -18,6 +18,7 @@ from persample.vogn.observed import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
 from persample.vogn.prior import Prior
+from persample.vogn.state_kinds import FINITE, MASS, NOT_NEGATIVE, Kinds
 from persample.vogn.with_draws import MomentSource
 
 
@@ -63,6 +64,15 @@ class MeanFieldVI(VariationalOptimizer):
     """
 
     rule: ClassVar[str] = "MeanFieldVI"
+    state_kinds: ClassVar[Kinds] = {
+        "rho": FINITE,
+        "mean_first": FINITE,
+        "mean_second": NOT_NEGATIVE,
+        "rho_first": FINITE,
+        "rho_second": NOT_NEGATIVE,
+        "first_mass": MASS,
+        "second_mass": MASS,
+    }
     keeps_draws_apart: ClassVar[bool] = True
 
     def __init__(
@@ -120,14 +130,14 @@ class MeanFieldVI(VariationalOptimizer):
         return {
             "rho": torch.full_like(param, math.log(math.expm1(settings["scale_init"]))),
             **{key: torch.zeros_like(param) for key in _AVERAGES},
-            "masses": (0.0, 0.0),
+            **dict.fromkeys(_MASSES, 0.0),
         }
 
     def _part_precision(self, part: Part) -> Tensors:
         return torch._foreach_pow(_scale(part), -2)
 
     def _effective_lr(self, part: Part) -> Tensors:
-        masses = [second_mass or 1.0 for _, second_mass in part.state("masses")]
+        masses = [mass or 1.0 for mass in part.state("second_mass")]
         root = torch._foreach_sqrt(torch._foreach_div(part.state("mean_second"), masses))
         denominator = torch._foreach_add(root, part.settings["eps"])
         return torch._foreach_mul(torch._foreach_reciprocal(denominator), part.settings["lr"])
@@ -150,12 +160,15 @@ class MeanFieldVI(VariationalOptimizer):
         by_rho = torch._foreach_mul(by_scale, torch._foreach_sigmoid(part.state("rho")))
         mean, of_mean, masses = _adam(part, part.mean, by_mean, "mean")
         rho, of_rho, masses = _adam(part, part.state("rho"), by_rho, "rho")
-        rows = zip(rho, *of_mean, *of_rho, masses, strict=True)
-        return mean, [dict(zip(("rho", *_AVERAGES, "masses"), row, strict=True)) for row in rows]
+        rows = zip(rho, *of_mean, *of_rho, *masses, strict=True)
+        return mean, [dict(zip(("rho", *_AVERAGES, *_MASSES), row, strict=True)) for row in rows]
 
 
 # The averages of Adam: first and second moment of the gradient, by the mean and by ρ.
 _AVERAGES = ("mean_first", "mean_second", "rho_first", "rho_second")
+
+# Their masses, see `core.running_average`, which are the same for both.
+_MASSES = ("first_mass", "second_mass")
 
 
 def _scale(part: Part) -> Tensors:
@@ -176,10 +189,10 @@ def _mean_products(part: Part, observed: list[Observed]) -> Tensors:
 
 def _adam(
     part: Part, values: Tensors, gradient: Tensors, which: str
-) -> tuple[Tensors, tuple[Tensors, Tensors], list[tuple[float, float]]]:
+) -> tuple[Tensors, tuple[Tensors, Tensors], tuple[list[float], list[float]]]:
     """One step of Adam: the new values, the new averages, and the new masses of both."""
     beta1, beta2 = part.settings["betas"]
-    first_mass, second_mass = zip(*part.state("masses"), strict=True)
+    first_mass, second_mass = (part.state(mass) for mass in _MASSES)
     first, new_first_mass, corrected_first = core.running_average(
         part.state(f"{which}_first"), first_mass, gradient, decay=beta1
     )
@@ -188,4 +201,4 @@ def _adam(
     )
     denominator = torch._foreach_add(torch._foreach_sqrt(corrected_second), part.settings["eps"])
     new_values = core.update_mean(values, corrected_first, denominator, lr=part.settings["lr"])
-    return new_values, (first, second), list(zip(new_first_mass, new_second_mass, strict=True))
+    return new_values, (first, second), (new_first_mass, new_second_mass)

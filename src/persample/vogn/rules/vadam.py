@@ -17,6 +17,7 @@ from persample.vogn.observed import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
 from persample.vogn.prior import Prior
+from persample.vogn.state_kinds import FINITE, MASS, NOT_NEGATIVE, Kinds
 from persample.vogn.with_draws import MomentSource
 
 
@@ -61,6 +62,12 @@ class Vadam(VariationalOptimizer):
     """
 
     rule: ClassVar[str] = "Vadam"
+    state_kinds: ClassVar[Kinds] = {
+        "average": FINITE,
+        "average_mass": MASS,
+        "curvature": NOT_NEGATIVE,
+        "curvature_mass": MASS,
+    }
     keeps_draws_apart: ClassVar[bool] = True
 
     def __init__(

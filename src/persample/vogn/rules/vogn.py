@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from persample.vogn.observed import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.part import Part
 from persample.vogn.prior import Prior
+from persample.vogn.state_kinds import FINITE, MASS, NOT_NEGATIVE, Kinds
 from persample.vogn.with_draws import MomentSource
 
 
@@ -98,6 +100,11 @@ class VOGN(VariationalOptimizer):
     """
 
     rule: ClassVar[str] = "VOGN"
+    state_kinds: ClassVar[Kinds] = {
+        "curvature": NOT_NEGATIVE,
+        "momentum_buffer": replace(FINITE, optional=True),
+        "momentum_mass": replace(MASS, optional=True),
+    }
     _copied: ClassVar[tuple[str, ...]] = (*VariationalOptimizer._copied, "backend", "backend_options")
 
     def __init__(
@@ -170,7 +177,10 @@ class VOGN(VariationalOptimizer):
         return make_source(self.backend, self.model, loss_of(self.loss_fn, self.model), **self.backend_options)
 
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {"curvature": torch.full_like(param, settings["hess_init"])}
+        state: dict[str, Any] = {"curvature": torch.full_like(param, settings["hess_init"])}
+        if settings["momentum"] > 0:
+            state |= {"momentum_buffer": torch.zeros_like(param), "momentum_mass": 0.0}
+        return state
 
     def _part_precision(self, part: Part) -> Tensors:
         return core.posterior_precision(
