@@ -105,7 +105,7 @@ def plain_pass(
     model: nn.Module, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
 ) -> Callable[[], tuple[Tensor, ...]]:
     """Return the ordinary forward and backward pass as a function: the gradient of the mean loss."""
-    batch = as_batch(inputs, targets)
+    batch = as_batch(inputs, targets, model)
     per_sample_loss = as_per_sample(loss_fn)
     parameters = [p for p in model.parameters() if p.requires_grad]
 

@@ -157,7 +157,7 @@ def explain(
     """
     source = make_source(backend, model, loss_fn or _weighted_sum(), check="never", **options)
     impossible = dict(impossible_modules(model))
-    samples = as_batch(inputs, targets).size if inputs is not None else 0
+    samples = as_batch(inputs, targets, model).size if inputs is not None else 0
     seen = inputs is not None and not impossible
     if loss_fn is None:
         targets = torch.arange(samples)

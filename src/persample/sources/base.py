@@ -85,8 +85,9 @@ class PerSampleGradSource(ABC):
 
         Args:
             inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model; dim 0 of
-                every tensor is the sample.
-            targets: what `loss_fn` takes as second argument; dim 0 is the sample.
+                every tensor is the sample, unless `persample.shared` or `persample.batched` say otherwise. A list of B
+                entries, not all of them tensors of B entries, has one for each sample.
+            targets: what `loss_fn` takes as second argument; the same holds of it.
 
         Returns:
             `Moments`, keyed by the names of the parameters that require a gradient, in the order of
@@ -133,10 +134,11 @@ class PerSampleGradSource(ABC):
             if inputs is None:
                 found += uses_of(self, None)
             else:
-                batch = as_batch(inputs, targets)
+                batch = as_batch(inputs, targets, self.model)
                 refuse_impossible(self.model)
                 start = random_state(self.model)
                 with (
+                    batch.doubted(),
                     _ONE_AT_A_TIME,
                     untouched(self.model),
                     parameters_guarded(self.model),
@@ -269,13 +271,13 @@ class PerSampleGradSource(ABC):
         return self.check == "always"
 
     def _run(self, inputs: Any, targets: Any, compute: _Compute) -> Any:
-        batch = as_batch(inputs, targets)
+        batch = as_batch(inputs, targets, self.model)
         refuse_impossible(self.model)
         self.refuse_hooks()
         self.refuse_unsupported()
         kind = self._kind(batch, compute.__name__) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
-        with _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad(), uncompiled():
+        with batch.doubted(), _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad(), uncompiled():
             result = self._compute_and_check(batch, compute) if checking else compute(self, batch)
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)

@@ -2,66 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from persample.errors import BatchError
+from persample.errors import BatchError, DisagreementError, LossError, PersampleError, UnsupportedModelError, UsageError
 from persample.sources.entering import changeable, entering
+from persample.sources.signature import fits
+from persample.sources.splits.found import with_splits
+from persample.sources.splits.objects import holds_tensors
+from persample.sources.splits.parts import Entries, Fields
+from persample.sources.splits.tree import (
+    Columns,
+    Followed,
+    Index,
+    Split,
+    columns_of,
+    followed_in,
+    joined,
+    kind_of,
+    kind_of_tensor,
+    map_tensors,
+    plain,
+    rows_at,
+    take_rows,
+    tensors_in,
+)
+
+Tree = tuple[tuple[Any, ...], dict[str, Any], Any]
+"""Positional arguments, keyword arguments and targets."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. Dim 0 of every tensor in `args`, `kwargs` and `targets` is the sample."""
+    """B samples: arguments of the model, and targets.
+
+    Dim 0 of every tensor is the sample, but for what `persample.shared` and the like say of it.
+
+    Attributes:
+        args: positional arguments, as the model gets them.
+        kwargs: keyword arguments.
+        targets: what the loss gets.
+        size: B.
+        tree: the same three with a `Split` in place of each part that is split otherwise; None if there is none.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     targets: Any
     size: int
+    tree: Tree | None = field(default=None, repr=False)
 
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors of the batch."""
-        leaves: Iterable[Any] = (*self.args, *self.kwargs.values(), self.targets)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            leaves = pytree.tree_leaves((self.args, dict(self.kwargs), self.targets))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    @staticmethod
+    def of(tree: Tree, size: int) -> Batch:
+        """Return the batch of these arguments and targets, in which `Split`s say what is split otherwise."""
+        split = any(isinstance(leaf, Split) for leaf in pytree.tree_leaves(tree))
+        args, kwargs, targets = plain(tree) if split else tree
+        return Batch(args, kwargs, targets, size, tree if split else None)
+
+    def _tree(self) -> Tree:
+        return self.tree or (self.args, dict(self.kwargs), self.targets)
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with their `Split`s, as `with_inputs` takes them."""
+        args, kwargs, _ = self._tree()
+        return args, kwargs
+
+    def inputs_only(self) -> Batch:
+        """Return the batch without targets."""
+        return Batch.of((*self.inputs(), None), self.size)
+
+    def followed(self) -> Iterator[Followed]:
+        """Yield the tensors of the batch, and whose their entries are."""
+        return followed_in(self._tree())
+
+    def columns(self) -> Columns:
+        """Return the batch as tensors with one entry for each sample, see `Split.columns`.
+
+        Raises:
+            UnsupportedModelError: the samples of a part have different shapes.
+        """
+        args, kwargs, targets = self._tree()
+        return joined([columns_of("inputs", args), columns_of("inputs", kwargs), columns_of("targets", targets)])
 
     def for_a_call(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Return arguments and targets as one call of model and loss may have them, and change them in place."""
-        args, kwargs, targets = map_tensors(changeable(), (self.args, dict(self.kwargs), self.targets))
+        tree = map_tensors(changeable(), self._tree())
+        args, kwargs, targets = tree if self.tree is None else plain(tree)
         return args, kwargs, targets
 
     def kind(self) -> tuple[Any, ...]:
         """Return what batches of the same kind have in common: structure, dtypes and numbers of dimensions."""
         leaves: Sequence[Any] = (*self.args, *self.kwargs.values(), self.targets)
-        structure = ""
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs), self.targets))
-            structure = str(spec)
-        described = [
-            (leaf.dtype, leaf.dim(), leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-        ]
-        return structure, len(self.args), *self.kwargs, *described
+        if self.tree is None and all(isinstance(leaf, Tensor) for leaf in leaves):
+            return len(self.args), *self.kwargs, *[kind_of_tensor(leaf) for leaf in leaves]
+        return len(self.args), *self.kwargs, kind_of(self._tree())
 
     def with_targets(self, targets: Any) -> Batch:
         """Return the batch with the same inputs, detached from whatever they were computed from, and other targets."""
-        args, kwargs = map_tensors(entering(), (self.args, dict(self.kwargs)))
-        return Batch(args, kwargs, targets, self.size)
+        args, kwargs = map_tensors(entering(), self.inputs())
+        return Batch.of((args, kwargs, targets), self.size)
+
+    def with_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """Return the batch with other arguments, which are like those that `inputs` returns."""
+        return Batch.of((args, kwargs, self._tree()[2]), self.size)
 
     def double(self) -> Batch:
         """Return the batch in float64; whole numbers stay as they are."""
-        args, kwargs, targets = in_float64((self.args, dict(self.kwargs), self.targets))
-        return Batch(args, kwargs, targets, self.size)
+        return Batch.of(in_float64(self._tree()), self.size)
 
-    def rows(self, index: slice | list[int]) -> Batch:
+    def rows(self, index: Index) -> Batch:
         """Return the batch of the samples at `index`, in that order."""
-        args, kwargs, targets = take_rows((self.args, dict(self.kwargs), self.targets), index)
         size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
-        return Batch(args, kwargs, targets, size)
+        return Batch.of(take_rows(self._tree(), index, rows_at(index)), size)
+
+    def not_first(self) -> list[Tensor]:
+        """Return the tensors whose dim 0 is not the sample."""
+        return [] if self.tree is None else [t for t, dim, owners in self.followed() if dim != 0 or owners is not None]
+
+    @contextmanager
+    def doubted(self) -> Iterator[None]:
+        """Let errors that come of it say what of the batch may have been taken for samples by mistake."""
+        try:
+            yield
+        except PersampleError as error:
+            self.add_doubts(error)
+            raise
+
+    def add_doubts(self, error: BaseException) -> None:
+        """Let an error say what of the batch may have been taken for samples by mistake."""
+        if isinstance(error, UnsupportedModelError | DisagreementError | UsageError | LossError):
+            args, kwargs, targets = self._tree()
+            trees = {"inputs": _inputs(args, kwargs), "targets": targets}
+            leaves = [leaf for name, tree in trees.items() for leaf in _named_leaves(name, tree, _is_list)]
+            alone = len(leaves) <= 2  # besides the targets
+            doubts = [
+                _doubt(name, leaf, self.size) for name, leaf in leaves if not (alone and isinstance(leaf, Tensor))
+            ]
+            error.args = (" ".join([str(error), *filter(None, doubts)]),)
 
 
 def in_float64(tree: Any) -> Any:
@@ -69,89 +153,165 @@ def in_float64(tree: Any) -> Any:
     return map_tensors(entering(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor), tree)
 
 
-def take_rows(tree: Any, index: slice | list[int]) -> Any:
-    """Return `tree` with every tensor replaced by its rows at `index`; what is not a tensor stays as it is."""
-    return map_tensors(entering(lambda tensor: tensor[index]), tree)
-
-
-def as_batch(inputs: Any, targets: Any) -> Batch:
+def as_batch(inputs: Any, targets: Any, model: nn.Module | None = None) -> Batch:
     """Return `inputs` and `targets` as a `Batch`.
 
     Args:
-        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model. Dim 0 of every
-            tensor is the sample; what is not a tensor (None, flags, numbers) is passed to the model as it is.
-        targets: a tensor, or tensors in tuples, lists and dicts, whose dim 0 is the sample; or None.
+        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model. A tuple or dict
+            that does not fit the parameters of its `forward`, but does so as one argument, is that. Dim 0 of every
+            tensor is the sample, unless `persample.shared` or `persample.batched` say something else. A list of B
+            entries has one for each sample, unless dim 0 of all tensors in it is the sample. What is none of that
+            (None, flags, numbers) is passed to the model as it is.
+        targets: tensors, also in tuples, lists and dicts, as for `inputs`; a list of B numbers becomes a tensor; or
+            None.
+        model: the model, whose `forward` tells what it takes.
 
     Raises:
-        BatchError: there is no tensor, no sample, or the lengths differ.
+        BatchError: there is no tensor, no sample, the lengths differ, or something cannot be split.
     """
     if torch.is_inference_mode_enabled():
         raise BatchError(
             "torch.inference_mode() is active, in which no gradient exists: leave it, or use torch.no_grad() instead."
         )
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, Tensor):
-        args = (inputs,)
-    elif isinstance(inputs, tuple):
-        args = inputs
-    elif isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
-    else:
+    args, kwargs = arguments(inputs, model)
+    batch = split_batch(args, kwargs, targets, whole=len(args) == 1 and args[0] is inputs)
+    # Whatever the batch was computed from is no part of the model.
+    return Batch.of(map_tensors(entering(), batch._tree()), batch.size)
+
+
+def arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return `inputs` as positional and keyword arguments of the model, see `as_batch`.
+
+    Raises:
+        BatchError: `inputs` is of another type.
+    """
+    if isinstance(inputs, Tensor | Split | np.ndarray):
+        return (inputs,), {}
+    if not isinstance(inputs, tuple | Mapping):
         raise BatchError(
             f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict "
-            "of keyword arguments of the model."
+            "of keyword arguments of the model; if the model takes this as its only argument, pass (it,)."
         )
-    lengths = _lengths("inputs", inputs if isinstance(inputs, Tensor) else kwargs or args)
-    if not lengths:
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    whole = model is not None and len(inputs) > 0 and not fits(model, args, kwargs) and fits(model, (inputs,), {})
+    return ((inputs,), {}) if whole else (args, kwargs)
+
+
+def split_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, *, whole: bool = False, may_be_empty: bool = False
+) -> Batch:
+    """Return the batch of these arguments and targets, see `as_batch`; the tensors are those that were given.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        targets: the targets.
+        whole: whether the only argument is what the user calls inputs.
+        may_be_empty: whether it may have no samples.
+
+    Raises:
+        BatchError: there is no tensor, no sample, the lengths differ, or something cannot be split.
+    """
+    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in (*args, *kwargs.values(), targets)):
+        (args, kwargs), targets = with_splits((args, kwargs), targets)
+    sizes = _sizes("inputs", args[0] if whole else _inputs(args, kwargs))
+    if not sizes:
         raise BatchError("inputs holds no tensor: pass at least one tensor whose dim 0 is the sample.")
-    lengths |= _lengths("targets", targets)
-    (first, size), *others = lengths.items()
-    for name, length in others:
-        if length != size:
-            raise BatchError(
-                f"{first} has {size} samples, but {name} has {length}: dim 0 of every tensor is the sample, so all "
-                "must have the same length there."
-            )
-    if size == 0:
+    sizes |= _sizes("targets", targets)
+    (first, size), *others = sizes.items()
+    for name, other in others:
+        if other != size:
+            raise BatchError(f"{first} has {size} samples, but {name} has {other}: {_ADVICE}")
+    if size == 0 and not may_be_empty:
         raise BatchError("The batch has no samples: skip empty batches, no gradient can be averaged over them.")
-    # Whatever the batch was computed from is no part of the model.
-    args, kwargs, targets = map_tensors(entering(), (args, kwargs, targets))
-    return Batch(args, kwargs, targets, size)
+    return Batch.of((args, kwargs, targets), size)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return `tree` with every tensor replaced by the function of it; what is not a tensor stays as it is."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if type(tree) is tuple:
-        return tuple([map_tensors(function, value) for value in tree])
-    if type(tree) is dict:
-        return {key: map_tensors(function, value) for key, value in tree.items()}
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+_ADVICE = (
+    "dim 0 of every tensor is the sample, so all must have the same length there. If all samples share a tensor (a "
+    "mask, an adjacency, positions), pass persample.shared(tensor); if its samples are in another dim, "
+    "persample.batched(tensor, dim=1). If it holds samples of different lengths one after the other (offsets, "
+    "concatenated targets, many graphs as one), pass padded tensors, or a list with one tensor for each sample, and "
+    "flatten them in the model or in the loss."
+)
 
 
-def _lengths(name: str, tree: Any) -> dict[str, int]:
-    """Length of dim 0 of each tensor in `tree`, keyed by where it is."""
-    lengths = {}
-    leaves = [((), tree)] if isinstance(tree, Tensor) else pytree.tree_flatten_with_path(tree)[0]
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the arguments as a user would index them."""
+    if kwargs and args:
+        return {"args": args, **kwargs}
+    return kwargs or args
+
+
+def _named_leaves(
+    name: str, tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
+) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of `tree`, also those of objects in it, and their names."""
+    leaves = [((), tree)] if isinstance(tree, Tensor) else pytree.tree_flatten_with_path(tree, is_leaf)[0]
     for path, leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            continue
         where = name + pytree.keystr(path) if len(leaves) > 1 else name
-        if leaf.dim() == 0:
+        if isinstance(leaf, Fields):
+            yield from _named_leaves(where, leaf.fields, is_leaf)
+        else:
+            yield where, leaf
+
+
+def _sizes(name: str, tree: Any) -> dict[str, int]:
+    """How many samples each part of `tree` has, keyed by where it is."""
+    sizes = {}
+    for where, leaf in _named_leaves(name, tree):
+        if isinstance(leaf, Tensor):
+            _refuse_unsplittable(where, leaf)
+            sizes[where] = len(leaf)
+        elif isinstance(leaf, Split):
+            sizes |= dict(leaf.sizes(where))
+        elif holds_tensors(leaf) or isinstance(leaf, np.ndarray):
             raise BatchError(
-                f"{where} is a tensor without dimensions: dim 0 must be the sample. Pass plain numbers as Python "
-                "numbers, or expand the tensor to one entry per sample."
+                f"{where} is of type {type(leaf).__name__}, which holds tensors or arrays, but cannot be split into "
+                "samples: pass its tensors (padded, where samples have different lengths) as arguments, and make "
+                "it in the model; or a list with one of it for each sample; or persample.shared(it), if all samples "
+                "share it."
             )
-        if leaf.is_inference():
-            raise BatchError(
-                f"{where} was made under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
-            )
-        if leaf.layout != torch.strided or leaf.is_nested:
-            raise BatchError(
-                f"{where} is a sparse or nested tensor ({leaf.layout}), of which single samples cannot be taken: pass "
-                "an ordinary one (.to_dense(), .to_padded_tensor(0.0)) and make it sparse in the model."
-            )
-        lengths[where] = len(leaf)
-    return lengths
+    return sizes
+
+
+def _refuse_unsplittable(where: str, tensor: Tensor) -> None:
+    if tensor.dim() == 0:
+        raise BatchError(
+            f"{where} is a tensor without dimensions: dim 0 must be the sample. Pass plain numbers as Python "
+            "numbers, expand the tensor to one entry per sample, or pass persample.shared(tensor)."
+        )
+    if tensor.is_inference():
+        raise BatchError(
+            f"{where} was made under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise BatchError(
+            f"{where} is a sparse or nested tensor ({tensor.layout}), of which single samples cannot be taken: pass "
+            "an ordinary one (.to_dense(), .to_padded_tensor(0.0)) and make it sparse in the model; or "
+            "persample.shared(tensor), if all samples share it."
+        )
+
+
+def _doubt(name: str, leaf: Any, size: int) -> str:
+    """Return what speaks against taking `leaf` for what it was taken for, as a sentence; empty if nothing does."""
+    if isinstance(leaf, Tensor) and leaf.shape[:2] == (size, size) and size > 1:
+        return (
+            f"(Dim 0 of {name}, of shape {tuple(leaf.shape)}, was taken for the samples: pass persample.shared(tensor) "
+            "if all samples share it, or persample.batched(tensor, dim=1) if they are in another dim.)"
+        )
+    if isinstance(leaf, list) and len(leaf) > 1 and tensors_in(leaf):
+        return (
+            f"(The list {name} was taken for {len(leaf)} tensors whose dim 0 is the sample: pass "
+            "persample.one_per_sample(list) if each entry is a sample.)"
+        )
+    if isinstance(leaf, Entries) and leaf.guessed and not tensors_in(leaf):
+        return (
+            f"(Each entry of the list {name} was taken for a sample: pass a tuple, or persample.shared(list), if it "
+            "is something else.)"
+        )
+    return ""
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)

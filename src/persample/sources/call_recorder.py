@@ -16,6 +16,7 @@ from persample.sources.forward_pass import ForwardPass
 from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
+    refuse_lists,
     refuse_unseen_uses,
     require_batch_first,
 )
@@ -73,6 +74,7 @@ class CallRecorder(Recorder):
     def begin(self, forward_pass: ForwardPass) -> None:
         refuse_impossible(self.model)
         self.source.refuse_hooks()
+        refuse_lists(forward_pass.batch)
         self.calls = {forward_pass: []}
 
     def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
@@ -99,7 +101,7 @@ class CallRecorder(Recorder):
         if forward_pass is None or self.in_backward or self.checking:
             return
         with torch._C.DisableTorchFunction():
-            require_batch_first(call, forward_pass.batch.size)
+            require_batch_first(call, forward_pass.batch)
             self.calls[forward_pass].append(call)
             self.expect(forward_pass, call)
             shape = call.output.shape

@@ -15,6 +15,7 @@ from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
     refuse_changed_inputs,
+    refuse_lists,
     require_batch_first,
     unseen_uses,
 )
@@ -54,6 +55,7 @@ def uses_of_layers(
                 yield from (Use(name, "rule", type(module).__name__, path) for name in own)
     if batch is None:
         return
+    refuse_lists(batch)
     with recorded_calls(layers) as calls:
         losses = source.losses(batch)
     reached = nodes_behind(losses)
@@ -88,7 +90,7 @@ def _reasons_in_another_batch(
             losses_of_part(source, fewer)
         for call in calls:
             try:
-                require_batch_first(call, fewer.size)
+                require_batch_first(call, fewer)
             except UnsupportedModelError as refusal:
                 reasons[call.path] = str(refusal)
     return reasons
@@ -96,7 +98,7 @@ def _reasons_in_another_batch(
 
 def _reason_against_call(call: ModuleCall, batch: Batch, try_rule: Callable[[ModuleCall, Tensor], object]) -> str:
     try:
-        require_batch_first(call, batch.size)
+        require_batch_first(call, batch)
         refuse_changed_inputs(call)
         with torch.no_grad():
             try_rule(call, torch.zeros_like(call.output))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from persample.errors import UnsupportedModelError
+from persample.sources.batch import Batch
 from persample.sources.refusals import describe
 
 
@@ -198,12 +199,23 @@ def refuse_changed_inputs(call: ModuleCall) -> None:
         )
 
 
-def require_batch_first(call: ModuleCall, batch_size: int) -> None:
+def refuse_lists(batch: Batch) -> None:
+    """Raise if the model gets tensors that hold single samples, or parts of them in another order."""
+    if any(owners is not None for _, _, owners in batch.inputs_only().followed()):
+        raise UnsupportedModelError(
+            "The model gets a list with one tensor for each sample, or packed sequences, so this backend cannot tell "
+            "whose the rows are that its layers see: pass one tensor, stacked or padded, or use backend 'fused' or "
+            "'loop'."
+        )
+
+
+def require_batch_first(call: ModuleCall, batch: Batch) -> None:
     """Raise unless dim 0 of all tensors of the call is the sample."""
+    not_first = batch.not_first()
     for tensor in (*call.inputs, call.output):
-        if tensor.dim() == 0 or len(tensor) != batch_size:
+        if tensor.dim() == 0 or len(tensor) != batch.size or any(tensor is other for other in not_first):
             raise UnsupportedModelError(
-                f"{call.name} was called with a tensor of shape {tuple(tensor.shape)} in a batch of {batch_size} "
+                f"{call.name} was called with a tensor of shape {tuple(tensor.shape)} in a batch of {batch.size} "
                 "samples: this backend needs dim 0 of its inputs and outputs to be the sample (no folded batches, no "
                 "time-first layouts). Use backend 'fused' or 'loop'."
             )

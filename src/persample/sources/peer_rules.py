@@ -28,6 +28,7 @@ from persample.sources.module_calls import (
     ModuleCall,
     recorded_calls,
     refuse_changed_inputs,
+    refuse_lists,
     refuse_unseen_uses,
     require_batch_first,
 )
@@ -118,12 +119,13 @@ class PeerRulesSource(PerSampleGradSource):
             The detached losses, the gradients of their sum for `parameters` (None where it does not depend on one),
             and the uses of the layers.
         """
+        refuse_lists(batch)
         parameters = list(parameters)
         with recorded_calls(self.layers()) as calls:
             losses = self.losses(batch)
         refuse_unseen_uses(losses, calls, self.parameters())
         for call in calls:
-            require_batch_first(call, batch.size)
+            require_batch_first(call, batch)
         # δ is taken where the output stands in the graph, before anything that was done to it in place.
         targets: list[Any] = [*parameters, *(call.edge for call in calls)]
         gradients = gradients_at(targets, losses, self.parameters())

@@ -15,12 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UsageError
-from persample.sources.batch import Batch, as_batch
+from persample.sources.batch import Batch, split_batch
 from persample.sources.forward_pass import ForwardPass, tensors_of
 from persample.sources.graph import nodes_from
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.reference import reentrant_refused
 from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
+from persample.sources.splits.found import unwrapped
 from persample.sources.uncompiled import uncompiled
 from persample.warn import warn
 
@@ -147,6 +148,8 @@ class Recorder(TorchFunctionMode):
         self._handles.clear()
         if error is None:
             self._finish()
+        elif self.passes:
+            self.passes[-1].batch.add_doubts(error)
 
     def _finish(self) -> None:
         if not self.recorded.sums:
@@ -199,17 +202,18 @@ class Recorder(TorchFunctionMode):
         """Run any other operation inside the context."""
         return func(*args, **kwargs)
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth += 1
         if self._depth > 1 or self.in_backward or self.checking or not torch.is_grad_enabled():
-            return
-        inputs = args if not kwargs else kwargs if not args else {"args": args, **kwargs}
+            return unwrapped((args, kwargs))
         with torch._C.DisableTorchFunction():
-            size = as_batch(inputs, None).size
+            batch = split_batch(args, kwargs, None)
             kinds = {p.device.type for p in self.recorded.parameters.values()}
             autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-            self.passes.append(ForwardPass(Batch(args, kwargs, torch.arange(size), size), autocast))
+            numbered = Batch.of((*batch.inputs(), torch.arange(batch.size)), batch.size)
+            self.passes.append(ForwardPass(numbered, autocast))
             self.begin(self.passes[-1])
+        return unwrapped((args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         self._depth -= 1

@@ -94,9 +94,9 @@ def losses_of_part(source: PerSampleGradSource, part: Batch) -> Tensor:
 def runs_in_batches_only(size: int, error: Exception) -> UnsupportedModelError:
     """The refusal of a model that ran on the batch, but raised `error` on `size` of its samples."""
     return UnsupportedModelError(
-        f"The model runs on the batch, but not on {size} of its samples by themselves ({error}): it mixes the samples "
-        "(statistics over the batch) or is written for one batch size. Make every sample's loss depend on that sample "
-        "alone."
+        f"The model runs on the batch, but not on {size} of its samples by themselves ({error}): it mixes the "
+        "samples (statistics over the batch) or is written for one batch size. Make every sample's loss depend on "
+        "that sample alone."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +61,7 @@ def _rounding_left(source: PerSampleGradSource, batch: Batch, before: RandomStat
         dtype = least_precise(source.losses(batch))
 
     def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-        moved, like = copy.copy(source), replace(batch, args=inputs[0], kwargs=inputs[1])
+        moved, like = copy.copy(source), batch.with_inputs(*inputs)
         moved.model = model
         with replayed(moved, before):
             mean = {name: g / batch.size for name, g in gradient(moved.losses(like).sum(), moved).items()}
@@ -70,4 +69,4 @@ def _rounding_left(source: PerSampleGradSource, batch: Batch, before: RandomStat
             rows = [mean, *sample_gradients(moved, like, few)[1]]
         return {name: torch.stack([row[name] for row in rows]) for name in mean}
 
-    return rounding_left(source.model, (batch.args, dict(batch.kwargs)), gradients, dtype)
+    return rounding_left(source.model, batch.inputs(), gradients, dtype)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.sources.batch import map_tensors
 from persample.sources.entering import entering
+from persample.sources.splits.tree import map_tensors
 
 _MOVES = 10  # as many times all numbers are moved,
 _UNITS = 8  # by as many units in the last place at most

@@ -15,10 +15,11 @@ from persample.errors import LossError, NonFiniteLossError, OptionError, Unsuppo
 from persample.losses import check_losses
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
-from persample.sources.batch import Batch, map_tensors
+from persample.sources.batch import Batch
 from persample.sources.entering import changeable, entering
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.refusals import describe
+from persample.sources.splits.tree import Columns
 from persample.sources.untouched import random_state, set_random_state
 
 Randomness = Literal["error", "different", "same"]
@@ -101,10 +102,17 @@ class VmapSource(PerSampleGradSource):
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            gradients, losses = self._mapped(batch)
+            columns = batch.columns()
+        except UnsupportedModelError:
+            if batch.size > 1:
+                raise
+            losses = self.losses(batch)
+            return losses.detach(), {name: g.unsqueeze(0) for name, g in gradient(losses.sum(), self).items()}
+        try:
+            gradients, losses = self._mapped(columns)
         except torch.OutOfMemoryError:
             raise
-        except (LossError, RuntimeError, ValueError, IndexError) as error:
+        except (LossError, RuntimeError, ValueError, IndexError, TypeError) as error:
             # An error that the plain model raises too is the user's own, and is the one to show.
             gradient(self.losses(batch).sum(), self)
             losses_of_part(self, batch.rows([0]))
@@ -120,9 +128,10 @@ class VmapSource(PerSampleGradSource):
             self.losses(batch)
             raise runs_in_batches_only(1, error) from error
 
-    def _mapped(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        tree = batch.args, dict(batch.kwargs), batch.targets
-        distinct = list({id(tensor): tensor for tensor in batch.tensors()}.values())
+    def _mapped(self, columns: Columns) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, sample_of = columns
+        keys = [(id(column.tensor), column.dim) for column in tensors]  # one tensor in two places stays one
+        distinct = dict(zip(keys, tensors, strict=True))
         model_loss = _ModelLoss(self.model, self.loss_fn)
         names: dict[Tensor, str] = {p: name for name, p in self.parameters().items()}
         places = {place: names[p] for place, p in _places(model_loss, "_parameters") if p in names}
@@ -130,18 +139,22 @@ class VmapSource(PerSampleGradSource):
         copies = {buffer: buffer.detach().clone() for buffer in model_loss.buffers()}
         buffers = {place: copies[buffer] for place, buffer in _places(model_loss, "_buffers")}
 
-        def sample_loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
-            rows = {id(tensor): row for tensor, row in zip(distinct, sample, strict=True)}
+        def sample_loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], entries: list[Tensor]) -> Tensor:
             state = buffers | {place: parameters[name] for place, name in places.items()}
             # The model may differentiate by tensors of its own (`x.requires_grad_()`), as autograd alone would let it.
             with enable_inplace_requires_grad(True):
-                row = map_tensors(changeable(), map_tensors(entering(lambda tensor: rows[id(tensor)]), tree))
-                loss: Tensor = functional_call(model_loss, state, row, tie_weights=False)
+                entered = {
+                    key: _entered(column.tensor, entry)
+                    for (key, column), entry in zip(distinct.items(), entries, strict=True)
+                }
+                sample = tuple(sample_of([entered[key] for key in keys]))
+                loss: Tensor = functional_call(model_loss, state, sample, tie_weights=False)
             return loss
 
-        mapped = vmap(grad_and_value(sample_loss), in_dims=(None, None, 0), randomness=self.randomness)
-        samples = [tensor.detach().unsqueeze(1) for tensor in distinct]
-        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, buffers, samples)
+        dims = [column.dim for column in distinct.values()]
+        mapped = vmap(grad_and_value(sample_loss), in_dims=(None, None, dims), randomness=self.randomness)
+        values = [column.values.detach() for column in distinct.values()]
+        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, buffers, values)
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:
@@ -178,6 +191,11 @@ class VmapSource(PerSampleGradSource):
             if isinstance(module, nn.Module) and id(module) in paths:
                 return describe(paths[id(module)], module)
         return describe("", self.model)
+
+
+def _entered(tensor: Tensor, entry: Tensor) -> Tensor:
+    """Return the entry of one sample as its model gets it, like `tensor`, which holds all of them."""
+    return changeable()(entering(lambda _: entry)(tensor))
 
 
 class _ModelLoss(nn.Module):

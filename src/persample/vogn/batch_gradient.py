@@ -41,7 +41,7 @@ class BatchGradient:
             BatchError: inputs and targets are not a mini-batch.
             LossError: the loss is not a finite vector of length B.
         """
-        batch = as_batch(inputs, targets)
+        batch = as_batch(inputs, targets, self.model)
         params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with untouched(self.model), torch.enable_grad():
             args, kwargs, targets = batch.for_a_call()

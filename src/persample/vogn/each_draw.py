@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_leaves
 
 from persample.dtypes import at_least_float32
-from persample.errors import BatchError, OptionError, UsageError
-from persample.sources.batch import take_rows
+from persample.errors import OptionError, UsageError
+from persample.sources.batch import arguments, split_batch
+from persample.sources.splits.tree import plain
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import buffers_restored
 from persample.vogn.sampling import draw, restored
@@ -121,12 +121,13 @@ def _params(model: nn.Module, mean: Mapping[str, Tensor]) -> Weights:
 
 def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Callable[[Any], Tensor] | None) -> Forward:
     """A function of weights, by name, that returns the outputs for all rows; it takes the others from the model."""
-    args, kwargs = _arguments(inputs)
-    batches = [(args, kwargs)]
+    args, kwargs = arguments(inputs, model)
+    batches = [plain((args, kwargs))]
     if rows_at_once is not None:
         size = check_count("rows_at_once", rows_at_once)
-        rows = max((len(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), default=0)
-        batches = [take_rows((args, kwargs), slice(start, start + size)) for start in range(0, rows, size)] or batches
+        batch = split_batch(args, kwargs, None, may_be_empty=True)
+        parts = [batch.rows(slice(start, start + size)) for start in range(0, batch.size, size)]
+        batches = [(part.args, part.kwargs) for part in parts or [batch]]
 
     def forward(weights: Weights) -> Tensor:
         parts = [functional_call(model, weights, a, k) if weights else model(*a, **k) for a, k in batches]
@@ -143,19 +144,6 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
         return at_least_float32(outputs)
 
     return forward
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    raise BatchError(
-        f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict of "
-        "keyword arguments of the model."
-    )
 
 
 def _draws(posterior: Posterior, params: Weights, samples: int, generator: torch.Generator | None) -> Iterator[Weights]:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from persample.errors import PersampleError, UnsupportedModelError
+from persample.sources.batch import Batch
 from persample.sources.contributions import Contribution
 from persample.sources.fused import families, operations
 from persample.sources.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.fused.expressions import Expression, express
 from persample.sources.fused.following import Call, Lost, Where, after, outputs_of
-from persample.sources.fused.layout import Layout, batch_first
+from persample.sources.fused.layout import Layout, batch_first, layout_of
 from persample.sources.fused.layouts import Layouts, Seen, saved_tensors_are_intercepted
 from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
@@ -33,6 +34,7 @@ from persample.sources.fused.rules.copies import copied, own_of_one_sample
 from persample.sources.fused.taps import Copies, Mixed, Operation, Tap
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.refusals import hooked_parameter
+from persample.sources.splits.tree import SHARED
 
 Build = Callable[..., Contribution]
 
@@ -63,10 +65,22 @@ class Capture(TorchFunctionMode):
         for name, p in parameters.items():
             self.expressions[id(p)] = (p, Expression(p.detach(), p, {name: p}, moves=True, is_parameter=True))
 
-    def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Follow tensors of the batch, whose dim 0 is the sample."""
-        for tensor in tensors:
-            self.layouts[tensor] = batch_first(tensor, self.batch_size)
+    def follow(self, batch: Batch) -> None:
+        """Follow the tensors of the batch.
+
+        Raises:
+            UnsupportedModelError: one tensor stands for several samples, or for one and for what all share.
+        """
+        places: dict[int, object] = {}
+        for tensor, dim, owners in batch.followed():
+            place = dim, None if owners is None else owners.tolist()
+            if places.setdefault(id(tensor), place) != place:
+                raise UnsupportedModelError(
+                    f"The same tensor, of shape {tuple(tensor.shape)}, stands for several samples, or for samples and "
+                    "for what all of them share, which backend 'fused' cannot tell apart: pass a .clone() for each."
+                )
+            if place != SHARED:
+                self.layouts[tensor] = layout_of(tensor, dim, owners, self.batch_size)
 
     def finish(self, losses: Tensor) -> Tensor:
         """Return the losses, of which those of a sample depend on this sample alone.

@@ -117,6 +117,21 @@ def batch_first(x: Tensor, batch: int) -> Layout:
     return Layout(1, batch, x.numel() // batch)
 
 
+def layout_of(x: Tensor, dim: int | None, labels: Tensor | None, batch: int) -> Layout:
+    """Return the layout of a tensor of the batch.
+
+    Args:
+        x: the tensor.
+        dim: the dimension along which the samples are; None if all of it belongs to one.
+        labels: the samples to which the entries along `dim` belong; None if these are the samples in order.
+        batch: B.
+    """
+    owners = None if labels is None else Owners(labels, batch)
+    if dim is None:
+        return Layout(1, batch, x.numel(), owners)
+    return Layout(math.prod(x.shape[:dim]), batch, math.prod(x.shape[dim + 1 :]), owners)
+
+
 def rows_in(labels: Tensor) -> tuple[int, Tensor, int]:
     """Return the entries of `labels`, which may not be empty, as (outer, rows, inner) with as few rows as possible."""
     shape = labels.shape

@@ -17,6 +17,7 @@ from persample.sources.forward_pass import ForwardPass
 from persample.sources.fused.arguments import tensors_in
 from persample.sources.fused.capture import Capture
 from persample.sources.fused.following import Lost
+from persample.sources.fused.layout import Layout
 from persample.sources.fused.opened import opened
 from persample.sources.fused.recorder import unseen_use
 from persample.sources.fused.uses import Moment
@@ -63,7 +64,11 @@ class FusedRecorder(Recorder):
                 super().receive(expression, contribution)
 
         self.capture = Capture(self.recorded.parameters, size, Watched(size))
-        self.capture.follow(forward_pass.batch.tensors())
+        self.capture.follow(forward_pass.batch)
+
+    def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
+        if self.capture is not None:
+            forward_pass.outputs = [i for i in forward_pass.outputs if self._is_batch_first(outputs[i])]
 
     def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.capture is None:
@@ -133,6 +138,11 @@ class FusedRecorder(Recorder):
                 raise UnsupportedModelError(used_outside(name))
 
         return refuse
+
+    def _is_batch_first(self, output: Tensor) -> bool:
+        where = self.capture.layouts.get(output) if self.capture is not None else None
+        place = where.place(output.shape) if isinstance(where, Layout) else None
+        return place is None or place.dim == 0
 
     def _refuse_mixing(self, losses: Iterable[Tensor]) -> None:
         """Raise if samples met in a tensor that the loss was computed from, before the losses were added up."""

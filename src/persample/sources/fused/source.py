@@ -102,7 +102,7 @@ class FusedSource(PerSampleGradSource):
 
     def _forward(self, batch: Batch, capture: Capture) -> Tensor:
         """Return the losses of a forward pass under capture."""
-        capture.follow(batch.tensors())
+        capture.follow(batch)
         with capture:
             losses = self.losses(batch)
         return capture.finish(losses)

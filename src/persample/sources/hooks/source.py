@@ -24,7 +24,13 @@ from persample.sources.hooks.recorder import HooksRecorder
 from persample.sources.hooks.rules import modules_with_rules, reason_against
 from persample.sources.hooks.sums import HookSums, zeros
 from persample.sources.layer_uses import uses_of_layers
-from persample.sources.module_calls import ModuleCall, recorded_calls, refuse_unseen_uses, require_batch_first
+from persample.sources.module_calls import (
+    ModuleCall,
+    recorded_calls,
+    refuse_lists,
+    refuse_unseen_uses,
+    require_batch_first,
+)
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import gradients_at
 from persample.sources.use import Use
@@ -99,13 +105,14 @@ class HooksSource(PerSampleGradSource):
         Returns:
             The detached losses.
         """
+        refuse_lists(batch)
         parameters = self.parameters()
         uses = UseCounter(parameters)
         handles: list[RemovableHandle] = []
         forward_is_over = False
 
         def on_call(call: ModuleCall) -> None:
-            require_batch_first(call, batch.size)
+            require_batch_first(call, batch)
             uses.expect(call)
             # Registered before anything can change the output in place, so δ belongs to the output as it is now.
             shape = call.output.shape

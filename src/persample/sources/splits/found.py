@@ -1,0 +1,134 @@
+"""Finding the parts of a batch that are split otherwise than along dim 0: lists of samples, packed ones, objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from persample.sources.splits.objects import fields_of, holds_tensors, with_fields
+from persample.sources.splits.parts import Batched, Entries, Fields, Packed, Shared
+from persample.sources.splits.tree import Split, sizes_of, tensors_in
+
+
+def with_splits(inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Return both with `Split`s for lists of samples, for packed sequences, and for objects that hold tensors.
+
+    A list of B entries has one for each sample, unless dim 0 of all tensors in it is the sample; but if it is one of
+    dicts, it has so in any case. In `targets` a list of B numbers becomes a tensor. Arrays become tensors.
+    """
+    inputs, targets = _opened((inputs, targets))
+    size = _likely_size((inputs, targets))
+    if size is None:
+        return inputs, targets
+    packed = next((leaf.packed for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Packed)), None)
+    device = next((tensor.device for tensor in tensors_in(inputs)), None)
+
+    def resolved(tree: Any, numbers: bool) -> Any:
+        def of_leaf(leaf: Any) -> Any:
+            if isinstance(leaf, Fields):
+                return Fields(leaf.original, resolved(leaf.fields, numbers))
+            if isinstance(leaf, list) and numbers and leaf and all(map(_is_number, leaf)):
+                # As a whole they must be the samples'; elsewhere they may be settings.
+                return torch.tensor(leaf, device=device) if len(leaf) == size or leaf is targets else leaf
+            if isinstance(leaf, list) and is_of_samples(leaf, size):
+                return Entries(leaf, guessed=True)
+            if packed is not None and isinstance(leaf, Tensor) and leaf.shape[:1] == packed.data.shape[:1] != (size,):
+                return Packed(packed._replace(data=leaf), whole=False)
+            return leaf
+
+        return pytree.tree_map(of_leaf, tree, is_leaf=_is_list)
+
+    return resolved(inputs, numbers=False), resolved(targets, numbers=True)
+
+
+def is_of_samples(entries: list[Any], size: int) -> bool:
+    """Whether a list in a batch of `size` samples has an entry for each of them, or can be nothing else."""
+    if size == len(entries) and all(isinstance(entry, dict) for entry in entries):
+        return True
+    lengths = [tensor.shape[:1] for tensor in tensors_in(entries)]
+    if lengths and all(length == (size,) for length in lengths):
+        return False
+    return len(entries) == size or bool(lengths and all(length != (size,) for length in lengths))
+
+
+def _opened(tree: Any) -> Any:
+    """Return `tree` with arrays as tensors, and with `Split`s for packed sequences and objects that hold tensors."""
+
+    def opened(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            return torch.as_tensor(leaf)
+        if isinstance(leaf, PackedSequence):
+            return Packed(leaf)
+        if isinstance(leaf, Shared):
+            return Shared(_opened(leaf.tree))
+        if isinstance(leaf, Batched):
+            return Batched(_opened(leaf.tree), leaf.dim)
+        if isinstance(leaf, Entries):
+            return Entries([_opened(entry) for entry in leaf.entries], leaf.guessed)
+        fields = None if isinstance(leaf, Tensor | Split) else fields_of(leaf)
+        return Fields(leaf, _opened(fields)) if fields and holds_tensors(fields) else leaf
+
+    return pytree.tree_map(opened, tree, is_leaf=_is_packed)
+
+
+def unwrapped(tree: Any) -> Any:
+    """Return `tree` without what `persample.shared` and the like say of it; None if they say nothing."""
+    found = False
+
+    def of_leaf(leaf: Any) -> Any:
+        nonlocal found
+        if isinstance(leaf, Split):
+            found = True
+            return leaf.value
+        fields = None if isinstance(leaf, Tensor) else fields_of(leaf)
+        inside = unwrapped(fields) if fields else None
+        if inside is None:
+            return leaf
+        found = True
+        return with_fields(leaf, inside)
+
+    result = pytree.tree_map(of_leaf, tree, is_leaf=_is_packed)
+    return result if found else None
+
+
+def _likely_size(tree: Any) -> int | None:
+    """Return B: of what says itself how it is split, else of the first tensor, else of the first list."""
+    leaves = list(_without_lists(tree))
+    splits = [leaf for leaf in leaves if isinstance(leaf, Split)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    for leaf in (*splits, *tensors):
+        for _, size in sizes_of("", leaf):
+            return size
+    for entries in (leaf for leaf in leaves if isinstance(leaf, list)):
+        lengths = {tensor.shape[:1] for tensor in tensors_in(entries)}
+        if lengths:
+            return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else len(entries)
+    return None
+
+
+def _without_lists(tree: Any) -> Iterator[Any]:
+    """Yield the leaves of `tree`, its lists as a whole, and what objects hold."""
+    for leaf in pytree.tree_leaves(tree, is_leaf=_is_list):
+        if isinstance(leaf, Fields):
+            yield from _without_lists(leaf.fields)
+        else:
+            yield leaf
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, PackedSequence)
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | np.bool_) or (isinstance(value, Tensor) and value.dim() == 0)

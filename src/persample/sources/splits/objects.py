@@ -1,0 +1,61 @@
+"""Objects that hold tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Mapping, MutableMapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from persample.sources.splits.tree import Split
+
+
+def fields_of(leaf: Any) -> dict[str, Any] | None:
+    """Return what a dataclass, or a mapping that is no dict, holds by name; None for any other leaf."""
+    if isinstance(leaf, MutableMapping):
+        return dict(leaf)
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type | Split):
+        names = [field.name for field in dataclasses.fields(leaf)]
+        return {name: getattr(leaf, name) for name in names if hasattr(leaf, name)}
+    return None
+
+
+def with_fields(original: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a copy of what `fields_of` was asked, with other fields."""
+    twin = copy.copy(original)
+    for name, value in fields.items():
+        if isinstance(twin, MutableMapping):
+            twin[name] = value
+        else:
+            object.__setattr__(twin, name, value)  # also where the dataclass is frozen
+    return twin
+
+
+_MOST = 1000  # objects may be large, and hold each other in circles
+
+
+def holds_tensors(leaf: Any) -> bool:
+    """Whether any object holds a tensor in its attributes, and what these hold; modules are not looked into."""
+    pending = deque([leaf])
+    for _ in range(_MOST):
+        if not pending:
+            break
+        found = pending.popleft()
+        if isinstance(found, Tensor):
+            return True
+        pending.extend(islice(_held(found), _MOST))
+    return False
+
+
+def _held(leaf: Any) -> Iterable[Any]:
+    if isinstance(leaf, type | nn.Module | str | bytes):
+        return ()
+    if isinstance(leaf, Mapping):
+        return leaf.values()
+    if isinstance(leaf, list | tuple | set | frozenset):
+        return leaf
+    return getattr(leaf, "__dict__", {}).values()

@@ -1,0 +1,220 @@
+"""Trees (tuples, lists, dicts) of tensors, of parts that are split otherwise than along dim 0, and of anything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from persample.sources.entering import entering
+
+Index = slice | list[int]
+TensorFunction = Callable[[Tensor], Tensor]
+
+
+class Followed(NamedTuple):
+    """Whose the entries of a tensor of the batch are.
+
+    Attributes:
+        tensor: the tensor.
+        dim: the dimension along which the samples are; None if the whole tensor belongs to one sample, or to all.
+        owners: the samples to which the entries along `dim` belong (or the whole tensor), where these are not the
+            samples in order; None with `dim` None if all samples share the tensor.
+    """
+
+    tensor: Tensor
+    dim: int | None = 0
+    owners: Tensor | None = None
+
+
+SHARED = (None, None)
+"""The dimension and the owners of what all samples share."""
+
+
+Rows = Callable[[Tensor, int], Tensor]
+"""Returns the rows of some samples, for a tensor and the dimension along which its samples are."""
+
+
+class Column(NamedTuple):
+    """What `torch.func.vmap` maps over: one entry for each sample.
+
+    Attributes:
+        tensor: a tensor of the batch, to which the entry is like.
+        values: the entries; the tensor itself if all samples share it.
+        dim: the dimension of `values` that holds the samples; None if all samples share it.
+    """
+
+    tensor: Tensor
+    values: Tensor
+    dim: int | None
+
+
+Columns = tuple[list[Column], Callable[[list[Tensor]], Any]]
+"""The columns of a part of the batch, and what makes a sample of their entries."""
+
+
+class Split(ABC):
+    """A part of a batch that knows how it is split into samples."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Any:
+        """The part as the model or the loss gets it."""
+
+    @abstractmethod
+    def sizes(self, where: str) -> Iterator[tuple[str, int]]:
+        """Yield how many samples it has, with the name of what says so."""
+
+    @abstractmethod
+    def take(self, index: Index, rows: Rows) -> Split:
+        """Return the same part of the samples at `index`, whose rows `rows` gives."""
+
+    @abstractmethod
+    def map(self, function: TensorFunction) -> Split:
+        """Return the part with every tensor replaced by the function of it."""
+
+    @abstractmethod
+    def followed(self) -> Iterator[Followed]:
+        """Yield its tensors, and whose they are."""
+
+    @abstractmethod
+    def kind(self) -> Hashable:
+        """Return what parts of the same kind have in common."""
+
+    @abstractmethod
+    def columns(self, where: str) -> Columns:
+        """Return it as tensors with one entry for each sample.
+
+        Raises:
+            UnsupportedModelError: the samples have different shapes.
+        """
+
+
+# Trees whose leaves are tensors, parts of a batch that are split in another way, and anything else.
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors in `tree`, also those in parts that are split in another way."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, tree)
+    return found
+
+
+def map_tensors(function: TensorFunction, tree: Any) -> Any:
+    """Return `tree` with every tensor replaced by the function of it."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) is tuple:
+        return tuple([map_tensors(function, value) for value in tree])
+    if type(tree) is dict:
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        return leaf.map(function) if isinstance(leaf, Split) else leaf
+
+    return pytree.tree_map(of_leaf, tree)
+
+
+def rows_at(index: Index) -> Rows:
+    """Return what gives the rows at `index`; of a tensor in two places, the same ones."""
+    along: dict[int, TensorFunction] = {}
+
+    def rows(tensor: Tensor, dim: int) -> Tensor:
+        if dim not in along:
+            along[dim] = entering(lambda tensor: tensor[(slice(None),) * dim + (index,)])
+        return along[dim](tensor)
+
+    return rows
+
+
+def take_rows(tree: Any, index: Index, rows: Rows) -> Any:
+    """Return `tree` with the samples at `index` alone; what is neither a tensor nor a `Split` stays as it is."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return rows(leaf, 0)
+        return leaf.take(index, rows) if isinstance(leaf, Split) else leaf
+
+    return pytree.tree_map(of_leaf, tree)
+
+
+def plain(tree: Any) -> Any:
+    """Return `tree` as the model or the loss gets it."""
+    return pytree.tree_map(lambda leaf: leaf.value if isinstance(leaf, Split) else leaf, tree)
+
+
+def leaves_of(where: str, tree: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of `tree`, each with its name, of which `where` is the first part."""
+    return [(where + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def sizes_of(where: str, leaf: Any) -> Iterator[tuple[str, int]]:
+    """Yield how many samples a leaf has, with its name; nothing if it has none."""
+    if isinstance(leaf, Tensor):
+        yield where, len(leaf)
+    elif isinstance(leaf, Split):
+        yield from leaf.sizes(where)
+
+
+def followed_in(tree: Any) -> Iterator[Followed]:
+    """Yield the tensors in `tree`, and whose they are."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield Followed(leaf)
+        elif isinstance(leaf, Split):
+            yield from leaf.followed()
+
+
+def columns_of(where: str, tree: Any) -> Columns:
+    """Return `tree` as tensors with one entry for each sample, see `Split.columns`."""
+    structure = pytree.tree_structure(tree)
+    columns, leaves = joined([_columns_of_leaf(path, leaf) for path, leaf in leaves_of(where, tree)])
+    return columns, lambda entries: pytree.tree_unflatten(leaves(entries), structure)
+
+
+def joined(parts: list[Columns]) -> Columns:
+    """Return the columns of several parts, of which a sample is a list."""
+
+    def sample(entries: list[Tensor]) -> list[Any]:
+        left = iter(entries)
+        return [of_entries([next(left) for _ in columns]) for columns, of_entries in parts]
+
+    return [column for columns, _ in parts for column in columns], sample
+
+
+def column_of(tensor: Tensor, dim: int) -> Column:
+    """Return the column of a tensor whose samples are along `dim`; its entries have one row there."""
+    return Column(tensor, tensor.unsqueeze(dim + 1), dim)
+
+
+def _columns_of_leaf(where: str, leaf: Any) -> Columns:
+    if isinstance(leaf, Tensor):
+        return [column_of(leaf, 0)], lambda entries: entries[0]
+    return leaf.columns(where) if isinstance(leaf, Split) else ([], lambda entries: leaf)
+
+
+def kind_of(tree: Any, other: Callable[[Any], Hashable] = repr) -> Hashable:
+    """Return what trees of the same kind have in common; `other` says it of leaves without tensors."""
+    leaves, structure = pytree.tree_flatten(tree)
+
+    def of_leaf(leaf: Any) -> Hashable:
+        if isinstance(leaf, Tensor):
+            return kind_of_tensor(leaf)
+        return leaf.kind() if isinstance(leaf, Split) else other(leaf)
+
+    return str(structure), *map(of_leaf, leaves)
+
+
+def kind_of_tensor(tensor: Tensor) -> Hashable:
+    """Return what tensors of batches of the same kind have in common."""
+    return tensor.dtype, tensor.dim(), tensor.requires_grad
