@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -16,7 +15,7 @@ from persample.errors import BatchError, DisagreementError, LossError, Persample
 from persample.sources.entering import changeable, entering
 from persample.sources.signature import fits
 from persample.sources.splits.found import with_splits
-from persample.sources.splits.objects import holds_tensors
+from persample.sources.splits.objects import holds_tensors, is_array
 from persample.sources.splits.parts import Entries, Fields
 from persample.sources.splits.tree import (
     Columns,
@@ -185,7 +184,7 @@ def arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, .
     Raises:
         BatchError: `inputs` is of another type.
     """
-    if isinstance(inputs, Tensor | Split | np.ndarray):
+    if isinstance(inputs, Tensor | Split) or is_array(inputs):
         return (inputs,), {}
     if not isinstance(inputs, tuple | Mapping):
         raise BatchError(
@@ -265,7 +264,7 @@ def _sizes(name: str, tree: Any) -> dict[str, int]:
             sizes[where] = len(leaf)
         elif isinstance(leaf, Split):
             sizes |= dict(leaf.sizes(where))
-        elif holds_tensors(leaf) or isinstance(leaf, np.ndarray):
+        elif holds_tensors(leaf) or is_array(leaf):
             raise BatchError(
                 f"{where} is of type {type(leaf).__name__}, which holds tensors or arrays, but cannot be split into "
                 "samples: pass its tensors (padded, where samples have different lengths) as arguments, and make "

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from persample.sources.splits.objects import fields_of, holds_tensors, with_fields
+from persample.sources.splits.objects import fields_of, holds_tensors, is_array, with_fields
 from persample.sources.splits.parts import Batched, Entries, Fields, Packed, Shared
 from persample.sources.splits.tree import Split, sizes_of, tensors_in
 
@@ -62,7 +61,7 @@ def _opened(tree: Any) -> Any:
     """Return `tree` with arrays as tensors, and with `Split`s for packed sequences and objects that hold tensors."""
 
     def opened(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+        if is_array(leaf) and leaf.dtype.kind in "biuf":
             return torch.as_tensor(leaf)
         if isinstance(leaf, PackedSequence):
             return Packed(leaf)
@@ -131,4 +130,4 @@ def _is_list(node: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real | np.bool_) or (isinstance(value, Tensor) and value.dim() == 0)
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping
 from itertools import islice
@@ -33,6 +34,12 @@ def with_fields(original: Any, fields: Mapping[str, Any]) -> Any:
         else:
             object.__setattr__(twin, name, value)  # also where the dataclass is frozen
     return twin
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether an object is an array of NumPy, which need not be installed."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(leaf, numpy.ndarray)
 
 
 _MOST = 1000  # objects may be large, and hold each other in circles
