@@ -88,12 +88,12 @@ class Candidate:
             drawn = torch.get_rng_state()
             assert torch.equal(drawn, due), "other random numbers were drawn than in one forward pass"
         try:
-            _assert_right(method, result, truth, problem, {})
+            assert_right(method, result, truth, problem, {})
         except AssertionError:
             left = problem.rounding_left(self.stream)
             if not any(left.values()):
                 raise
-            _assert_right(method, result, truth, problem, left)
+            assert_right(method, result, truth, problem, left)
         return EXACT
 
 
@@ -120,7 +120,7 @@ def _buffers_as_before_or(due: Sequence[Tensor], model: nn.Module) -> Iterator[N
             buffer.copy_(value)
 
 
-def _assert_right(method: Method, result: Any, truth: Truth, problem: Problem, left: Mapping[str, float]) -> None:
+def assert_right(method: Method, result: Any, truth: Truth, problem: Problem, left: Mapping[str, float]) -> None:
     """Assert that `result` is what it should be.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import MissingPackageError, PersampleError, UnsupportedModelError
-from persample.testing.candidate import METHODS, Candidate, Verdict
+from persample.testing.candidate import METHODS, Candidate, Method, Verdict, assert_right
 from persample.testing.drawn import problems
 from persample.testing.drawn.functions import Around
 from persample.testing.explosions import BackwardBomb, BlownUpError, Bomb
@@ -174,6 +174,20 @@ class BackendSuite:
         layers = [layer for layer in broken.model.children() if not isinstance(layer, Bomb)]
         repaired = dataclasses.replace(broken, model=nn.Sequential(*layers))
         assert self.candidate.judge(repaired).kind == "exact"
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_one_source_for_many_batches(self, method: Method) -> None:
+        """What a call leaves in the backend does not show in later ones: other samples, other sizes, other weights."""
+        first = _small_problem(nn.Tanh())
+        source = self.candidate.source(first)
+        for size in (4, 4, 3, 1, 6):
+            inputs, targets = torch.randn(size, 3).double(), torch.arange(size) % 2
+            for _ in range(2):
+                problem = dataclasses.replace(first, inputs=inputs, targets=targets)
+                result = getattr(source, method)(inputs, targets)
+                assert_right(method, result, problem.truth(self.stream), problem, {})
+                for parameter in first.model.parameters():
+                    parameter.data *= 1.1
 
 
 def judge_case(candidate: Candidate, case: Case) -> Verdict:
