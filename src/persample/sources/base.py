@@ -16,6 +16,7 @@ from persample.errors import DisagreementError, OptionError, UnsupportedModelErr
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
+from persample.sources.batch_norm_nodes import read_right
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
@@ -230,7 +231,9 @@ class PerSampleGradSource(ABC):
         """
         args, kwargs, targets = batch.for_a_call()
         outputs = (model or self.model)(*args, **kwargs)
-        return check_losses(self.loss_fn(outputs, targets), batch.size)
+        losses = check_losses(self.loss_fn(outputs, targets), batch.size)
+        read_right([losses])
+        return losses
 
     def check_once(self, batch: Batch, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind.

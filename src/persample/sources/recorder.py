@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UsageError
 from persample.sources.batch import Batch, split_batch
+from persample.sources.batch_norm_nodes import read_right
 from persample.sources.forward_pass import ForwardPass, tensors_of
 from persample.sources.graph import nodes_from
 from persample.sources.recording import LossReduction, Recorded, Sums
@@ -270,6 +271,7 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 self._refuse_other_passes(roots)
                 self._look_at_reduction(roots, self.passes[-1])
+                read_right(roots)
         context = self.before_backward(roots)
         self.in_backward = True
         try:

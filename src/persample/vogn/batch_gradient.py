@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from persample.losses import as_per_sample, check_losses
 from persample.moments import Moments
 from persample.sources.batch import as_batch
+from persample.sources.batch_norm_nodes import read_right
 from persample.sources.forward_pass import ForwardPass
 from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Recorded, Sums
@@ -46,6 +47,7 @@ class BatchGradient:
         with untouched(self.model), torch.enable_grad():
             args, kwargs, targets = batch.for_a_call()
             losses = check_losses(self.loss_fn(self.model(*args, **kwargs), targets), batch.size)
+            read_right([losses])
             gradients: tuple[Tensor | None, ...] = (None,) * len(params)
             if params and losses.requires_grad:
                 gradients = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
