@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.batch_norm_nodes import read_right
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.lock import Lock
 from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_hidden_uses
@@ -140,7 +140,7 @@ class PerSampleGradSource(ABC):
                 start = random_state(self.model)
                 with (
                     batch.doubted(),
-                    _ONE_AT_A_TIME,
+                    _one_at_a_time.held(),
                     untouched(self.model),
                     parameters_guarded(self.model),
                     buffers_restored(self.model),
@@ -259,7 +259,7 @@ class PerSampleGradSource(ABC):
         other = copy.copy(self)
         other.loss_fn = loss_fn
         with (
-            _ONE_AT_A_TIME,
+            _one_at_a_time.held(),
             untouched(self.model),
             buffers_restored(self.model),
             random_state_restored(self.model, start),
@@ -280,7 +280,7 @@ class PerSampleGradSource(ABC):
         self.refuse_unsupported()
         kind = self._kind(batch, compute.__name__) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
-        with batch.doubted(), _ONE_AT_A_TIME, untouched(self.model), torch.enable_grad(), uncompiled():
+        with batch.doubted(), _one_at_a_time.held(), untouched(self.model), torch.enable_grad(), uncompiled():
             result = self._compute_and_check(batch, compute) if checking else compute(self, batch)
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)
@@ -321,7 +321,7 @@ _Compute = Callable[[PerSampleGradSource, Batch], Any]
 
 # The random numbers of dropout come from one generator for all threads, and a check winds it back. A call that ran in
 # between would draw other numbers than it is checked with.
-_ONE_AT_A_TIME = threading.RLock()
+_one_at_a_time = Lock()
 
 
 def _state(name: str, parameter: nn.Parameter) -> tuple[str, bool, int]:

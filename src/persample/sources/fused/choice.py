@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from persample.sources.lock import Lock
+
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
 _TRIALS = 4
@@ -24,7 +26,7 @@ class Chosen(NamedTuple):
 
 
 _chosen: dict[Hashable, Chosen] = {}
-_lock = threading.Lock()
+_lock = Lock()
 _state = threading.local()
 
 
@@ -65,7 +67,7 @@ def _first(forms: Mapping[str, Callable[..., Result]]) -> Chosen:
 
 def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Chosen:
     """Time all forms, in turns, and return the fastest."""
-    with _lock:
+    with _lock.held():
         results = _those_that_agree(candidates, operands)
         seconds = dict.fromkeys(results, 0.0)
         for trial in range(_TRIALS if len(results) > 1 else 0):
