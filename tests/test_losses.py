@@ -151,6 +151,17 @@ def test_other_callables_are_used_as_they_are() -> None:
 def test_what_cannot_be_called_is_refused() -> None:
     with pytest.raises(LossError, match=r"'mse'.*one loss per sample"):
         losses.as_per_sample("mse")  # type: ignore[arg-type]
+    with pytest.raises(LossError, match=r"the class CrossEntropyLoss itself: pass one of its instances"):
+        losses.as_per_sample(nn.CrossEntropyLoss)
+
+
+def test_training_steps_are_no_losses() -> None:
+    class Lightning(nn.Module):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(LossError, match=r"training_step, which takes a batch.*sampled_params\(train=True\)"):
+        losses.as_per_sample(Lightning().training_step)
 
 
 # What a loss may be.
@@ -165,6 +176,8 @@ def test_check_losses_returns_a_good_loss() -> None:
     ("value", "message"),
     [
         (torch.tensor(1.0), r"scalar.*reduction='none'"),
+        (torch.ones(2, 1), r"a column, shape \(2, 1\).*squeeze\(1\)"),
+        (torch.ones(2, 2), r"each output with each target"),
         (torch.ones(2, 3), r"shape \(2, 3\).*2 samples.*shape \(2,\)"),
         (torch.ones(3), r"shape \(3,\).*2 samples"),
         (torch.ones(2, dtype=torch.long), r"torch.int64"),
@@ -176,6 +189,26 @@ def test_check_losses_returns_a_good_loss() -> None:
 def test_check_losses_refuses(value: Any, message: str) -> None:
     with pytest.raises(LossError, match=f"(?s){message}"):
         losses.check_losses(value, 2)
+
+
+def test_scalars_are_told_apart() -> None:
+    outputs = normal(0, 4, 3).requires_grad_()
+    targets, ignoring = torch.tensor([0, 1, 2, 1]), torch.tensor([0, -100, 2, 1])
+    nobody, classes, ignored = "from which nobody can tell", "by the class weights", r"not ignored \(ignore_index\)"
+    cross_entropy = nn.functional.cross_entropy
+    for loss, reason in (
+        (cross_entropy(outputs, targets), nobody),
+        (cross_entropy(outputs, targets, weight=_CLASS_WEIGHTS), classes),
+        (cross_entropy(outputs, ignoring, weight=_CLASS_WEIGHTS), classes),
+        (cross_entropy(outputs, ignoring), ignored),
+        (2 * cross_entropy(outputs, ignoring), ignored),
+        (cross_entropy(outputs, ignoring, reduction="sum"), nobody),
+        (cross_entropy(outputs, targets, weight=_CLASS_WEIGHTS, reduction="none").mean(), nobody),
+        (outputs.square().mean(), nobody),
+        (torch.tensor(1.0), nobody),
+    ):
+        with pytest.raises(LossError, match=rf"a scalar, .*{reason}.*reduction='none'"):
+            losses.check_losses(loss, 4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

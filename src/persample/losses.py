@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -107,6 +107,17 @@ def as_per_sample(loss_fn: Callable[[Any, Any], Any]) -> PerSampleLoss:
     Raises:
         LossError: `loss_fn` is not callable.
     """
+    if isinstance(loss_fn, type):
+        raise LossError(
+            f"loss_fn is the class {loss_fn.__name__} itself: pass one of its instances, {loss_fn.__name__}(), or a "
+            "function of (outputs, targets)."
+        )
+    if getattr(loss_fn, "__name__", "") == "training_step":
+        raise LossError(
+            "loss_fn is training_step, which takes a batch and returns one mean: pass a function of (outputs, targets) "
+            "that returns one loss per sample, for example persample.losses.cross_entropy; or run training_step "
+            "inside `with optimizer.sampled_params(train=True):`, for which an optimizer needs no loss_fn."
+        )
     if not callable(loss_fn):
         raise LossError(
             f"loss_fn is {loss_fn!r}, which cannot be called: pass a function of (outputs, targets) that returns "
@@ -139,7 +150,7 @@ def _refuse_broadcast(name: str, outputs: Any, targets: Any) -> None:
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         raise LossError(
             f"{name} compares two tensors, but got outputs of type {type(outputs).__name__} and targets of type "
-            f"{type(targets).__name__}."
+            f"{type(targets).__name__}. {advice_to_take_out(outputs)}"
         )
     if outputs.shape != targets.shape:
         raise LossError(
@@ -149,8 +160,47 @@ def _refuse_broadcast(name: str, outputs: Any, targets: Any) -> None:
         )
 
 
+def advice_to_take_out(outputs: Any) -> str:
+    """Return how a loss takes the tensor out of what a model returned."""
+    names = tensors_by_name(outputs)
+    if isinstance(outputs, tuple | list):
+        tensor = "outputs[0]"
+    elif isinstance(outputs, Mapping) and names:
+        tensor = f"outputs[{next(iter(names))!r}]"
+    else:
+        tensor = f"outputs.{next(iter(names), 'logits')}"
+    having = f"It holds the tensors {', '.join(names)}. " if names else ""
+    return f"{having}Take the tensor out: lambda outputs, targets: loss({tensor}, targets)."
+
+
+def tensors_by_name(outputs: Any) -> dict[str, Tensor]:
+    """Return the tensors that a mapping or an object holds by name."""
+    entries = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+    return {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+
+
 def _sum_per_sample(entries: Tensor) -> Tensor:
     return entries.flatten(1).sum(1) if entries.dim() > 1 else entries
+
+
+def _divisor(scalar: Tensor) -> str:
+    """Return by what a scalar loss was divided, as far as its graph tells."""
+    node = scalar.grad_fn
+    for _ in range(_MOST_STEPS):
+        if node is None or "NllLoss" in node.name():
+            break
+        node = node.next_functions[0][0] if node.next_functions else None
+    saved: Any = node
+    with torch._C.DisableTorchFunction():
+        if getattr(saved, "_saved_reduction", None) == 1:
+            if saved._saved_weight is not None:
+                return "a mean that divides by the class weights of all targets in the batch"
+            if float(saved._saved_total_weight) != saved._saved_target.numel():
+                return "a mean that divides by how many targets in the whole batch are not ignored (ignore_index)"
+    return "from which nobody can tell by what it was divided"
+
+
+_MOST_STEPS = 5  # from the scalar to the loss of PyTorch's, past views and products with numbers
 
 
 def check_losses(losses: Any, batch_size: int) -> Tensor:
@@ -164,10 +214,21 @@ def check_losses(losses: Any, batch_size: int) -> Tensor:
         raise LossError(f"loss_fn returned {type(losses).__name__}: return a tensor of shape ({batch_size},).")
     if losses.dim() == 0:
         raise LossError(
-            "loss_fn returned a scalar, from which nobody can tell by what it was divided: return the loss of each "
+            f"loss_fn returned a scalar, {_divisor(losses)}: return the loss of each "
             f"sample, shape ({batch_size},). In PyTorch that is reduction='none', for example "
             "lambda outputs, targets: F.cross_entropy(outputs, targets, reduction='none'), or a function of "
             "persample.losses."
+        )
+    if losses.shape == (batch_size, 1):
+        raise LossError(
+            f"loss_fn returned a column, shape ({batch_size}, 1): return one loss per sample, shape ({batch_size},), "
+            "by losses.squeeze(1)."
+        )
+    if losses.shape == (batch_size, batch_size):
+        raise LossError(
+            f"loss_fn returned shape ({batch_size}, {batch_size}): perhaps it compared each output with each target, "
+            "as PyTorch does with outputs (B, 1) and targets (B,). Give both the same shape, and return one loss per "
+            f"sample, shape ({batch_size},)."
         )
     if losses.shape != (batch_size,):
         raise LossError(

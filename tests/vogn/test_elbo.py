@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persample import losses
-from persample.errors import LossError, OptionError
+from persample.errors import BatchError, LossError, OptionError
 from persample.vogn import VOGN
 
 from .draws_by_hand import outputs_by_hand, seeded
@@ -58,3 +58,13 @@ def test_a_flat_prior_is_refused(model: nn.Module, make_vogn: Callable[..., VOGN
 def test_a_scalar_loss_is_refused(vogn: VOGN, batch: Batch) -> None:
     with pytest.raises(LossError, match="scalar"):
         vogn.posterior.elbo(F.cross_entropy, *batch, prior=1.0)
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 4])
+def test_targets_of_another_length_are_refused(rows_at_once: int | None, vogn: VOGN, batch: Batch) -> None:
+    x, y = batch
+    with pytest.raises(BatchError, match=f"inputs has {len(x)} samples, but targets has {len(x) - 1}"):
+        vogn.elbo(x, y[:-1], rows_at_once=rows_at_once)
+    assert vogn.elbo(x, y.tolist(), samples=2, generator=seeded()).log_likelihood == pytest.approx(
+        vogn.elbo(x, y, samples=2, generator=seeded(), rows_at_once=rows_at_once).log_likelihood
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from persample import Posterior
-from persample.errors import OptionError
+from persample import Posterior, losses
+from persample.errors import OptionError, UsageError
 from persample.vogn import VOGN
 
 from .draws_by_hand import broad_posterior, outputs_by_hand, seeded
@@ -53,6 +55,48 @@ class TestClasses:
         np.testing.assert_allclose(predicted.entropy.numpy(), entropy(p.mean(0)), rtol=1e-12)
         information = entropy(p.mean(0)) - entropy(p).mean(0)
         np.testing.assert_allclose(predicted.mutual_information.numpy(), information, rtol=1e-8)
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "likelihood"),
+        [
+            (losses.bernoulli, "bernoulli"),
+            (nn.BCEWithLogitsLoss(), "bernoulli"),
+            (functools.partial(F.binary_cross_entropy_with_logits, reduction="none"), "bernoulli"),
+            (nn.CrossEntropyLoss(), "categorical"),
+            (lambda outputs, targets: outputs.sum(1), "categorical"),
+        ],
+    )
+    @pytest.mark.parametrize("outputs", [1, 3])
+    def test_without_a_likelihood_it_is_that_of_the_loss(self, loss_fn: Any, likelihood: Any, outputs: int) -> None:
+        optimizer = VOGN(nn.Linear(4, outputs).double(), loss_fn, data_size=50, hess_init=0.5)
+        x = torch.randn(8, 4, generator=seeded(1), dtype=torch.float64)
+        if likelihood == "categorical" and outputs == 1:
+            for predict in (optimizer.predict, optimizer.posterior.predict):
+                with pytest.raises(
+                    UsageError, match=r'one class, whose softmax is always 1: use likelihood="bernoulli"'
+                ):
+                    predict(x)
+            return
+        predicted = optimizer.predict(x, samples=3, generator=seeded())
+        said = optimizer.predict(x, likelihood=likelihood, samples=3, generator=seeded())
+        assert torch.equal(predicted.probabilities, said.probabilities)
+        whole = (predicted.probabilities.sum(1) - 1).abs().max() < 1e-12
+        assert whole == (likelihood == "categorical")
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "way_out"),
+        [
+            (losses.gaussian, "predict_gaussian"),
+            (functools.partial(losses.gaussian, noise_precision=2.0), "predict_gaussian"),
+            (nn.MSELoss(), "predict_gaussian"),
+            (nn.BCELoss(), "return logits"),
+        ],
+    )
+    def test_losses_without_classes_or_logits_are_refused(self, loss_fn: Any, way_out: str) -> None:
+        optimizer = VOGN(nn.Linear(4, 3), loss_fn, data_size=50, hess_init=0.5)
+        with pytest.raises(UsageError, match=way_out):
+            optimizer.predict(torch.randn(8, 4))
+        assert optimizer.predict(torch.randn(8, 4), likelihood="categorical").probabilities.shape == (8, 3)
 
     def test_with_positions(self) -> None:
         """Logits (B, C, d): the classes are in dim 1, and each position has an entropy of its own."""

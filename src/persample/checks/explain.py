@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from persample.errors import LossError
 from persample.sources.batch import as_batch
+from persample.sources.forward_pass import tensors_of
 from persample.sources.refusals import describe, impossible_modules
 from persample.sources.registry import make_source
 from persample.sources.use import Use
@@ -212,11 +212,11 @@ def _weighted_sum() -> Callable[[Any, Tensor], Tensor]:
     chosen: list[int] = []
 
     def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
-        leaves: list[Any] = pytree.tree_leaves(outputs)
+        leaves = tensors_of(outputs)
         chosen.extend(
             place
             for place, leaf in enumerate(() if chosen else leaves)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == targets.shape
+            if leaf.is_floating_point() and leaf.shape[:1] == targets.shape
         )
         if not chosen:
             raise LossError(

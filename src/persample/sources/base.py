@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from persample.errors import DisagreementError, OptionError, UnsupportedModelError
-from persample.losses import as_per_sample, check_losses
+from persample.losses import as_per_sample
 from persample.moments import Moments
 from persample.sources.batch import Batch, as_batch
 from persample.sources.batch_norm_nodes import read_right
+from persample.sources.calling import called, losses_of
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.lock import Lock
 from persample.sources.modules import modules_of
@@ -227,11 +228,12 @@ class PerSampleGradSource(ABC):
         """Run the model on `batch` and return the losses, shape `(B,)`, with their graph.
 
         Raises:
+            BatchError: the model does not take these arguments.
             LossError: the loss is not a finite vector of length B.
         """
         args, kwargs, targets = batch.for_a_call()
-        outputs = (model or self.model)(*args, **kwargs)
-        losses = check_losses(self.loss_fn(outputs, targets), batch.size)
+        outputs = called(model or self.model, args, kwargs)
+        losses = losses_of(self.loss_fn, outputs, targets, batch.size)
         read_right([losses])
         return losses
 

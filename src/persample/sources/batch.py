@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from persample.errors import BatchError, DisagreementError, LossError, PersampleError, UnsupportedModelError, UsageError
+from persample.sources.calling import fits
 from persample.sources.entering import changeable, entering
-from persample.sources.signature import fits
 from persample.sources.splits.found import with_splits
 from persample.sources.splits.objects import holds_tensors, is_array
 from persample.sources.splits.parts import Entries, Fields
@@ -197,7 +197,7 @@ def arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, .
 
 
 def split_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, *, whole: bool = False, may_be_empty: bool = False
+    args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, *, whole: bool = False, for_gradients: bool = True
 ) -> Batch:
     """Return the batch of these arguments and targets, see `as_batch`; the tensors are those that were given.
 
@@ -206,22 +206,22 @@ def split_batch(
         kwargs: keyword arguments.
         targets: the targets.
         whole: whether the only argument is what the user calls inputs.
-        may_be_empty: whether it may have no samples.
+        for_gradients: whether gradients are asked for; else there may be no samples, and tensors of inference mode.
 
     Raises:
         BatchError: there is no tensor, no sample, the lengths differ, or something cannot be split.
     """
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in (*args, *kwargs.values(), targets)):
         (args, kwargs), targets = with_splits((args, kwargs), targets)
-    sizes = _sizes("inputs", args[0] if whole else _inputs(args, kwargs))
+    sizes = _sizes("inputs", args[0] if whole else _inputs(args, kwargs), for_gradients)
     if not sizes:
         raise BatchError("inputs holds no tensor: pass at least one tensor whose dim 0 is the sample.")
-    sizes |= _sizes("targets", targets)
+    sizes |= _sizes("targets", targets, for_gradients)
     (first, size), *others = sizes.items()
     for name, other in others:
         if other != size:
             raise BatchError(f"{first} has {size} samples, but {name} has {other}: {_ADVICE}")
-    if size == 0 and not may_be_empty:
+    if size == 0 and for_gradients:
         raise BatchError("The batch has no samples: skip empty batches, no gradient can be averaged over them.")
     return Batch.of((args, kwargs, targets), size)
 
@@ -255,12 +255,12 @@ def _named_leaves(
             yield where, leaf
 
 
-def _sizes(name: str, tree: Any) -> dict[str, int]:
+def _sizes(name: str, tree: Any, for_gradients: bool) -> dict[str, int]:
     """How many samples each part of `tree` has, keyed by where it is."""
     sizes = {}
     for where, leaf in _named_leaves(name, tree):
         if isinstance(leaf, Tensor):
-            _refuse_unsplittable(where, leaf)
+            _refuse_unsplittable(where, leaf, for_gradients)
             sizes[where] = len(leaf)
         elif isinstance(leaf, Split):
             sizes |= dict(leaf.sizes(where))
@@ -274,13 +274,13 @@ def _sizes(name: str, tree: Any) -> dict[str, int]:
     return sizes
 
 
-def _refuse_unsplittable(where: str, tensor: Tensor) -> None:
+def _refuse_unsplittable(where: str, tensor: Tensor, for_gradients: bool) -> None:
     if tensor.dim() == 0:
         raise BatchError(
             f"{where} is a tensor without dimensions: dim 0 must be the sample. Pass plain numbers as Python "
             "numbers, expand the tensor to one entry per sample, or pass persample.shared(tensor)."
         )
-    if tensor.is_inference():
+    if for_gradients and tensor.is_inference():
         raise BatchError(
             f"{where} was made under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
         )

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from persample.sources.batch import Batch
+from persample.sources.splits.objects import tensors_held
 
 
 @dataclass(eq=False)
@@ -49,5 +50,6 @@ class ForwardPass:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """Return the tensors in what a model returned, in order."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    """Return the tensors in what a model returned, in order, also those of objects, such as distributions."""
+    tensors = [tensor for leaf in pytree.tree_leaves(outputs) for tensor in tensors_held(leaf)]
+    return [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]

@@ -55,13 +55,17 @@ def refuse_weighted_mean(loss: Tensor, outputs: Iterable[GradientEdge], batch_si
     for node in nodes_from([loss.grad_fn], stop={edge.node for edge in outputs}):
         if "NllLoss" not in node.name() or getattr(node, "_saved_reduction", None) != 1:
             continue
-        weights, count = float(node._saved_total_weight), node._saved_target.numel()  # type: ignore[attr-defined]
+        saved: Any = node
+        weights, count = float(saved._saved_total_weight), saved._saved_target.numel()
         if weights != count and not _ignored_alike(node, batch_size):
+            by = (
+                f"some are ignored, in some samples more than in others: PyTorch divides by the other {weights:g}"
+                if saved._saved_weight is None
+                else f"some are weighted: PyTorch divides by the sum of the weights ({weights:g})"
+            )
             raise UsageError(
-                f"The loss is a mean over {count} targets of which some are weighted, or ignored in some samples more "
-                "than in others: PyTorch divides it by "
-                f"the sum of the weights ({weights:g}), which depends on all samples, so the loss of a single sample "
-                'cannot be told. Use reduction="sum" and say loss_reduction="sum", or use '
+                f"The loss is a mean over {count} targets of which {by}, which depends on all samples, so the loss of "
+                'a single sample cannot be told. Use reduction="sum" and say loss_reduction="sum", or use '
                 "optimizer.observe(inputs, targets)."
             )
 

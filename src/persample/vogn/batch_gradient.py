@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.losses import as_per_sample, check_losses
+from persample.losses import as_per_sample
 from persample.moments import Moments
 from persample.sources.batch import as_batch
 from persample.sources.batch_norm_nodes import read_right
+from persample.sources.calling import called, losses_of
 from persample.sources.forward_pass import ForwardPass
 from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Recorded, Sums
@@ -46,7 +47,7 @@ class BatchGradient:
         params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with untouched(self.model), torch.enable_grad():
             args, kwargs, targets = batch.for_a_call()
-            losses = check_losses(self.loss_fn(self.model(*args, **kwargs), targets), batch.size)
+            losses = losses_of(self.loss_fn, called(self.model, args, kwargs), targets, batch.size)
             read_right([losses])
             gradients: tuple[Tensor | None, ...] = (None,) * len(params)
             if params and losses.requires_grad:

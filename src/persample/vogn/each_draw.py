@@ -125,7 +125,7 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
     batches = [plain((args, kwargs))]
     if rows_at_once is not None:
         size = check_count("rows_at_once", rows_at_once)
-        batch = split_batch(args, kwargs, None, may_be_empty=True)
+        batch = split_batch(args, kwargs, None, for_gradients=False)
         parts = [batch.rows(slice(start, start + size)) for start in range(0, batch.size, size)]
         batches = [(part.args, part.kwargs) for part in parts or [batch]]
 

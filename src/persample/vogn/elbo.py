@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.losses import as_per_sample, check_losses
+from persample.losses import as_per_sample
+from persample.sources.calling import losses_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class LikelihoodTable:
 
     def add(self, outputs: Tensor) -> None:
         """Add the outputs of some draws, shape `(k, B, …)`."""
-        self._rows += [-check_losses(self._loss_fn(row, self._targets), len(row)) for row in outputs]
+        self._rows += [-losses_of(self._loss_fn, row, self._targets, len(row)) for row in outputs]
 
     def result(self) -> Tensor:
         """The table, shape `(K, B)`."""

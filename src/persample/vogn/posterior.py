@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from persample.errors import OptionError, UsageError
+from persample.sources.batch import arguments, split_batch
 from persample.vogn import core, posterior_file
 from persample.vogn.each_draw import DrawOptions, for_each_draw
 from persample.vogn.elbo import Elbo, LikelihoodTable
@@ -224,11 +225,14 @@ class Posterior:
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
+            BatchError: inputs and targets have different lengths.
             LossError: the loss is not a finite vector with one entry per sample.
             PersampleError: as `predict`.
         """
-        table = LikelihoodTable(loss_fn, targets)
-        for_each_draw(self._model("log_likelihoods()"), self, inputs, table.add, **draws)
+        model = self._model("log_likelihoods()")
+        batch = split_batch(*arguments(inputs, model), targets, for_gradients=False)
+        table = LikelihoodTable(loss_fn, batch.targets)
+        for_each_draw(model, self, inputs, table.add, **draws)
         return table.result()
 
     def elbo(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from persample import losses
 from persample.errors import OptionError, UsageError
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli"]
@@ -53,6 +56,33 @@ class GaussianPrediction:
         return self.epistemic_variance + self.aleatoric_variance
 
 
+def likelihood_of(loss_fn: Any) -> Likelihood:
+    """Return the likelihood that a loss speaks of; "categorical" where nobody can tell.
+
+    Raises:
+        UsageError: it speaks of real numbers, or of probabilities instead of logits.
+    """
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    if loss_fn in _REAL_NUMBERS or isinstance(loss_fn, _LOSSES_OF_REAL_NUMBERS):
+        raise UsageError(
+            "predict() predicts classes, but the loss is one of real numbers: use predict_gaussian(), or say what the "
+            'model returns by likelihood="categorical" or "bernoulli".'
+        )
+    if loss_fn is F.binary_cross_entropy or isinstance(loss_fn, nn.BCELoss):
+        raise UsageError(
+            "predict() needs logits, but the loss takes probabilities: let the model return logits, and use "
+            "persample.losses.bernoulli; or average what you need over several `with optimizer.sampled_params():` "
+            "blocks."
+        )
+    bernoulli = loss_fn in (losses.bernoulli, F.binary_cross_entropy_with_logits)
+    return "bernoulli" if bernoulli or isinstance(loss_fn, nn.BCEWithLogitsLoss) else "categorical"
+
+
+_REAL_NUMBERS = (losses.gaussian, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_LOSSES_OF_REAL_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+
+
 class ClassSummary:
     """Adds up what is needed for a `ClassPrediction`, draws by draws."""
 
@@ -74,6 +104,11 @@ class ClassSummary:
                 f"Class probabilities need logits of shape (B, C, …), but the model returned {tuple(logits.shape[1:])}:"
                 ' use likelihood="bernoulli" for logits of class 1 alone, predict_gaussian() for real numbers, or '
                 "average what you need over several `with optimizer.sampled_params():` blocks."
+            )
+        if self._categorical and logits.shape[2] == 1:
+            raise UsageError(
+                f"The model returned shape {tuple(logits.shape[1:])}, logits of one class, whose softmax is always 1: "
+                'use likelihood="bernoulli" for logits of class 1 alone, or predict_gaussian() for real numbers.'
             )
         probabilities = logits.softmax(2) if self._categorical else logits.sigmoid()
         self._draws += len(logits)

@@ -14,7 +14,7 @@ from persample.vogn.each_draw import DrawOptions
 from persample.vogn.elbo import Elbo
 from persample.vogn.loss import require_loss
 from persample.vogn.posterior import Posterior
-from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood
+from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood, likelihood_of
 from persample.vogn.prior import Prior
 
 
@@ -44,9 +44,21 @@ class WithPosterior:
         """Refuse what would find draws instead of the mean, for as long as `call` writes draws into the model."""
 
     def predict(
-        self, inputs: Any, *, likelihood: Likelihood = "categorical", **draws: Unpack[DrawOptions]
+        self, inputs: Any, *, likelihood: Likelihood | None = None, **draws: Unpack[DrawOptions]
     ) -> ClassPrediction:
-        """Predict classes by the average over draws of the weights; see `Posterior.predict`."""
+        """Predict classes by the average over draws of the weights; see `Posterior.predict`.
+
+        Args:
+            inputs: what the model takes.
+            likelihood: what the model returns. None goes by the loss: "bernoulli" if it is `persample.losses.bernoulli`
+                or PyTorch's of the same kind, else "categorical".
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
+
+        Raises:
+            UsageError: no likelihood is given, and the loss is one of real numbers, or of probabilities.
+            PersampleError: as `Posterior.predict`.
+        """
+        likelihood = likelihood or likelihood_of(self.loss_fn)
         posterior = self.posterior
         with self._lend_params("predict()"):
             return posterior.predict(inputs, likelihood=likelihood, **self._with_generator(draws))

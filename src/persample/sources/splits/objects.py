@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from itertools import islice
 from typing import Any
 
@@ -46,20 +46,24 @@ _MOST = 1000  # objects may be large, and hold each other in circles
 
 
 def holds_tensors(leaf: Any) -> bool:
-    """Whether any object holds a tensor in its attributes, and what these hold; modules are not looked into."""
+    """Whether any object holds a tensor."""
+    return any(True for _ in tensors_held(leaf))
+
+
+def tensors_held(leaf: Any) -> Iterator[Tensor]:
+    """Yield the tensors that any object holds in its attributes, and what these hold; modules are not looked into."""
     pending = deque([leaf])
     for _ in range(_MOST):
         if not pending:
             break
         found = pending.popleft()
         if isinstance(found, Tensor):
-            return True
+            yield found
         pending.extend(islice(_held(found), _MOST))
-    return False
 
 
 def _held(leaf: Any) -> Iterable[Any]:
-    if isinstance(leaf, type | nn.Module | str | bytes):
+    if isinstance(leaf, type | nn.Module | Tensor | str | bytes):
         return ()
     if isinstance(leaf, Mapping):
         return leaf.values()

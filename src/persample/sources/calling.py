@@ -1,0 +1,71 @@
+"""Calling models and losses, with words for what they do not take."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from persample.errors import BatchError, LossError
+from persample.losses import PerSampleLoss, advice_to_take_out, check_losses, tensors_by_name
+
+
+def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what the model returns for these arguments.
+
+    Raises:
+        BatchError: it does not take them.
+    """
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        whole = len(args) == 1 and not kwargs and not isinstance(args[0], Tensor)
+        if fits(model, args, kwargs) and not whole:
+            raise
+        given = f"its only argument, of type {type(args[0]).__name__}" if whole else "the inputs"
+        raise BatchError(
+            f"The model cannot be called with {given} ({error}): a tuple is passed as positional arguments, a dict as "
+            "keyword arguments; (it,) passes a tuple, a dict or an object whole."
+        ) from error
+
+
+def fits(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `forward` takes these arguments, by number and names; also where nobody can tell."""
+    if getattr(model, "_forward_pre_hooks", None):  # may change them
+        return True
+    try:
+        signature = inspect.signature(getattr(model, "forward", model))
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: int) -> Tensor:
+    """Return the losses of the samples, checked as by `check_losses`.
+
+    Raises:
+        LossError: they are no vector of length `batch_size`, or `loss_fn` does not take what the model returned.
+    """
+    try:
+        losses = loss_fn(outputs, targets)
+    except (TypeError, AttributeError) as error:
+        if isinstance(outputs, Tensor) and (targets is None or isinstance(targets, Tensor)):
+            raise
+        advice = "" if isinstance(outputs, Tensor) else f" {advice_to_take_out(outputs)}"
+        raise LossError(
+            f"loss_fn failed on outputs of type {type(outputs).__name__} and targets of type "
+            f"{type(targets).__name__} ({type(error).__name__}: {str(error).rstrip('.')}).{advice}"
+        ) from error
+    if isinstance(losses, Tensor) and losses.dim() == 0 and losses is tensors_by_name(outputs).get("loss"):
+        raise LossError(
+            "loss_fn returned a scalar, the loss that the model itself computed, which is a mean over the batch: leave "
+            "the labels out of the inputs, pass them as targets, and compute the loss of each sample from the other "
+            "outputs: lambda outputs, targets: F.cross_entropy(outputs.logits, targets, reduction='none')."
+        )
+    return check_losses(losses, batch_size)
