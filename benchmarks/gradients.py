@@ -34,12 +34,15 @@ from persample.checks.memory import peak_memory
 from persample.files import replacing
 
 sys.path.insert(0, str(Path(__file__).parent))
-import peers
+import chunked_vmap
 from models import PROBLEMS
 
 Result = TypeVar("Result")
 
-BACKENDS = ["fused", "hooks", "vmap", "vmap in chunks", "backpack", "BackPACK itself", "opacus", "Opacus itself"]
+BACKENDS = [
+    *("fused", "hooks", "vmap", "vmap in chunks"),
+    *("backpack (extend)", "backpack (rules)", "opacus (module)", "opacus (rules)"),
+]
 OWN_BATCH = {"Transformer": 32, "Transformer, tied head": 32}
 ON_GPUS = "ResNet-18"  # takes minutes for each call of some backends on a CPU
 LARGE = [("LeNet-5", 512), ("ResNet-20", 512)]
@@ -75,7 +78,7 @@ def measure_memory(result: dict[str, Any], device: str) -> None:
 
 def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
     """Return what `function` returns in a process that has done nothing else, and whose memory is its own."""
-    with ProcessPoolExecutor(1, get_context("spawn"), peers.register) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), chunked_vmap.register) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -31,12 +31,16 @@ def real_data() -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that has an argument `backend` once for every backend; one that cannot be imported is skipped."""
+    """Run a test that has an argument `backend` once for every backend, and for the rules of those with a machinery.
+
+    One that cannot be imported is skipped.
+    """
     marks = metafunc.definition.iter_markers("parametrize")
     if "backend" not in metafunc.fixturenames or any("backend" in mark.args[0] for mark in marks):
         return
     backends = []
-    for name, backend in persample.backends().items():
-        reason = f"backend {name!r} cannot be imported: {backend.problem}"
-        backends.append(pytest.param(name, marks=pytest.mark.skipif(not backend.available, reason=reason)))
+    for backend in persample.backends().values():
+        reason = f"backend {backend.name!r} cannot be imported: {backend.problem}"
+        skip = pytest.mark.skipif(not backend.available, reason=reason)
+        backends += [pytest.param(name, marks=skip) for name in (backend.name, *backend.names[1:])]
     metafunc.parametrize("backend", backends)

@@ -45,8 +45,24 @@ class TestOpacus(DocumentedSuite):
     backend = "opacus"
 
 
+class TestOpacusModule(BackendSuite):
+    backend = "opacus (module)"
+
+
+class TestOpacusRules(BackendSuite):
+    backend = "opacus (rules)"
+
+
 class TestBackpack(DocumentedSuite):
     backend = "backpack"
+
+
+class TestBackpackExtend(BackendSuite):
+    backend = "backpack (extend)"
+
+
+class TestBackpackRules(BackendSuite):
+    backend = "backpack (rules)"
 
 
 def test_the_page_has_every_case_and_no_other() -> None:

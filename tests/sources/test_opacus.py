@@ -18,7 +18,7 @@ from .agreement import assert_refused, assert_served, squared_error, targets_for
 pytest.importorskip("opacus")
 
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
-from opacus.layers import DPLSTM
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 
 
 @pytest.fixture(autouse=True)
@@ -183,17 +183,23 @@ def test_layers_that_are_run_again_do_not_call_the_hooks_of_the_user() -> None:
     assert [output.shape for output in seen] == [(3, 2, 6)]
 
 
-def test_refuses_the_recurrent_layers_of_opacus() -> None:
-    class LastState(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = DPLSTM(4, 3, batch_first=True)
+class LastState(nn.Module):
+    def __init__(self, recurrent: nn.Module) -> None:
+        super().__init__()
+        self.recurrent = recurrent
 
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.lstm(x)[0][:, -1]
-            return output
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.recurrent(x)[0][:, -1]
+        return output
 
-    assert_refused("opacus", LastState().double(), reals(3, 5, 4), "DPLSTM 'lstm'")
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bias": False}])
+@pytest.mark.parametrize("kind", [DPLSTM, DPGRU, DPRNN])
+def test_its_own_recurrent_layers_are_served_by_its_own_machinery(kind: Any, options: dict[str, Any]) -> None:
+    model = LastState(kind(4, 3, batch_first=True, **options)).double()
+    assert_served("opacus", model, reals(3, 5, 4))
+    assert_served("opacus (module)", model, reals(3, 5, 4))
+    assert_refused("opacus (rules)", model, reals(3, 5, 4), f"{kind.__name__} 'recurrent'")
 
 
 def test_serves_a_class_that_the_user_has_registered() -> None:
@@ -205,14 +211,17 @@ def test_serves_a_class_that_the_user_has_registered() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.scale * x
 
-    assert_refused("opacus", Scale().double(), reals(3, 4), "register_grad_sampler")
+    assert_refused("opacus (rules)", Scale().double(), reals(3, 4), "register_grad_sampler")
+    assert_served("opacus", Scale().double(), reals(3, 4))  # torch.func runs it again for each sample
 
     def rule(layer: Scale, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
         return {layer.scale: activations[0] * backprops}
 
     register_grad_sampler(Scale)(rule)
     try:
-        assert_served("opacus", Scale().double(), reals(3, 4))
+        assert_served("opacus (rules)", Scale().double(), reals(3, 4))
+        assert_served("opacus (module)", Scale().double(), reals(3, 4))
+        assert_served("opacus", Scale().double().eval(), reals(3, 4))
     finally:
         del GradSampleModule.GRAD_SAMPLERS[Scale]
 

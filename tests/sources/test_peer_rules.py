@@ -1,4 +1,7 @@
-"""What both adapters have in common: how a model uses its layers, and that nothing stays behind."""
+"""What both adapters have in common: how a model uses its layers, and that nothing stays behind.
+
+By their own machinery where that is right, and by their rules for single layers.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,13 @@ pytest.importorskip("backpack")
 pytest.importorskip("opacus")
 
 
-@pytest.fixture(params=["backpack", "opacus"])
+@pytest.fixture(params=["backpack", "backpack (rules)", "opacus", "opacus (rules)"])
 def peer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["backpack (rules)", "opacus (rules)"])
+def rules(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -229,8 +237,8 @@ class _Bare(nn.Module):
         ),
     ],
 )
-def test_refuses_what_only_looks_like_a_known_layer(peer: str, make: Callable[[], nn.Module], match: str) -> None:
-    assert_refused(peer, nn.Sequential(make(), nn.Linear(4, 2)).double(), reals(3, 4), match)
+def test_refuses_what_only_looks_like_a_known_layer(rules: str, make: Callable[[], nn.Module], match: str) -> None:
+    assert_refused(rules, nn.Sequential(make(), nn.Linear(4, 2)).double(), reals(3, 4), match)
 
 
 @pytest.mark.parametrize(

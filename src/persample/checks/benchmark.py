@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from persample.checks.crosscheck import Agreement, crosscheck
 from persample.checks.memory import peak_memory
 from persample.losses import as_per_sample
 from persample.sources.batch import as_batch
-from persample.sources.registry import backends as all_backends
-from persample.sources.registry import make_source
+from persample.sources.registry import make_source, name_with, names_side_by_side
 
 #: The name under which the ordinary forward and backward pass stands in the results.
 PLAIN = "plain"
@@ -36,6 +35,7 @@ class Cost:
         peak_bytes: the most that tensors occupied during one call, parameters and batch included.
         memory_ratio: `peak_bytes` over that of the plain pass.
         problem: why it was not timed (it refused, or it disagrees with the oracle), or None.
+        machinery: which of its machineries ran, for a backend that has several.
     """
 
     backend: str
@@ -46,6 +46,12 @@ class Cost:
     peak_bytes: int | None = None
     memory_ratio: float | None = None
     problem: str | None = None
+    machinery: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The backend's name, with the machinery that ran: `"opacus (rules)"`."""
+        return name_with(self.backend, self.machinery)
 
 
 def benchmark(
@@ -70,7 +76,8 @@ def benchmark(
         loss_fn: the loss of each sample, or a loss module of `torch.nn`.
         inputs: a mini-batch, as for `PerSampleGradSource.moments`.
         targets: its targets.
-        backends: names to time; all that exist but the slow `loop` if None.
+        backends: names to time. All that exist but the slow `loop` if None, those of several machineries with each of
+            them, as `"opacus (module)"` and `"opacus (rules)"`.
         options: options for single backends, by name.
         rounds: how often each is timed.
 
@@ -78,7 +85,8 @@ def benchmark(
         The plain pass first, then the backends in the order given.
     """
     options = options or {}
-    agreements = crosscheck(model, loss_fn, inputs, targets, backends=_names(backends), options=options)
+    names = [name for name in names_side_by_side(options) if name != "loop"] if backends is None else backends
+    agreements = crosscheck(model, loss_fn, inputs, targets, backends=names, options=options)
     calls: dict[str, Callable[[], Any]] = {PLAIN: plain_pass(model, loss_fn, inputs, targets)}
     for agreement in agreements:
         if agreement.agrees:
@@ -91,14 +99,10 @@ def benchmark(
     costs = [_cost(PLAIN, seconds, peaks)]
     for agreement in agreements:
         if agreement.agrees:
-            costs.append(_cost(agreement.backend, seconds, peaks))
+            costs.append(replace(_cost(agreement.backend, seconds, peaks), machinery=agreement.machinery))
         else:
             costs.append(Cost(agreement.backend, problem=agreement.problem or _disagreement(agreement)))
     return costs
-
-
-def _names(backends: Iterable[str] | None) -> list[str]:
-    return [name for name in all_backends() if name != "loop"] if backends is None else list(backends)
 
 
 def plain_pass(

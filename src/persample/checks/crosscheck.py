@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from persample.checks.copies import copy_of
 from persample.errors import ContractError, PersampleError, UsageError
+from persample.sources.base import PerSampleGradSource
 from persample.sources.batch import in_float64
-from persample.sources.registry import backends as all_backends
-from persample.sources.registry import make_source
+from persample.sources.registry import make_source, name_with, names_side_by_side
 from persample.sources.selfcheck import signed_root
 from persample.sources.tolerances import MOVED
 from persample.sources.untouched import RandomState, random_state, random_state_restored, same_random_state
@@ -40,6 +40,7 @@ class Agreement:
             the model in float64. Rounding may decide which pixel of a pooling window, or which side of a ReLU, gets
             the gradient; in float64 that is as good as excluded.
         problem: why the backend refused or cannot be imported, what it returned against its contract, or None.
+        machinery: which of its machineries ran, for a backend that has several.
     """
 
     backend: str
@@ -49,6 +50,12 @@ class Agreement:
     allowed: float
     in_float64: float | None = None
     problem: str | None = None
+    machinery: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The backend's name, with the machinery that ran: `"opacus (rules)"`."""
+        return name_with(self.backend, self.machinery)
 
     @property
     def agrees(self) -> bool:
@@ -77,7 +84,8 @@ def crosscheck(
         loss_fn: the loss of each sample, or a loss module of `torch.nn`.
         inputs: a mini-batch, as for `PerSampleGradSource.moments`.
         targets: its targets.
-        backends: names to compare; all that exist if None.
+        backends: names to compare. All that exist if None, those of several machineries with each of them, as
+            `"opacus (module)"` and `"opacus (rules)"`.
         options: options for single backends, by name, such as `{"vmap": {"chunk_size": 16}}`.
 
     Returns:
@@ -90,8 +98,8 @@ def crosscheck(
         UsageError: a backend is asked for an approximation (`curvature="printed"`), which must not be compared as if
             it were exact.
     """
-    names = list(all_backends()) if backends is None else list(backends)
     options = options or {}
+    names = names_side_by_side(options) if backends is None else list(backends)
     start = random_state(model)
     problem = _Problem(model, loss_fn, inputs, targets, start)
     with random_state_restored(model, start):
@@ -99,16 +107,18 @@ def crosscheck(
         draws = not same_random_state(start, random_state(model))
     # A copy in float64 is the better oracle, but might draw other random numbers than the model itself.
     precise = problem if draws else problem.in_float64()
-    expected = precise.results("loop", {}, check="first")
+    expected = precise.results(precise.source("loop", {}, check="first"))
     allowed = ALLOWED[next((p.dtype for p in model.parameters()), torch.float32)]
 
     agreements = []
     for name in names:
         try:
-            found = problem.results(name, options.get(name, {}))
+            source = problem.source(name, options.get(name, {}))
+            found = problem.results(source)
             errors = _errors(found, expected)
-            again = max(errors) > allowed and precise is not problem
-            in_float64 = max(_errors(precise.results(name, options.get(name, {})), expected)) if again else None
+            in_float64 = None
+            if max(errors) > allowed and precise is not problem:
+                in_float64 = max(_errors(precise.results(precise.source(name, options.get(name, {}))), expected))
         except UsageError:
             raise
         except ContractError as error:
@@ -116,9 +126,7 @@ def crosscheck(
         except PersampleError as error:
             agreements.append(Agreement(name, None, None, None, allowed, problem=str(error)))
         else:
-            agreements.append(
-                Agreement(name, *errors, allowed=allowed, in_float64=in_float64, problem=_nans(found, expected))
-            )
+            agreements.append(Agreement(name, *errors, allowed, in_float64, _nans(found, expected), source.ran))
     return agreements
 
 
@@ -138,13 +146,16 @@ class _Problem:
         model = copy_of(self.model).double()
         return _Problem(model, loss_fn, in_float64(self.inputs), in_float64(self.targets), self.start)
 
-    def results(self, backend: str, options: Mapping[str, Any], check: str = "never") -> _Results:
+    def source(self, backend: str, options: Mapping[str, Any], check: str = "never") -> PerSampleGradSource:
         source = make_source(backend, self.model, self.loss_fn, check=check, **options)
         if not source.exact:
             raise UsageError(
                 f"Backend {backend!r} is asked for an approximation of the second moment, which crosscheck does not "
                 "compare as if it were exact: leave that option away."
             )
+        return source
+
+    def results(self, source: PerSampleGradSource) -> _Results:
         with random_state_restored(self.model, self.start):
             moments = source.moments(self.inputs, self.targets)
         with random_state_restored(self.model, self.start):

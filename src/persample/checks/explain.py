@@ -15,7 +15,7 @@ from persample.errors import LossError
 from persample.sources.batch import as_batch
 from persample.sources.forward_pass import tensors_of
 from persample.sources.refusals import describe, impossible_modules
-from persample.sources.registry import make_source
+from persample.sources.registry import make_source, name_with
 from persample.sources.use import Use
 
 Status = Literal["served", "depends", "unused", "frozen", "refused"]
@@ -68,12 +68,16 @@ class Explanation:
         rows: every parameter, in the model's order.
         refusals: why the model is refused as a whole, whatever serves its parameters.
         samples: the size of the example batch; 0 without one.
+        machinery: which of its machineries would serve the model, for a backend that has several.
+        machinery_because: why not the other.
     """
 
     backend: str
     rows: tuple[ExplainedParameter, ...]
     refusals: tuple[str, ...]
     samples: int
+    machinery: str | None = None
+    machinery_because: str = ""
 
     @property
     def supported(self) -> bool | None:
@@ -85,12 +89,13 @@ class Explanation:
     @property
     def verdict(self) -> str:
         """The same as a sentence."""
+        name = name_with(self.backend, self.machinery)
         if self.supported is None:
-            return f"backend {self.backend!r} may serve this model: pass an example batch to know"
-        return f"backend {self.backend!r} {'serves' if self.supported else 'refuses'} this model"
+            return f"backend {name!r} may serve this model: pass an example batch to know"
+        return f"backend {name!r} {'serves' if self.supported else 'refuses'} this model"
 
     def __str__(self) -> str:
-        lines = [self.verdict, *(f"  the model: {reason}" for reason in self.refusals)]
+        lines = [self.verdict, *(f"  {line}" for line in self._notes())]
         width = max((len(row.name) for row in self.rows), default=0)
         for row, why in zip(self.rows, self._reasons(), strict=True):
             lines.append(f"  {row.name:<{width}}  {row.status:<7}  {row.how}".rstrip())
@@ -103,12 +108,16 @@ class Explanation:
         from rich.markup import escape
         from rich.table import Table
 
-        title, caption = escape(self.verdict), escape("\n".join(self.refusals))
+        title, caption = escape(self.verdict), escape("\n".join(self._notes()))
         table = Table("parameter", "shape", "module", "", "by", title=title, caption=caption)
         for row, why in zip(self.rows, self._reasons(), strict=True):
             shape, how = "×".join(map(str, row.shape)), f"{row.how}: {why}" if why else row.how
             table.add_row(*map(escape, (row.name, shape, row.module, row.status, how)))
         return table
+
+    def _notes(self) -> list[str]:
+        because = [f"by its {self.machinery}: {self.machinery_because}"] if self.machinery_because else []
+        return [*because, *(f"the model: {reason}" for reason in self.refusals)]
 
     def _reasons(self) -> list[str]:
         """Why each row is refused; nothing where the row above has the same reason."""
@@ -129,7 +138,8 @@ def explain(
 
     Without a batch it goes by the modules. With an example batch it runs the forward pass once (and a few times more to
     see whether the model mixes the samples), but no backward pass, and tells each use of each parameter. Of that
-    nothing remains: neither on the model nor in the random numbers.
+    nothing remains: neither on the model nor in the random numbers. Backends that cannot tell by the forward pass alone
+    (`vmap`, `loop`, the machineries of `backpack` and `opacus`) try two samples.
 
     Args:
         model: the network; it is not changed.
@@ -164,7 +174,7 @@ def explain(
     uses = source.uses(inputs, targets) if seen else source.uses()
     refusals = dict.fromkeys([*impossible.values(), *(use.why for use in uses if use.parameter is None)])
     rows = tuple(_rows(model, uses, impossible, complete=seen and not refusals))
-    return Explanation(backend, rows, tuple(refusals), samples if seen else 0)
+    return Explanation(backend, rows, tuple(refusals), samples if seen else 0, source.ran, source.ran_because)
 
 
 def _rows(

@@ -35,6 +35,7 @@ from persample.experiments.tables import (
     results_table,
     summary_table,
 )
+from persample.sources.registry import names_side_by_side
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -247,7 +248,7 @@ def crosscheck(
     network, inputs, targets = _probe(model, batch_size, dtype, seed)
     agreements = persample.crosscheck(network, persample.losses.cross_entropy, inputs, targets, backends=backend)
     Console().print(agreement_table(agreements, _probe_title(model, batch_size, dtype)))
-    if wrong := [a.backend for a in agreements if a.mean is not None and not a.agrees]:
+    if wrong := [a.name for a in agreements if a.mean is not None and not a.agrees]:
         raise DisagreementError(f"do not use {', '.join(wrong)} for {model}: the errors are not those of rounding")
 
 
@@ -342,7 +343,7 @@ def _run(
 
 
 def _check_backends(names: list[str] | None) -> None:
-    known = persample.backends()
+    known = dict.fromkeys([*persample.backends(), *names_side_by_side()])
     if unknown := [name for name in names or () if name not in known]:
         raise UnknownBackendError(f"no backend is called {unknown[0]!r}; choose among {', '.join(known)}")
 

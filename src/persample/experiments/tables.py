@@ -75,7 +75,7 @@ def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
     for agreement in agreements:
         errors = (agreement.mean, agreement.second_moment, agreement.per_sample, agreement.allowed)
         verdict = agreement.problem or ("agrees" if agreement.agrees else "DISAGREES")
-        table.add_row(agreement.backend, *(_number(error, ".1e") for error in errors), escape(verdict))
+        table.add_row(agreement.name, *(_number(error, ".1e") for error in errors), escape(verdict))
     return table
 
 
@@ -86,7 +86,7 @@ def cost_table(costs: Iterable[Cost], title: str) -> Table:
         table.add_column(heading, justify="left" if heading in ("backend", "problem") else "right")
     for cost in costs:
         table.add_row(
-            cost.backend,
+            cost.name,
             _number(cost.seconds, ".2f", 1e3),
             _number(cost.time_ratio, ".2f"),
             f"{_number(cost.time_ratio_low, '.2f')} to {_number(cost.time_ratio_high, '.2f')}",
@@ -100,11 +100,13 @@ def cost_table(costs: Iterable[Cost], title: str) -> Table:
 def backends_table(backends: Iterable[Backend]) -> Table:
     """Return which backends exist, and which can be used here."""
     table = Table(title="Backends")
-    for heading in ("name", "usable here", "why not"):
+    for heading in ("name", "machineries", "usable here", "why not"):
         table.add_column(heading)
     for backend in backends:
         missing = "; ".join(filter(None, (backend.problem, backend.install if backend.problem else "")))
-        table.add_row(backend.name, "yes" if backend.available else "no", escape(missing))
+        table.add_row(
+            backend.name, ", ".join(backend.machineries), "yes" if backend.available else "no", escape(missing)
+        )
     return table
 
 

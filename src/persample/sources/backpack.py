@@ -1,11 +1,11 @@
-"""Backend `"backpack"`: BackPACK's BatchGrad and SumGradSquared."""
+"""Backend `"backpack"`: BackPACK's BatchGrad and SumGradSquared, by its own machinery or for single layers."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from backpack.extensions import BatchGrad, SumGradSquared
@@ -13,31 +13,20 @@ from torch import Tensor, nn
 
 from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.moments import Moments
+from persample.sources.backpack_extend import BackpackExtend
+from persample.sources.backpack_layers import BATCH_NORMS, reason_against
+from persample.sources.base import Check
 from persample.sources.batch import Batch
-from persample.sources.peer_rules import LayerUse, PeerRulesSource, alteration, trainable
+from persample.sources.peer_rules import LayerUse, PeerRulesSource, trainable
+from persample.sources.peers import PeerSource
 
 # Neither holds anything of a call, and to make one takes as long as to use it on a small layer.
 _BATCH_GRAD = BatchGrad()
 _SUM_GRAD_SQUARED = SumGradSquared()
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_KINDS = (
-    nn.Linear,
-    nn.Embedding,
-    *_CONVOLUTIONS,
-    *_TRANSPOSED,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    FrozenBatchNorm,
-)
-#: What BackPACK knows a FrozenBatchNorm as, by the dimensions of its input.
-_BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
-
-class BackpackSource(PeerRulesSource):
-    """Per-sample gradients by the extensions of BackPACK (Dangel, Kunstner and Hennig, 2020, arXiv:1912.10985).
+class BackpackRules(PeerRulesSource):
+    """Per-sample gradients by the extensions of BackPACK, applied to single layers.
 
     `per_sample` is `BatchGrad`, `moments` is `SumGradSquared` beside the ordinary gradient of the same backward pass,
     both with the sum of the losses, so that nothing has to be scaled. The extensions are called for each layer once
@@ -82,34 +71,41 @@ class BackpackSource(PeerRulesSource):
         return _extended(_BATCH_GRAD, use)
 
     def reason_against(self, layer: nn.Module) -> str | None:
-        if type(layer) not in _KINDS:
-            if isinstance(layer, _KINDS):
-                return "is a subclass of a layer that BackPACK knows, and may compute something else than that."
-            return "has parameters, and BackPACK has no rule for it, or none that holds in all its uses."
-        if isinstance(layer, _CONVOLUTIONS):
-            if layer.padding == "same":
-                return "has padding='same', which BackPACK takes wrongly: give it in numbers."
-            if layer.padding_mode != "zeros":
-                return f"has padding_mode={layer.padding_mode!r}, but BackPACK takes zeros: pad before the layer."
-        if isinstance(layer, _TRANSPOSED) and any(layer.output_padding):
-            return f"has output_padding={layer.output_padding}, which BackPACK does not know."
-        if isinstance(layer, nn.Embedding):
-            return _reason_against_embedding(layer) or alteration(layer)
-        return alteration(layer)
+        return reason_against(layer)
 
 
-def _reason_against_embedding(layer: nn.Embedding) -> str | None:
-    if layer.padding_idx is not None:
-        return f"has padding_idx={layer.padding_idx}, which BackPACK does not know."
-    if layer.sparse:
-        return "has sparse=True, which BackPACK does not know: set sparse=False."
-    precise = torch.promote_types(layer.weight.dtype, torch.float32)
-    if precise != torch.get_default_dtype():
-        return (
-            f"has a weight of {layer.weight.dtype}, but BackPACK computes embeddings in the default dtype only, which "
-            f"is {torch.get_default_dtype()}: change one of the two (torch.set_default_dtype)."
-        )
-    return None
+class BackpackSource(PeerSource):
+    """Per-sample gradients by BackPACK (Dangel, Kunstner and Hennig, 2020, arXiv:1912.10985).
+
+    `per_sample` is `BatchGrad`, `moments` is `SumGradSquared` beside the ordinary gradient of the same backward pass,
+    both with the sum of the losses, so that nothing has to be scaled.
+
+    Args:
+        model: the network.
+        loss_fn: the loss of each sample.
+        check: when the self-check runs.
+        machinery: `"extend"` is BackPACK's `extend`, of modules that share the parameters of the model, so that no
+            trace is left, and `with backpack(...)`. `"rules"` are its extensions applied to single layers, called
+            from hooks of this package. `"auto"` is the first, unless something is found in the model, or in its
+            forward pass, that it is known to get wrong, and then the second.
+
+    Raises:
+        OptionError: `machinery` is not known.
+    """
+
+    own = "extend"
+    by_machinery = BackpackExtend
+    by_rules = BackpackRules
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any],
+        *,
+        check: Check = "first",
+        machinery: Literal["auto", "extend", "rules"] = "auto",
+    ) -> None:
+        super().__init__(model, loss_fn, check=check, machinery=machinery)
 
 
 def _is_summable(use: LayerUse, times: Counter[nn.Parameter]) -> bool:
@@ -132,7 +128,7 @@ def _extended(extension: BatchGrad | SumGradSquared, use: LayerUse) -> dict[nn.P
     # A copy that shares the parameters, so that the attributes which BackPACK reads are not put on the user's module.
     layer = copy.copy(use.layer)
     if isinstance(layer, FrozenBatchNorm):
-        layer.__class__ = _BATCH_NORMS[use.delta.dim()]
+        layer.__class__ = BATCH_NORMS[use.delta.dim()]
     layer.input0, layer.output = use.inputs[0], use.delta
     extension(layer, (None,), (use.delta,))
     return {p: vars(p).pop(extension.savefield) for p in trainable(layer)}

@@ -64,6 +64,10 @@ class PerSampleGradSource(ABC):
     #: How errors and `explain` name what the backend does with a parameter, where that is the same for all.
     method: ClassVar[str] = "per-sample gradients"
 
+    #: Which of its machineries served the last call, for a backend that has several, and why not another.
+    ran: str | None = None
+    ran_because: str = ""
+
     #: Whether autograd itself gives every parameter the gradient of each sample, so that hooks on parameters take part.
     runs_parameter_hooks: ClassVar[bool] = False
 

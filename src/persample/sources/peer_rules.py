@@ -201,9 +201,8 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def alteration(layer: nn.Module) -> str | None:
     """Return in what `layer`, of a class of `torch.nn` with weight and bias, is not what its class says."""
-    own = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
-    if own:
-        return f"has a {own[0]} of its own, put on the instance, which no rule knows."
+    if name := own_callable(layer):
+        return f"has a {name} of its own, put on the instance, which no rule knows."
     parameters = layer._parameters
     if parameters.keys() - {"weight", "bias"} or not isinstance(parameters.get("weight"), nn.Parameter):
         return (
@@ -211,6 +210,11 @@ def alteration(layer: nn.Module) -> str | None:
             "spectral_norm or pruning."
         )
     return None
+
+
+def own_callable(layer: nn.Module) -> str | None:
+    """Return the name of a method that was put on `layer` itself in place of that of its class, if any."""
+    return next((name for name in vars(layer) if callable(getattr(type(layer), name, None))), None)
 
 
 def _use(call: ModuleCall, delta: Tensor) -> LayerUse:

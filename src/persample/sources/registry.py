@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from inspect import Parameter
@@ -27,12 +27,19 @@ class Backend:
         location: `"module:class"` of its source.
         install: what to install if it cannot be imported.
         problem: None if it can be used here, else why not.
+        machineries: the values of its option `machinery`, where it has several ways to compute.
     """
 
     name: str
     location: str
     install: str = ""
     problem: str | None = None
+    machineries: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those by which `make_source` gives each of its machineries, as `"opacus (rules)"`; else its own alone."""
+        return tuple(f"{self.name} ({machinery})" for machinery in self.machineries) or (self.name,)
 
     @property
     def available(self) -> bool:
@@ -44,8 +51,18 @@ _BUILT_IN = (
     Backend("loop", "persample.sources.loop:LoopSource"),
     Backend("hooks", "persample.sources.hooks:HooksSource"),
     Backend("fused", "persample.sources.fused:FusedSource"),
-    Backend("backpack", "persample.sources.backpack:BackpackSource", install='pip install "persample[backpack]"'),
-    Backend("opacus", "persample.sources.opacus:OpacusSource", install='pip install "persample[opacus]"'),
+    Backend(
+        "backpack",
+        "persample.sources.backpack:BackpackSource",
+        install='pip install "persample[backpack]"',
+        machineries=("extend", "rules"),
+    ),
+    Backend(
+        "opacus",
+        "persample.sources.opacus:OpacusSource",
+        install='pip install "persample[opacus]"',
+        machineries=("module", "rules"),
+    ),
     Backend("vmap", "persample.sources.vmap:VmapSource"),
 )
 _registered: dict[str, Backend] = {backend.name: backend for backend in _BUILT_IN}
@@ -57,7 +74,8 @@ def make_source(
     """Return a source of per-sample gradients for `model` and `loss_fn`.
 
     Args:
-        backend: a name among `persample.backends()`.
+        backend: a name among `persample.backends()`; also with a value of its option `machinery`, as
+            `"opacus (rules)"`.
         model: the network; it is not changed.
         loss_fn: `loss_fn(outputs, targets)` returns the loss of each sample, shape `(B,)`, or is a loss module of
             `torch.nn`.
@@ -77,7 +95,7 @@ def make_source(
         >>> moments.batch_size, list(moments.mean)
         (5, ['weight', 'bias'])
     """
-    found = _find(backend)
+    found, machinery = _find(backend)
     try:
         source_class = _load(found)
     except MissingPackageError as error:
@@ -88,7 +106,32 @@ def make_source(
             f"Backend {backend!r} cannot be used: {error}. Use another one, or tell its author."
         ) from None
     _refuse_unknown_options(backend, source_class, options)
+    if machinery and options.setdefault("machinery", machinery) != machinery:
+        raise OptionError(
+            f"Backend {backend!r} names one machinery, machinery={options['machinery']!r} another: use {found.name!r}."
+        )
     return source_class(model, loss_fn, **options)
+
+
+def names_side_by_side(options: Collection[str] = ()) -> list[str]:
+    """Return the names of all backends, each machinery by a name of its own; but not of those that `options` name."""
+    return [
+        name for backend in _all().values() for name in ((backend.name,) if backend.name in options else backend.names)
+    ]
+
+
+def name_with(backend: str, ran: str | None) -> str:
+    """Return the name of a backend with the machinery that ran, if it has several."""
+    return f"{backend} ({ran})" if ran is not None and _find(backend)[1] is None else backend
+
+
+def find_backend(name: str) -> Backend:
+    """Return the backend that `make_source` takes for `name`.
+
+    Raises:
+        UnknownBackendError: there is none.
+    """
+    return _with_problem(_find(name)[0])
 
 
 def backends() -> dict[str, Backend]:
@@ -130,13 +173,17 @@ def _all() -> dict[str, Backend]:
     return found | _registered
 
 
-def _find(name: str) -> Backend:
-    if name in _registered:
-        return _registered[name]  # without a look at all installed packages, which takes as long as a small model
-    known = _all()
-    if name not in known:
-        raise UnknownBackendError(f"There is no backend {name!r}: use one of {', '.join(map(repr, known))}.")
-    return known[name]
+def _find(name: str) -> tuple[Backend, str | None]:
+    """Return the backend of this name, and the machinery if the name has one, as `"opacus (rules)"`."""
+    # Without a look at all installed packages, which takes as long as a small model, if that can be.
+    for known in (_registered, None):
+        found = _all() if known is None else known
+        if name in found:
+            return found[name], None
+        for backend in found.values():
+            if name in backend.names:
+                return backend, backend.machineries[backend.names.index(name)]
+    raise UnknownBackendError(f"There is no backend {name!r}: use one of {', '.join(map(repr, _all()))}.")
 
 
 def _load(backend: Backend) -> type[PerSampleGradSource]:
