@@ -578,3 +578,20 @@ def test_what_the_batch_keeps() -> None:
     assert as_batch(([torch.zeros(5), torch.zeros(2)],), None).kind() == (
         as_batch(([torch.zeros(1), torch.zeros(2), torch.zeros(3)],), None).kind()
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["object with fields", "mapping that is no dict", "sets", "targets as an array", "one dict"]
+)
+def test_in_the_checks_of_a_model(name: str) -> None:
+    torch.manual_seed(0)
+    situation = SITUATIONS[name]()
+    single, inputs = situation.model.float(), persample.sources.splits.tree.map_tensors(Tensor.float, situation.inputs)
+    if name == "object with fields":
+        inputs = (Graph(situation.inputs[0].nodes.float(), shared(torch.eye(5))),)  # type: ignore[arg-type]
+    if name == "mapping that is no dict":
+        inputs = (collections.UserDict(x=situation.inputs[0]["x"].float()),)
+    found = persample.crosscheck(single, situation.loss, inputs, situation.targets, backends=["fused", "vmap"])
+    assert found[0].agrees, found[0]
+    assert found[1].agrees or name == "sets"
+    assert not persample.explain(single, inputs, situation.targets, loss_fn=situation.loss).refusals

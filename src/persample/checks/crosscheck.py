@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from persample.checks.copies import copy_of
 from persample.errors import ContractError, PersampleError, UsageError
 from persample.sources.base import PerSampleGradSource
-from persample.sources.batch import in_float64
+from persample.sources.batch import as_batch, in_float64
 from persample.sources.registry import make_source, name_with, names_side_by_side
 from persample.sources.selfcheck import signed_root
 from persample.sources.tolerances import MOVED
@@ -101,9 +101,10 @@ def crosscheck(
     options = options or {}
     names = names_side_by_side(options) if backends is None else list(backends)
     start = random_state(model)
-    problem = _Problem(model, loss_fn, inputs, targets, start)
+    args, kwargs, targets = as_batch(inputs, targets, model).tree()
+    problem = _Problem(model, loss_fn, kwargs or args, targets, start)
     with random_state_restored(model, start):
-        make_source("loop", model, loss_fn).moments(inputs, targets)
+        make_source("loop", model, loss_fn).moments(problem.inputs, problem.targets)
         draws = not same_random_state(start, random_state(model))
     # A copy in float64 is the better oracle, but might draw other random numbers than the model itself.
     precise = problem if draws else problem.in_float64()

@@ -49,28 +49,29 @@ class Batch:
         kwargs: keyword arguments.
         targets: what the loss gets.
         size: B.
-        tree: the same three with a `Split` in place of each part that is split otherwise; None if there is none.
+        split_tree: the same three with a `Split` in place of each part that is split otherwise; None if there is none.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     targets: Any
     size: int
-    tree: Tree | None = field(default=None, repr=False)
+    split_tree: Tree | None = field(default=None, repr=False)
 
     @staticmethod
     def of(tree: Tree, size: int) -> Batch:
         """Return the batch of these arguments and targets, in which `Split`s say what is split otherwise."""
-        split = any(isinstance(leaf, Split) for leaf in pytree.tree_leaves(tree))
+        split = not _is_simple(tree) and any(isinstance(leaf, Split) for leaf in pytree.tree_leaves(tree))
         args, kwargs, targets = plain(tree) if split else tree
         return Batch(args, kwargs, targets, size, tree if split else None)
 
-    def _tree(self) -> Tree:
-        return self.tree or (self.args, dict(self.kwargs), self.targets)
+    def tree(self) -> Tree:
+        """Return arguments and targets, with a `Split` in place of each part that is split otherwise."""
+        return self.split_tree or (self.args, dict(self.kwargs), self.targets)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with their `Split`s, as `with_inputs` takes them."""
-        args, kwargs, _ = self._tree()
+        args, kwargs, _ = self.tree()
         return args, kwargs
 
     def inputs_only(self) -> Batch:
@@ -79,7 +80,7 @@ class Batch:
 
     def followed(self) -> Iterator[Followed]:
         """Yield the tensors of the batch, and whose their entries are."""
-        return followed_in(self._tree())
+        return followed_in(self.tree())
 
     def columns(self) -> Columns:
         """Return the batch as tensors with one entry for each sample, see `Split.columns`.
@@ -87,21 +88,21 @@ class Batch:
         Raises:
             UnsupportedModelError: the samples of a part have different shapes.
         """
-        args, kwargs, targets = self._tree()
+        args, kwargs, targets = self.tree()
         return joined([columns_of("inputs", args), columns_of("inputs", kwargs), columns_of("targets", targets)])
 
     def for_a_call(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Return arguments and targets as one call of model and loss may have them, and change them in place."""
-        tree = map_tensors(changeable(), self._tree())
-        args, kwargs, targets = tree if self.tree is None else plain(tree)
+        tree = map_tensors(changeable(), self.tree())
+        args, kwargs, targets = tree if self.split_tree is None else plain(tree)
         return args, kwargs, targets
 
     def kind(self) -> tuple[Any, ...]:
         """Return what batches of the same kind have in common: structure, dtypes and numbers of dimensions."""
         leaves: Sequence[Any] = (*self.args, *self.kwargs.values(), self.targets)
-        if self.tree is None and all(isinstance(leaf, Tensor) for leaf in leaves):
+        if self.split_tree is None and all(isinstance(leaf, Tensor) for leaf in leaves):
             return len(self.args), *self.kwargs, *[kind_of_tensor(leaf) for leaf in leaves]
-        return len(self.args), *self.kwargs, kind_of(self._tree())
+        return len(self.args), *self.kwargs, kind_of(self.tree())
 
     def with_targets(self, targets: Any) -> Batch:
         """Return the batch with the same inputs, detached from whatever they were computed from, and other targets."""
@@ -110,20 +111,24 @@ class Batch:
 
     def with_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         """Return the batch with other arguments, which are like those that `inputs` returns."""
-        return Batch.of((args, kwargs, self._tree()[2]), self.size)
+        return Batch.of((args, kwargs, self.tree()[2]), self.size)
 
     def double(self) -> Batch:
         """Return the batch in float64; whole numbers stay as they are."""
-        return Batch.of(in_float64(self._tree()), self.size)
+        return Batch.of(in_float64(self.tree()), self.size)
 
     def rows(self, index: Index) -> Batch:
         """Return the batch of the samples at `index`, in that order."""
         size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
-        return Batch.of(take_rows(self._tree(), index, rows_at(index)), size)
+        return Batch.of(take_rows(self.tree(), index, rows_at(index)), size)
 
     def not_first(self) -> list[Tensor]:
         """Return the tensors whose dim 0 is not the sample."""
-        return [] if self.tree is None else [t for t, dim, owners in self.followed() if dim != 0 or owners is not None]
+        return (
+            []
+            if self.split_tree is None
+            else [t for t, dim, owners in self.followed() if dim != 0 or owners is not None]
+        )
 
     @contextmanager
     def doubted(self) -> Iterator[None]:
@@ -137,7 +142,7 @@ class Batch:
     def add_doubts(self, error: BaseException) -> None:
         """Let an error say what of the batch may have been taken for samples by mistake."""
         if isinstance(error, UnsupportedModelError | DisagreementError | UsageError | LossError):
-            args, kwargs, targets = self._tree()
+            args, kwargs, targets = self.tree()
             trees = {"inputs": _inputs(args, kwargs), "targets": targets}
             leaves = [leaf for name, tree in trees.items() for leaf in _named_leaves(name, tree, _is_list)]
             alone = len(leaves) <= 2  # besides the targets
@@ -175,7 +180,7 @@ def as_batch(inputs: Any, targets: Any, model: nn.Module | None = None) -> Batch
     args, kwargs = arguments(inputs, model)
     batch = split_batch(args, kwargs, targets, whole=len(args) == 1 and args[0] is inputs)
     # Whatever the batch was computed from is no part of the model.
-    return Batch.of(map_tensors(entering(), batch._tree()), batch.size)
+    return Batch.of(map_tensors(entering(), batch.tree()), batch.size)
 
 
 def arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -211,7 +216,7 @@ def split_batch(
     Raises:
         BatchError: there is no tensor, no sample, the lengths differ, or something cannot be split.
     """
-    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in (*args, *kwargs.values(), targets)):
+    if not _is_simple((args, kwargs, targets)):
         (args, kwargs), targets = with_splits((args, kwargs), targets)
     sizes = _sizes("inputs", args[0] if whole else _inputs(args, kwargs), for_gradients)
     if not sizes:
@@ -235,6 +240,12 @@ _ADVICE = (
 )
 
 
+def _is_simple(tree: Tree) -> bool:
+    """Whether all arguments and targets are tensors, or None."""
+    args, kwargs, targets = tree
+    return all(leaf is None or isinstance(leaf, Tensor) for leaf in (*args, *kwargs.values(), targets))
+
+
 def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the arguments as a user would index them."""
     if kwargs and args:
@@ -246,7 +257,10 @@ def _named_leaves(
     name: str, tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
 ) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of `tree`, also those of objects in it, and their names."""
-    leaves = [((), tree)] if isinstance(tree, Tensor) else pytree.tree_flatten_with_path(tree, is_leaf)[0]
+    if isinstance(tree, Tensor):
+        yield name, tree
+        return
+    leaves = pytree.tree_flatten_with_path(tree, is_leaf)[0]
     for path, leaf in leaves:
         where = name + pytree.keystr(path) if len(leaves) > 1 else name
         if isinstance(leaf, Fields):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,7 @@ def fits(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
     if getattr(model, "_forward_pre_hooks", None):  # may change them
         return True
     try:
-        signature = inspect.signature(getattr(model, "forward", model))
+        signature = _signature(getattr(model, "forward", model))
     except (TypeError, ValueError):
         return True
     try:
@@ -44,6 +45,17 @@ def fits(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
     except TypeError:
         return False
     return True
+
+
+@lru_cache(maxsize=128)
+def _signature_of_method(function: Any) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _signature(call: Callable[..., Any]) -> inspect.Signature:
+    function = getattr(call, "__func__", None)
+    return inspect.signature(call) if function is None else _signature_of_method(function)
 
 
 def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: int) -> Tensor:
