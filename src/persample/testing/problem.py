@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from persample.sources.vanishing import rounding_left
-from persample.testing.truth import Stream, Truth, call, per_sample_truth, set_seed
+from persample.testing.truth import Stream, Truth, call, per_sample_truth, set_seed, unwrapped
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Problem:
         replica = copy.deepcopy(self.model)
         set_seed(self.seed)
         with torch.no_grad(), self.autocasting():
-            call(replica, self.inputs)
+            call(replica, unwrapped(self.inputs))
         return torch.get_rng_state(), list(replica.buffers())
 
 

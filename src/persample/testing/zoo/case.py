@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from persample.sources.splits.tree import map_tensors, tensors_in
 from persample.testing.problem import Problem
-from persample.testing.truth import call, set_seed
+from persample.testing.truth import call, set_seed, unwrapped
 
 #: Makes the inputs of a batch of the given size.
 Inputs = Callable[[int], Any]
@@ -42,7 +42,7 @@ class Case:
         """Batches of one sample, of three, and of as many as the next dimension of the inputs is long."""
         if self.impossible:
             return (3,)
-        first = next(leaf for leaf in pytree.tree_leaves(self.inputs(1)) if isinstance(leaf, Tensor))
+        first, *_ = tensors_in(self.inputs(1))
         return tuple(sorted({1, 3, *first.shape[1:2]}))
 
     def problem(self, size: int) -> Problem:
@@ -53,15 +53,15 @@ class Case:
             for parameter in model.parameters():
                 # Away from the ones and zeros of initialisation, at which some errors vanish.
                 parameter.data += 0.3 * torch.randn_like(parameter)
-            inputs = pytree.tree_map(self._converted, self.inputs(size))
+            inputs = map_tensors(self._converted, self.inputs(size))
             with torch.no_grad():
-                outputs = call(model, inputs)
+                outputs = call(model, unwrapped(inputs))
             targets = torch.randn(outputs.shape, dtype=self.dtype)
         loss_fn = robust if self.autocast is None else weighted_sum
         return Problem(model, inputs, targets, loss_fn, autocast=self.autocast, impossible=self.impossible)
 
-    def _converted(self, leaf: Any) -> Any:
-        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+    def _converted(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 def robust(outputs: Tensor, targets: Tensor) -> Tensor:
