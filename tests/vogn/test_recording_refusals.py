@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from persample import backends
 from persample.errors import OptionError, UnsupportedModelError, UsageError
-from persample.vogn import MeanFieldVI, Vadam, VariationalOptimizer
+from persample.vogn import MeanFieldVI, Vadam, VariationalOptimizer, core
 
 from .ways import RECORDING, RULES_AND_BACKENDS, Batch, by_closure, by_context, make, network
 
@@ -150,6 +153,32 @@ def penalised(optimizer: VariationalOptimizer, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(optimizer.model(x), y) + penalty(optimizer)
 
 
+def weight_norm(optimizer: VariationalOptimizer) -> Tensor:
+    return torch.cat([p.flatten() for p in optimizer.model.parameters()]).norm(1)
+
+
+def towards(optimizer: VariationalOptimizer) -> Tensor:
+    """As in EWC: towards earlier values, by their Fisher information."""
+    pairs = [(p, torch.ones_like(p), torch.rand_like(p)) for p in optimizer.model.parameters()]
+    return sum(((p - old).square() * fisher).sum() for p, old, fisher in pairs)  # type: ignore[return-value]
+
+
+def add_in_place(optimizer: VariationalOptimizer, loss: Tensor) -> Tensor:
+    loss += 0.1 * penalty(optimizer)
+    return loss
+
+
+PENALTIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "L2": lambda optimizer, loss: loss + 0.1 * penalty(optimizer),
+    "L1": lambda optimizer, loss: loss + 0.1 * weight_norm(optimizer),
+    "EWC": lambda optimizer, loss: loss + towards(optimizer),
+    "of one layer": lambda optimizer, loss: loss + optimizer.model[2].weight.abs().sum(),
+    "first": lambda optimizer, loss: optimizer.model[2].weight.square().mean() + loss,
+    "in a stack": lambda optimizer, loss: torch.stack([loss, penalty(optimizer).to(loss)]).sum(),
+    "in place": add_in_place,
+}
+
+
 def contrastive(outputs: Tensor) -> Tensor:
     """Every sample is compared with all others."""
     embedded = F.normalize(outputs)
@@ -164,12 +193,98 @@ class TestWhatIsNotTheModelsForwardPass:
         with pytest.raises((UsageError, UnsupportedModelError)), optimizer.sampled_params(train=True):
             F.cross_entropy(optimizer.model[2](torch.tanh(optimizer.model[0](x))), y).backward()
 
-    def test_a_penalty_on_the_weights(self, backend: str, batch: Batch) -> None:
+    def test_parts_alone(self, backend: str, batch: Batch) -> None:
+        """As of a LightningModule whose training_step() calls a part of it."""
+        x, y = batch
+        model = nn.ModuleDict({"net": network()})
+        optimizer = make(backend=backend, model=model)
+        with (
+            pytest.raises(UsageError, match=r"the model was not called.*training_step.*give the optimizer that part"),
+            optimizer.sampled_params(train=True),
+        ):
+            F.cross_entropy(model["net"](x), y).backward()
+
+    @pytest.mark.parametrize("kind", PENALTIES)
+    def test_a_penalty_on_the_weights(self, backend: str, kind: str, batch: Batch) -> None:
+        """The reason is named, and no other backend recommended, because all refuse it."""
         x, y = batch
         optimizer = make(backend=backend)
         for size in (6, 1):
-            with pytest.raises(UnsupportedModelError), optimizer.sampled_params(train=True):
-                penalised(optimizer, x[:size], y[:size]).backward()
+            with (
+                pytest.raises(UnsupportedModelError, match=r"outside the call of the model.*penalty") as caught,
+                optimizer.sampled_params(train=True),
+            ):
+                PENALTIES[kind](optimizer, F.cross_entropy(optimizer.model(x[:size]), y[:size])).backward()
+            assert "se backend" not in str(caught.value)
+            assert "after the block, before step()" in str(caught.value)
+
+    def test_a_penalty_made_before_the_block(self, backend: str, batch: Batch) -> None:
+        x, y = batch
+        optimizer = make(backend=backend)
+        made = penalty(optimizer)
+        with (
+            pytest.raises(UnsupportedModelError, match=r"outside the call of the model.*penalty"),
+            optimizer.sampled_params(train=True),
+        ):
+            (F.cross_entropy(optimizer.model(x), y) + made).backward()
+
+    @pytest.mark.parametrize("kind", [key for key in PENALTIES if "in place" not in key])
+    def test_the_advice_works_a_penalty_after_the_block(self, backend: str, kind: str, batch: Batch) -> None:
+        """Its gradient at the mean is added to that of the loss."""
+        x, y = batch
+        optimizer = make(backend=backend)
+        with optimizer.sampled_params(train=True):
+            F.cross_entropy(optimizer.model(x), y).backward()
+        expected = {name: g.clone() for name, g in optimizer._observations.gradient().items()}
+        added = PENALTIES[kind](optimizer, torch.zeros(()))
+        parameters = dict(optimizer.model.named_parameters())
+        gradients = torch.autograd.grad(added, list(parameters.values()), retain_graph=True, allow_unused=True)
+        added.backward()
+        optimizer._take_changes(at_the_step=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            due = expected[name] if gradient is None else expected[name] + gradient
+            torch.testing.assert_close(optimizer._observations.gradient()[name], due)
+        optimizer.step()
+
+    def test_torch_autograd_grad(self, backend: str, batch: Batch) -> None:
+        x, y = batch
+
+        def residual(model: nn.Module) -> None:
+            inputs = x.clone().requires_grad_()
+            outputs = model(inputs)
+            by_inputs = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)[0]
+            (by_inputs.square().sum() + F.cross_entropy(outputs, y)).backward()
+
+        def assigned(model: nn.Module) -> None:
+            parameters = list(model.parameters())
+            for p, g in zip(parameters, torch.autograd.grad(F.cross_entropy(model(x), y), parameters), strict=True):
+                p.grad = g
+
+        def of_a_penalty(model: nn.Module) -> None:
+            torch.autograd.grad(torch.stack([p.square().sum() for p in model.parameters()]).sum(), model[0].weight)
+
+        def of_the_losses(model: nn.Module) -> None:
+            torch.autograd.grad([loss.mean() for loss in model(x)], model[0].weight)
+
+        for run in (residual, assigned, of_a_penalty, of_the_losses):
+            optimizer = make(backend=backend)
+            with (
+                pytest.raises(UsageError, match=r"^torch\.autograd\.grad was called.*loss\.backward\(\)"),
+                optimizer.sampled_params(train=True),
+            ):
+                run(optimizer.model)
+
+    def test_torch_autograd_grad_of_something_else_is_let_be(self, backend: str, batch: Batch) -> None:
+        x, y = batch
+        optimizer, plain = make(backend=backend), make(backend=backend)
+        with optimizer.sampled_params(train=True):
+            other = torch.ones(3, requires_grad=True)
+            (gradient,) = torch.autograd.grad(other.square().sum(), other)
+            assert torch.equal(gradient, torch.full((3,), 2.0))
+            F.cross_entropy(optimizer.model(x), y).backward()
+        optimizer.step()
+        by_context(plain, x, y)
+        assert torch.equal(optimizer.model[0].weight, plain.model[0].weight)
 
     def test_layers_that_mix_the_samples(self, backend: str, batch: Batch) -> None:
         if backend == "opacus":
@@ -192,3 +307,58 @@ def test_first_order_rules_take_penalties_and_parts_as_they_come(rule: Any, batc
         penalised(optimizer, x, y).backward()
         expected = optimizer.model[0].weight.grad.clone()
     torch.testing.assert_close(optimizer._observations.gradient()["0.weight"], expected)
+
+
+def test_a_prior_is_an_l2_penalty(batch: Batch) -> None:
+    """As the refusal says: w Σ θ² beside a mean loss is prior_precision = 2 w N."""
+    leaves = list(network().parameters())
+    (0.3 * torch.stack([p.square().sum() for p in leaves]).sum()).backward()
+    means = [p.detach() for p in leaves]
+    zeros = [torch.zeros_like(m) for m in means]
+    by_prior = core.add_prior(zeros, means, data_size=100, prior_precision=2 * 0.3 * 100)
+    for gradient, leaf in zip(by_prior, leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+class DifferentiatesItself(nn.Module):
+    """Returns derivatives by its inputs beside its outputs, as the refusal of `torch.autograd.grad` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            outputs = self.net(x)
+            return outputs, torch.autograd.grad(outputs.sum(), x, create_graph=True)[0]
+
+
+def residual_loss(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0], y, reduction="none") + outputs[1].square().sum(1)
+
+
+@pytest.mark.parametrize(("rule", "backend"), RULES_AND_BACKENDS)
+def test_derivatives_by_inputs_are_served_in_the_forward_pass_or_the_backend_says_which_serves_them(
+    rule: Any, backend: str, batch: Batch
+) -> None:
+    x, y = batch
+    if backend and (problem := backends()[backend].problem):
+        pytest.skip(problem)
+    settings = {"backend": backend, "hess_init": 0.5} if backend else {}
+    for way in ("observe", "block"):
+        optimizer = rule(DifferentiatesItself(), residual_loss, data_size=100, **settings)
+
+        def run(optimizer: Any = optimizer, way: str = way) -> None:
+            if way == "observe":
+                optimizer.observe(x, y)
+            else:
+                with optimizer.sampled_params(train=True):
+                    residual_loss(optimizer.model(x), y).mean().backward()
+            optimizer.step()
+
+        if backend in ("", "loop", "vmap"):
+            run()
+        else:
+            with contextlib.suppress(UnsupportedModelError):
+                run()

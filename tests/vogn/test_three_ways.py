@@ -158,6 +158,59 @@ class TestClosures:
         with pytest.raises(UsageError, match="Nothing was observed"):
             optimizer.step()
 
+    @pytest.mark.parametrize(("rule", "backend"), RULES_AND_BACKENDS)
+    @pytest.mark.parametrize("way", ["observe", "block"])
+    @pytest.mark.parametrize("mc_samples", [1, 3])
+    def test_one_that_does_nothing_steps_with_what_was_observed(
+        self, rule: Any, backend: str, way: str, mc_samples: int, batch: Batch
+    ) -> None:
+        """Lightning's manual optimisation hands such a closure to every step. No noise is used up."""
+        optimizer, plain = (make(rule, backend, mc_samples=mc_samples) for _ in range(2))
+        calls: list[int] = []
+        for _ in range(2):
+            for one in (optimizer, plain):
+                if way == "observe":
+                    one.observe(*batch)
+                else:
+                    with one.sampled_params(train=True):
+                        F.cross_entropy(one.model(batch[0]), batch[1]).backward()
+            assert optimizer.step(lambda: calls.append(1)) is None
+            plain.step()
+            for one in (optimizer, plain):
+                one.zero_grad()
+        assert len(calls) == 2
+        for p, q in zip(optimizer.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert torch.equal(optimizer.generator.get_state(), plain.generator.get_state())
+
+    @pytest.mark.parametrize(("rule", "backend"), RULES_AND_BACKENDS)
+    def test_one_that_does_nothing_is_refused_where_nothing_was_observed(self, rule: Any, backend: str) -> None:
+        with pytest.raises(UsageError, match=r"the model was not called.*LightningModule"):
+            make(rule, backend).step(lambda: None)
+
+    def test_one_that_calls_another_model_is_refused_with_what_was_observed(self, batch: Batch) -> None:
+        optimizer, other = make(), network()
+        optimizer.observe(*batch)
+
+        def closure() -> Tensor:
+            loss = F.cross_entropy(other(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        with pytest.raises(UsageError, match="the model was not called"):
+            optimizer.step(closure)
+        optimizer.step()
+
+    def test_one_that_calls_the_model_without_a_backward_pass_is_refused(self, batch: Batch) -> None:
+        optimizer = make()
+        optimizer.observe(*batch)
+
+        def closure() -> None:
+            optimizer.model(batch[0])
+
+        with pytest.raises(UsageError, match="no backward pass followed"):
+            optimizer.step(closure)
+
     def test_hooks_of_the_step_run(self, batch: Batch) -> None:
         optimizer, seen = make(), []
         optimizer.register_step_post_hook(lambda *_: seen.append(1))

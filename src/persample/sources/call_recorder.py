@@ -23,6 +23,7 @@ from persample.sources.module_calls import (
 from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.refusals import refuse_impossible
+from persample.sources.scalar_loss import refuse_uses_past_outputs
 from persample.sources.selfcheck import require_close
 from persample.sources.tolerances import Allowance
 
@@ -81,7 +82,9 @@ class CallRecorder(Recorder):
         calls = [call for calls in self.calls.values() for call in calls]
         self.refuse_unseparable(losses, self.source)
         with torch._C.DisableTorchFunction():
+            edges = [edge for p in self.passes[-1:] for edge in p.edges.values()] + [call.edge for call in calls]
             for loss in losses:
+                refuse_uses_past_outputs(loss, edges, self.recorded.parameters)
                 refuse_unseen_uses(loss, calls, self.recorded.parameters)
                 self._allowance = Allowance.of(loss)
         return self.with_gradients()

@@ -14,11 +14,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from persample.errors import OptionError, UsageError
+from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.sources.batch import Batch, split_batch
 from persample.sources.batch_norm_nodes import read_right
 from persample.sources.forward_pass import ForwardPass, tensors_of
-from persample.sources.graph import nodes_from
+from persample.sources.graph import nodes_from, variables_of
+from persample.sources.p_grad import copied, gradients_in, is_changed
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.reference import reentrant_refused
 from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
@@ -32,6 +33,17 @@ if TYPE_CHECKING:
 
 class LossReductionWarning(UserWarning):
     """The loss is perhaps no mean over the samples that the model was called with."""
+
+
+class ModelNotCalledError(UsageError):
+    """Nothing was recorded, because the model was not called."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Nothing was recorded, because the model was not called: inside the block, call the model itself, not its "
+            "parts, and loss.backward() on a loss computed from its outputs. If only a part of the model is ever "
+            "called, as in training_step() of a LightningModule, give the optimizer that part."
+        )
 
 
 class Recorder(TorchFunctionMode):
@@ -94,7 +106,13 @@ class Recorder(TorchFunctionMode):
 
         Raises:
             UsageError: it went through an earlier one, or went through this one before, or was not seen to begin.
+            UnsupportedModelError: it began inside of the model.
         """
+        if not self.in_backward and self.current is not None:
+            raise UnsupportedModelError(
+                "The model computes gradients itself (torch.autograd.grad in its forward pass), which this backend "
+                "would take for those of the loss: use backend 'vmap' or 'loop'."
+            )
         if not self.in_backward:
             raise UsageError("A backward pass began in a way that cannot be seen: call loss.backward() on the loss.")
         if forward_pass.done:
@@ -153,11 +171,12 @@ class Recorder(TorchFunctionMode):
             self.passes[-1].batch.add_doubts(error)
 
     def _finish(self) -> None:
+        if not self.recorded.sums and not self.passes:
+            raise ModelNotCalledError
         if not self.recorded.sums:
-            what = "the model was called, but no backward pass followed" if self.passes else "the model was not called"
             raise UsageError(
-                f"Nothing was recorded, because {what}: inside the block, call the model itself, not its parts, and "
-                "loss.backward() on a loss computed from its outputs."
+                "Nothing was recorded, because the model was called, but no backward pass followed: call "
+                "loss.backward() inside the block, on a loss computed from the outputs of the model."
             )
         if self.recorded.reduction == "mean":
             self._warn_of_samples()
@@ -197,6 +216,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward or func is torch.autograd.backward:
             return self._backward(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self._refuse_gradients(*args, **kwargs)
         return self.operation(func, types, args, kwargs)
 
     def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -266,12 +287,15 @@ class Recorder(TorchFunctionMode):
                 "backward() was called with inputs= or create_graph=, which cannot be recorded: call loss.backward()."
             )
         self._reached = False
+        self._refuse_changed_between()
         roots = (losses,) if isinstance(losses, Tensor) else tuple(losses)
-        if self.passes:
-            with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():
+            if self.passes:
                 self._refuse_other_passes(roots)
                 self._look_at_reduction(roots, self.passes[-1])
                 read_right(roots)
+            elif self._own(variables_of(nodes_from(loss.grad_fn for loss in roots))):
+                raise ModelNotCalledError
         context = self.before_backward(roots)
         self.in_backward = True
         try:
@@ -284,11 +308,57 @@ class Recorder(TorchFunctionMode):
             forward_pass.done = True
             with torch.no_grad():
                 self.recorded.sums.append(self.after_backward(forward_pass))
+                self.recorded.left = self._left_by(forward_pass, self.recorded.sums[-1])
         for name in () if self._reached else self.left_out():
             raise UsageError(
                 f"A backward pass gave {name!r} a gradient without going through a call of the model, which would be "
-                "left out: add that to the loss before backward(), and call the model itself, not its parts."
+                "left out. What depends on the samples must go through a call of the model itself, not of its parts; "
+                "a penalty on the weights is added by penalty.backward() after the block, before step()."
             )
+
+    def _left_by(self, forward_pass: ForwardPass, sums: Sums) -> dict[str, Tensor]:
+        """What is in `p.grad` after the backward pass through `forward_pass`."""
+        if forward_pass.added:
+            return copied(gradients_in(self.recorded.parameters))
+        return {name: total.to(self.recorded.parameters[name].dtype) for name, total in sums.total.items()}
+
+    def _refuse_changed_between(self) -> None:
+        """Raise if `p.grad` was changed between two backward passes, and not emptied.
+
+        Raises:
+            UsageError: it was.
+        """
+        with torch._C.DisableTorchFunction():
+            present = gradients_in(self.recorded.parameters) if self.recorded.sums else {}
+            if any(bool(g.any()) for g in present.values()) and is_changed(present, self.recorded.left):
+                raise UsageError(
+                    "p.grad was changed between two backward passes of one block, which the sums over its samples "
+                    "would not show: change it after the last of them."
+                )
+
+    def _refuse_gradients(self, outputs: Any, inputs: Any = (), *_: Any, **__: Any) -> None:
+        """Raise if `torch.autograd.grad` is asked outside of the model for gradients that go through the model.
+
+        Raises:
+            UsageError: it is.
+        """
+        if self._depth > 0 or self.in_backward or self.checking:
+            return
+        with torch._C.DisableTorchFunction():
+            stop = {edge.node for p in self.passes for edge in p.edges.values()}
+            nodes = nodes_from([t.grad_fn for t in tensors_of(outputs)], stop=stop)
+            through = not nodes.isdisjoint(stop) or self._own([*variables_of(nodes), *tensors_of(inputs)])
+        if through:
+            raise UsageError(
+                "torch.autograd.grad was called on what depends on the model, and such a backward pass cannot be "
+                "recorded. For gradients of the parameters call loss.backward(), and read p.grad after the block. "
+                "Derivatives by inputs (a residual, a gradient penalty) belong into the forward() of the model, which "
+                "returns them, for optimizer.observe(inputs, targets)."
+            )
+
+    def _own(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether a recorded parameter is among `tensors`."""
+        return not {id(p) for p in self.recorded.parameters.values()}.isdisjoint(map(id, tensors))
 
     def _refuse_other_passes(self, losses: Sequence[Tensor]) -> None:
         pass_of = {edge.node: p for p in self.passes for edge in p.edges.values()}

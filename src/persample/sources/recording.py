@@ -42,11 +42,13 @@ class Recorded:
         reduction: how the user reduced the losses.
         parameters: those that require a gradient, by name.
         sums: of each backward pass.
+        left: what the last backward pass left in `p.grad`, by name.
     """
 
     reduction: LossReduction
     parameters: Mapping[str, nn.Parameter]
     sums: list[Sums] = field(default_factory=list)
+    left: Mapping[str, Tensor] = field(default_factory=dict)
 
     def moments(self, scale: float = 1.0) -> Moments:
         """Return the moments over all backward passes, batches by their sizes.
@@ -57,20 +59,22 @@ class Recorded:
         Returns:
             `Moments` whose losses are not a number, because the user kept them.
         """
-        return merge_moments(self._moments(sums, scale) for sums in self.sums)
+        parts = [self._moments(sums, scale) for sums in self.sums]
+        return parts[0] if len(parts) == 1 else merge_moments(parts)
 
     def _moments(self, sums: Sums, scale: float) -> Moments:
-        c = scale / sums.size if self.reduction == "mean" else scale
+        c, of_all = (scale / sums.size, scale) if self.reduction == "mean" else (scale, scale * sums.size)
         device = next(iter(self.parameters.values())).device if self.parameters else None
 
         def all_parameters(found: Mapping[str, Tensor], divisor: float) -> dict[str, Tensor]:
+            values = found if divisor == 1 else {name: value / divisor for name, value in found.items()}
             return {
-                name: (found[name] / divisor).to(p.dtype) if name in found else torch.zeros_like(p, requires_grad=False)
+                name: values[name].to(p.dtype) if name in values else torch.zeros_like(p, requires_grad=False)
                 for name, p in self.parameters.items()
             }
 
         return Moments(
             losses=torch.full((sums.size,), torch.nan, device=device),
-            mean=all_parameters(sums.total, c * sums.size),
-            second_moment={} if sums.squares is None else all_parameters(sums.squares, c * c * sums.size),
+            mean=all_parameters(sums.total, of_all),
+            second_moment={} if sums.squares is None else all_parameters(sums.squares, c * of_all),
         )

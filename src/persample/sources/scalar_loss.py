@@ -147,10 +147,12 @@ def refuse_uses_past_outputs(
 def used_outside(name: str) -> str:
     """Return what to say of a parameter that is used outside of the model's forward pass."""
     return (
-        f"Parameter {name!r} is used outside of the model's forward pass (a penalty on the weights, a part of the "
-        "model that was called by itself), or by an operation that backend 'fused' cannot see (a custom "
-        "torch.autograd.Function, compiled code): its gradients of the single samples would lack that. Leave it "
-        "away, or use optimizer.observe(inputs, targets)."
+        f"Parameter {name!r} is used outside the call of the model. If that is a penalty on the weights: it is no sum "
+        "over the samples, so no backend has gradients of single samples for it. The prior is such a penalty: "
+        "w * Σ θ² beside a mean loss is prior_precision = 2 * w * data_size, and prior_mean and prior_precision take "
+        "tensors for each parameter, as for EWC. Any other one is added by penalty.backward() after the block, before "
+        "step(). If the loss needs something inside of the model (a part called by itself, an activation that a hook "
+        "kept), let the model's forward() return it."
     )
 
 

@@ -1,6 +1,7 @@
 """Variational training of neural networks, as PyTorch optimizers: VOGN and its siblings, and their posterior."""
 
 from persample.sources.recorder import LossReductionWarning as LossReductionWarning
+from persample.vogn.changed_gradients import UnusedGradientWarning as UnusedGradientWarning
 from persample.vogn.checks import DangerousFirstStepWarning as DangerousFirstStepWarning
 from persample.vogn.checks import NonFiniteError as NonFiniteError
 from persample.vogn.checks import SkippedStepWarning as SkippedStepWarning

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from persample.errors import OptionError, UsageError
 from persample.sources.recording import LossReduction
 from persample.vogn import core
+from persample.vogn.changed_gradients import Left
 from persample.vogn.checks import check_positive, first_non_finite, skip_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import FIRST_LOOK, Diagnostics, LayerDiagnostics, layer_diagnostics, warn_of_width
@@ -112,6 +113,9 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self._observations = Observations()
+        self._left: Left | None = None
+        self._used: Mapping[str, Tensor] = {}
+        self._warned_of_gradients = False
         self._warned_of_width = False
         self._warned_of_state = False
         self._drawn = False
@@ -194,7 +198,8 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         """Update the posterior from all that was observed since the last step, and forget it.
 
         With a closure, `mc_samples` draws are observed before: at each of them the closure runs the model and
-        `loss.backward()` as inside `sampled_params(train=True)`, and returns the loss.
+        `loss.backward()` as inside `sampled_params(train=True)`, and returns the loss. A closure that does nothing and
+        returns None changes nothing if something was observed before, as trainers hand one to every step.
 
         A step that would make the mean or its precision infinite or not a number is skipped with a
         `SkippedStepWarning`: nothing is changed, and what was observed is forgotten. `skipped_steps` counts them.
@@ -222,6 +227,9 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         if closure is None and self._is_asked_for_its_state():
             self._make_states()
             return None
+        overflowed = self._scaler_overflowed()
+        if not overflowed:
+            self._take_changes(at_the_step=True)
         observations = self._observations
         if self._processes is not None:
             observations = self._processes.merged(observations, self._params())
@@ -230,9 +238,8 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
                 "Nothing was observed since the last step: call optimizer.observe(inputs, targets) first, or run "
                 "forward and backward inside `with optimizer.sampled_params(train=True):` or in a closure."
             )
-        overflowed = self._scaler_overflowed()
         new = [] if overflowed else self._updated(observations)
-        self._observations = Observations()
+        self._forget()
         if overflowed:
             self.skipped_steps += 1
         else:
@@ -263,7 +270,12 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         """
         super().zero_grad(set_to_none)
         if not self._drawn:
-            self._observations = Observations()
+            self._forget()
+            self._used = {}
+
+    def _forget(self) -> None:
+        """Forget what was observed."""
+        self._observations, self._left = Observations(), None
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:

@@ -54,14 +54,15 @@ def noise_state(generator: torch.Generator | None, devices: Iterable[torch.devic
 def noise_from(state: NoiseState, generator: torch.Generator | None) -> Iterator[None]:
     """Draw as from `state` inside the context, and go on afterwards as if nothing had been drawn."""
     present = noise_state(generator, map(torch.device, state.keys() - {"own"}))
-    _set_noise_state(state, generator)
+    set_noise_state(state, generator)
     try:
         yield
     finally:
-        _set_noise_state(present, generator)
+        set_noise_state(present, generator)
 
 
-def _set_noise_state(state: NoiseState, generator: torch.Generator | None) -> None:
+def set_noise_state(state: NoiseState, generator: torch.Generator | None) -> None:
+    """Set `generator`, or the global ones of PyTorch if it is None, to what `noise_state` returned."""
     for name, value in state.items():
         if generator is not None:
             generator.set_state(value)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
 from persample.moments import Moments
+from persample.sources.recorder import ModelNotCalledError
 from persample.sources.recording import LossReduction, Recorded
 from persample.vogn import core
+from persample.vogn.changed_gradients import Left, warn_of_unused, with_changes, without_dropped
 from persample.vogn.loss import require_loss
 from persample.vogn.observed import Observations, Observed
 from persample.vogn.processes import Processes
-from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, standard_noise
+from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
 from persample.vogn.settings import check_generator
 from persample.vogn.whole_model import refuse_replicas
 
@@ -53,6 +55,9 @@ class WithDraws:
     skipped_steps: int
     _observations: Observations
     _drawn: bool
+    _left: Left | None
+    _used: Mapping[str, Tensor]
+    _warned_of_gradients: bool
     _processes: Processes | None
 
     @abstractmethod
@@ -132,7 +137,9 @@ class WithDraws:
 
         Call the model itself, whose tensor arguments have the sample as dim 0, and `backward()` after each call.
         Several such pairs in one block, parts of a batch, act as one large batch at this draw; several blocks before a
-        step as several draws. `p.grad` gets the gradient as ever, and is not used by `step()`.
+        step as several draws. `p.grad` gets the gradient as ever. If you change it after the backward pass (clip, mask,
+        add noise or the gradient of a penalty), `step()` takes what you made of it for the gradient; the curvature
+        comes from the gradients of the single samples as they were.
 
         Whatever is written to the parameters inside is overwritten by the mean.
 
@@ -155,6 +162,8 @@ class WithDraws:
             raise OptionError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
         noisy = self.draws_for_training or not train
         generator = generator or (self._training_noise() if train else self.generator)
+        if train:
+            self._take_changes(at_the_step=False)
         with self._draws("sampled_params()", generator, noisy=noisy) as draw_weights:
             draws = [self._noise_state(generator)]
             noise = draw_weights()
@@ -172,18 +181,60 @@ class WithDraws:
     def _add_recorded(self, recorded: Recorded, grad_scaler: Any, noise: Mapping[str, Tensor] | None) -> None:
         scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         observed = Observed(self._own_moments(recorded.moments(scale)), noise)
+        params = self._params()
+        # The first block's gradients are looked at by the second, or by the step, which also knows whether a gradient
+        # scaler has divided by its scale.
+        if scale == 1 and self._observations.parts:
+            alone = Left.by(recorded, scale, None)
+            changed, left = with_changes(Observations([observed]), alone, params, unscaled=False, final=True)
+            observed, recorded.left = changed.parts[0], left.gradients
         observations = self._with_more(self._observations, observed, None)
         if grad_scaler is None:
             observations = replace(observations, without_scaler=True)
+        self._left = Left.by(recorded, scale, self._left if self._observations.parts else None)
         self._observations = observations
 
+    def _take_changes(self, *, at_the_step: bool) -> None:
+        """Take over what the user made of `p.grad` since the last block.
+
+        Raises:
+            UsageError: what it means cannot be told.
+        """
+        params = {name: p for name, p in self._params().items() if p.requires_grad}
+        if at_the_step and not self._observations.parts:
+            return
+        if self._left is None or not self._observations.parts:
+            self._warned_of_gradients = self._warned_of_gradients or warn_of_unused(params, self._used)
+            return
+        unscaled = hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None
+        self._observations, self._left = with_changes(
+            self._observations, self._left, params, unscaled=unscaled, final=at_the_step
+        )
+        if at_the_step:
+            self._observations = without_dropped(
+                self._observations, self._left, params, several_processes=self._processes is not None
+            )
+            self._used = self._left.gradients
+
     def _observe_closure(self, closure: Callable[[], Any]) -> Any:
-        """Call a closure that runs forward and backward at `mc_samples` draws; return its loss, averaged over them."""
+        """Call a closure that runs forward and backward at `mc_samples` draws; return its loss, averaged over them.
+
+        One that does nothing leaves all as it is: trainers hand one to every step, also where passes were recorded
+        before.
+        """
         before, losses = self._observations, []
+        generator = self._training_noise()
+        noise = self._noise_state(generator)
         try:
             for _ in range(self.mc_samples):
                 with self.sampled_params(train=True), torch.enable_grad():
                     losses.append(closure())
+        except ModelNotCalledError:
+            self._observations = before
+            if losses != [None] or not (before.parts or self._processes is not None):
+                raise
+            set_noise_state(noise, generator)
+            return None
         except BaseException:
             self._observations = before
             raise

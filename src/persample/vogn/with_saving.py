@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import UsageError
+from persample.vogn.changed_gradients import Left
 from persample.vogn.checkpoint import COUNTS, checked, pack_run
 from persample.vogn.observed import Observations
 from persample.vogn.processes import Processes
@@ -40,12 +41,15 @@ class WithSaving(torch.optim.Optimizer):
         "_observations",
         "_warned_of_width",
         "_warned_of_state",
+        "_warned_of_gradients",
         "_known_as_untrained",
         "_processes",
     )
 
     generator: torch.Generator | None
     _observations: Observations
+    _left: Left | None
+    _used: Mapping[str, Tensor]
     _processes: Processes | None
 
     @abstractmethod
@@ -139,7 +143,7 @@ class WithSaving(torch.optim.Optimizer):
         # Not by PyTorch, which would cast the state to the dtypes of the parameters: it is kept in at least float32.
         self.__setstate__({"state": states, "param_groups": new_groups})
         vars(self).update(loaded.run)
-        self._observations = loaded.observations
+        self._observations, self._left = loaded.observations, None
         self.generator = set_generator()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -155,4 +159,5 @@ class WithSaving(torch.optim.Optimizer):
         if "source" not in self.__dict__:
             self.source = self._make_source()
             self._drawn = False
+            self._left, self._used = None, {}  # a copy of a parameter has no p.grad
             self._seen: list[tuple[Any, ...]] = []

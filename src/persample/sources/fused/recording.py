@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from persample.errors import UnsupportedModelError
+from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.base import PerSampleGradSource
 from persample.sources.contributions import without_autocast
 from persample.sources.forward_pass import ForwardPass
 from persample.sources.fused.arguments import tensors_in
 from persample.sources.fused.capture import Capture
+from persample.sources.fused.expressions import Expression
 from persample.sources.fused.following import Lost
 from persample.sources.fused.layout import Layout
 from persample.sources.fused.opened import opened
@@ -63,7 +64,15 @@ class FusedRecorder(Recorder):
                 recorder.reach(forward_pass)
                 super().receive(expression, contribution)
 
-        self.capture = Capture(self.recorded.parameters, size, Watched(size))
+        class OutsideToo(Capture):
+            def mixed(
+                self, result: Tensor, where: Lost, expressions: Sequence[Expression], refusal: PersampleError
+            ) -> Tensor:
+                if recorder.current is None:
+                    refusal = UnsupportedModelError(used_outside(expressions[0].names[0]))
+                return super().mixed(result, where, expressions, refusal)
+
+        self.capture = OutsideToo(self.recorded.parameters, size, Watched(size))
         self.capture.follow(forward_pass.batch)
 
     def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
@@ -73,7 +82,14 @@ class FusedRecorder(Recorder):
     def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.capture is None:
             return func(*args, **kwargs)
-        result = self.capture.__torch_function__(func, types, args, kwargs)
+        try:
+            result = self.capture.__torch_function__(func, types, args, kwargs)
+        except UnsupportedModelError as refusal:
+            expressions = (self.capture.expression(t) for t in tensors_in((args, dict(kwargs))))
+            names = [name for expression in expressions if expression is not None for name in expression.names]
+            if names and self.current is None:
+                raise UnsupportedModelError(used_outside(names[0])) from refusal
+            raise
         for output in tensors_in((result,)):
             if output.grad_fn is not None and output.dim() > 0:
                 where = self.capture.layouts.get(output)
@@ -84,10 +100,10 @@ class FusedRecorder(Recorder):
     def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
         self._refuse_mixing(losses)
         self.refuse_unseparable(losses, self.source)
-        if self.passes and self.passes[-1].batch.size == 1:
-            with torch._C.DisableTorchFunction():
-                for loss in losses:
-                    refuse_uses_past_outputs(loss, self.passes[-1].edges.values(), self.recorded.parameters)
+        with torch._C.DisableTorchFunction():
+            edges = [edge for p in self.passes[-1:] for edge in p.edges.values()]
+            for loss in losses:
+                refuse_uses_past_outputs(loss, edges, self.recorded.parameters)
         return self._during_backward()
 
     def run_backward(self, *args: Any, **kwargs: Any) -> None:
@@ -135,7 +151,7 @@ class FusedRecorder(Recorder):
             if self._finishing:
                 raise inner_backward_pass(name)
             if self.in_backward and self.capture is not None:
-                raise UnsupportedModelError(used_outside(name))
+                raise UnsupportedModelError(unseen_use(name))
 
         return refuse
 

@@ -1,0 +1,182 @@
+"""What the user makes of `p.grad` between `backward()` and `step()`: clips it, masks it, adds noise or penalties.
+
+With c what the loss of one sample weighs in the loss of a backward pass, all passes over N samples together leave
+Σ_i c g_i = c N ĝ in `p.grad`. So if the user makes G of it, the step takes G / (c N) for ĝ. The mean squares of the
+gradients, which are not in `p.grad`, stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from persample.dtypes import at_least_float32
+from persample.errors import UsageError
+from persample.moments import Moments
+from persample.sources.p_grad import copied, gradients_in, is_changed
+from persample.sources.recording import Recorded
+from persample.vogn.observed import Observations, Observed
+from persample.warn import warn
+
+# How far the recorded sums may be from what is in p.grad, in units of rounding of its largest entry: both were added up
+# in other orders, and over whatever the batch and its positions are.
+_ROUNDINGS = 4096
+
+
+class UnusedGradientWarning(UserWarning):
+    """`p.grad` holds a gradient that the step will not use."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What recorded passes left in `p.grad`.
+
+    Attributes:
+        gradients: by name, as far as there was one.
+        weight: c, without the scale; None if it was not the same in all passes.
+        scale: of the gradient scaler, 1 without one.
+    """
+
+    gradients: Mapping[str, Tensor]
+    weight: float | None
+    scale: float
+
+    @staticmethod
+    def by(recorded: Recorded, scale: float, earlier: Left | None) -> Left:
+        """Return what the passes in `recorded` left, after those that left `earlier`."""
+        weights = {1.0 if recorded.reduction == "sum" else 1.0 / sums.size for sums in recorded.sums}
+        if earlier is not None:
+            weights.add(earlier.weight if earlier.scale == scale and earlier.weight is not None else 0.0)
+        weight = weights.pop() if len(weights) == 1 else None
+        return Left(recorded.left, weight or None, scale)
+
+    def unscaled(self) -> Left:
+        """Return the same after a gradient scaler has divided by its scale."""
+        gradients = {name: g * (1 / self.scale) for name, g in self.gradients.items()}
+        return replace(self, gradients=gradients, scale=1.0)
+
+
+def with_changes(
+    observations: Observations, left: Left, parameters: Mapping[str, Tensor], *, unscaled: bool, final: bool
+) -> tuple[Observations, Left]:
+    """Return what was observed with the gradients that are in `p.grad` by now, and what is there.
+
+    Args:
+        observations: what the passes gave.
+        left: what they left in `p.grad`.
+        parameters: those that are trained, by name.
+        unscaled: whether a gradient scaler has divided by its scale.
+        final: whether `p.grad` must be there still.
+
+    Raises:
+        UsageError: something was changed, and what it means for the step cannot be told; or all is gone.
+    """
+    present = gradients_in(parameters)
+    if unscaled or (left.scale != 1 and not is_changed(present, left.unscaled().gradients)):
+        left = left.unscaled()
+    changed = is_changed(present, left.gradients)
+    if final and (changed or len(present) < len(left.gradients)):
+        _refuse_emptied(present, left)
+    if not changed:
+        return observations, left
+    if left.scale != 1:
+        raise UsageError(
+            "p.grad was changed while it was still multiplied by the scale of the gradient scaler: call "
+            "scaler.unscale_(optimizer) first, and step by scaler.step(optimizer)."
+        )
+    if len(observations.parts) != 1 or not _is_made_of(left, observations.parts[0].moments):
+        raise UsageError(
+            "p.grad was changed after the backward pass, but it is not just the gradient of what was observed since "
+            "the last step (it was not empty before, or the batches have other sizes, or several draws or observe() "
+            "took part), so nobody can tell what the step should be. Call optimizer.zero_grad() after each step, and "
+            "change p.grad in each block, after its backward pass; or clip by max_grad_norm."
+        )
+    part = observations.parts[0]
+    assert left.weight is not None
+    divisor = left.weight * part.moments.batch_size
+    mean = {
+        name: at_least_float32(present[name]) / divisor if name in present else value
+        for name, value in part.moments.mean.items()
+    }
+    new = Observed(replace(part.moments, mean=mean), part.noise)
+    return replace(observations, parts=[new]), replace(left, gradients=dict(left.gradients) | copied(present))
+
+
+def _refuse_emptied(present: Mapping[str, Tensor], left: Left) -> None:
+    """Raise if all gradients that passes left are gone, or zero.
+
+    Raises:
+        UsageError: they are.
+    """
+    if not any(bool(g.any()) for g in present.values()) and any(bool(g.any()) for g in left.gradients.values()):
+        raise UsageError(
+            "p.grad was emptied between the backward pass and the step, by model.zero_grad() or so: call it after "
+            "step(), or before backward()."
+        )
+
+
+def warn_of_unused(parameters: Mapping[str, Tensor], used: Mapping[str, Tensor]) -> bool:
+    """Warn if `p.grad` holds what no recorded pass gave, and return whether it does.
+
+    Args:
+        parameters: those that are trained, by name.
+        used: what was in `p.grad` at the last step, which may be there still.
+    """
+    present = gradients_in(parameters)
+    if not any(bool(g.any()) for g in present.values()) or not is_changed(present, used):
+        return False
+    warn(
+        "p.grad holds gradients that no pass inside sampled_params(train=True) gave, and the step will not use them: "
+        "observe() does not read p.grad, and a block begins anew. The gradient of a penalty is added after such a "
+        "block, before step(); optimizer.zero_grad() empties p.grad.",
+        UnusedGradientWarning,
+    )
+    return True
+
+
+def without_dropped(
+    observations: Observations, left: Left, parameters: Mapping[str, Tensor], *, several_processes: bool
+) -> Observations:
+    """Return the observations without the parameters whose `p.grad` was set to None: they are not updated.
+
+    Raises:
+        UsageError: there are such in one of several processes.
+    """
+    dropped = {name for name in left.gradients if name in parameters and parameters[name].grad is None}
+    if not dropped:
+        return observations
+    if several_processes:
+        raise UsageError(
+            f"p.grad of {min(dropped)!r} was set to None, but other processes may have one: freeze the parameter, or "
+            "set its p.grad to zero."
+        )
+
+    def rest(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in values.items() if name not in dropped}
+
+    return replace(
+        observations,
+        parts=[
+            Observed(Moments(p.moments.losses, rest(p.moments.mean), rest(p.moments.second_moment)), p.noise)
+            for p in observations.parts
+        ],
+    )
+
+
+def _is_made_of(left: Left, moments: Moments) -> bool:
+    """Whether c N ĝ is what was left."""
+    if left.weight is None:
+        return False
+    factor = left.weight * moments.batch_size * left.scale
+    for name, mean in moments.mean.items():
+        gradient = left.gradients.get(name)
+        due = mean * factor
+        found = torch.zeros_like(due) if gradient is None else gradient.to(due)
+        dtype = due.dtype if gradient is None else gradient.dtype
+        largest = max(due.abs().max().item(), found.abs().max().item()) if due.numel() else 0.0
+        if due.numel() and (due - found).abs().max().item() > _ROUNDINGS * torch.finfo(dtype).eps * largest:
+            return False
+    return True
