@@ -100,6 +100,9 @@ ALONG: Mapping[Any, tuple[int, Any]] = _by_name(
     }
 )
 
+#: Those of them that indices alone may give an entry for each sample.
+BY_INDICES = functions("gather scatter scatter_add scatter_reduce take_along_dim")
+
 #: Operations on some trailing dimensions of the first operand: how many, or which argument names them.
 LEADING: Mapping[Any, Any] = _by_name(
     {
@@ -134,8 +137,13 @@ MOVES: Mapping[Any, tuple[int | str, ...]] = _by_name(
 )
 
 
-#: Operations of which the values of indices say whose the entries of the result are.
-VALUES_MATTER = frozenset((*MOVES, *ALONG, *functions("index_add index_reduce put embedding_bag segment_reduce")))
+#: Operations of which the values of samples may say whose the entries of the result are.
+VALUES_MATTER = frozenset(
+    (*MOVES, *ALONG, *functions("index_add index_reduce put embedding_bag segment_reduce bincount where masked_fill"))
+)
+
+#: Operations of which the values of real numbers say where entries come from.
+POSITIONS = functions("grid_sample grid_sampler")
 
 #: Operations that give their first operand another shape or other contents.
 RESHAPES_IN_PLACE = functions("transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_") | {
@@ -148,36 +156,6 @@ def index_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     places = MOVES[func]
     found = [args[place] for place in places if isinstance(place, int) and place < len(args)]
     return found + [kwargs[place] for place in places if isinstance(place, str) and place in kwargs]
-
-
-def looked_up_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
-    """Return how many dimensions of a result stand before those of the indices, and the indices.
-
-    No indices where it is no lookup in whole dimensions, one beside the other.
-    """
-    if func in _LOOKUPS:
-        position, whole = _LOOKUPS[func]
-        index = kwargs.get("index", args[position] if position < len(args) else None)
-        dim = kwargs.get("dim", args[1] if position == 2 and len(args) > 1 else 0)
-        return (0 if whole else dim % args[0].dim()), [index] if isinstance(index, Tensor) else []
-    if func is not Tensor.__getitem__:
-        return 0, []
-    given = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if any(part is Ellipsis for part in given[:-1]):
-        return 0, []
-    parts = [part for part in given if part is not Ellipsis]
-    first = next((place for place, part in enumerate(parts) if isinstance(part, Tensor)), len(parts))
-    indices = [part for part in parts if isinstance(part, Tensor)]
-    others = parts[:first] + parts[first + len(indices) :]
-    together = all(isinstance(part, Tensor) for part in parts[first : first + len(indices)])
-    whole = together and all(isinstance(p, slice) and p == slice(None) for p in others)
-    return first, indices if whole else []
-
-
-#: Lookups by one tensor of indices: where it stands, and whether the result has its shape.
-_LOOKUPS: Mapping[Any, tuple[int, bool]] = _by_name(
-    {"take": (1, True), "gather": (2, True), "index_select": (2, False)}
-)
 
 
 def dims_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

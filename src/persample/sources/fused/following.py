@@ -2,19 +2,22 @@
 
 Four ways, the quickest first: what is known of the operation by its name and of where each dimension goes
 (`families`); whose the indices are, if constants are looked up; the same operation on labels, if it only moves entries;
-or a trial (`trial`). What is found is remembered for the same operation on the same shapes.
+or a trial (`trial`). What is found is remembered for the same operation on the same shapes; where it depends on the
+values of constants (indices, masks, lengths), for these values; and not at all where it depends on those of samples.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from persample.sources.fused import families
-from persample.sources.fused.arguments import tensors_in
+from persample.sources.fused.arguments import substitute, tensors_in
+from persample.sources.fused.indices import Lookup, is_mask, lookup_of, written_of
 from persample.sources.fused.layout import Layout, Write, of_rows, rows_in, without_gaps
 from persample.sources.fused.owners import NOBODY
 from persample.sources.fused.places import Place
@@ -39,8 +42,13 @@ Where = Layout | Lost | None
 
 _NO_TRACE = Lost("its results do not show what they depend on")
 
+Dependence = Literal["shapes", "constants", "samples"]
+"""What an answer depends on besides the operation: shapes and layouts alone, or also the values of these tensors."""
+
 _found: dict[Hashable, list[Where]] = {}
+_by_constants: set[Hashable] = set()  # the keys of calls whose answers depend on the values of constants, too
 _MOST_FOUND = 10_000
+_MOST_VALUES = 2**20
 
 
 class Unknown(Exception):  # noqa: N818 - no error, but the answer of one way, and the next is tried
@@ -88,13 +96,17 @@ class Call(NamedTuple):
 
 def after(call: Call) -> list[Where]:
     """Return where the samples are in the outputs of `call`, of which at least one operand has a layout."""
-    key = _key(call)
-    found = _found.get(key) if key is not None else None
+    shapes = _key(call)
+    key = (shapes, _values(call)) if shapes in _by_constants else shapes
+    found = _found.get(key)
     if found is None:
-        found, by_values = _find(call)
-        if key is not None and not by_values:
+        found, dependence = _find(call)
+        if shapes is not None and dependence != "samples":
             if len(_found) >= _MOST_FOUND:
                 _found.clear()
+            if dependence == "constants":
+                _by_constants.add(shapes)
+                key = (shapes, _values(call))
             _found[key] = found
     return found
 
@@ -104,24 +116,46 @@ def outputs_of(func: Any, args: tuple[Any, ...], result: Any) -> list[Tensor]:
     return [args[0]] if func is Tensor.__setitem__ else tensors_in(result)
 
 
-def _find(call: Call) -> tuple[list[Where], bool]:
-    """Return where the samples are in the outputs, and whether that depends on values, not on shapes alone."""
+def _find(call: Call) -> tuple[list[Where], Dependence]:
+    """Return where the samples are in the outputs, and what that depends on."""
     try:
-        return _by_family(call), False
+        return _by_family(call), "shapes"
     except Unknown:
         pass
-    try:
-        return _by_indices(call), False
-    except Unknown:
-        pass
-    try:
-        return _by_labels(call)
-    except Unknown:
-        pass
-    try:
-        return _by_nan(call), call.func in families.VALUES_MATTER
-    except Unknown:
-        return [_NO_TRACE for _ in call.shapes()], True
+    for way in (_by_indices, _by_places, _by_labels, _by_nan):
+        try:
+            return way(call), _dependence(call, way)
+        except Unknown:
+            pass
+    return [_NO_TRACE for _ in call.shapes()], "samples"
+
+
+def _dependence(call: Call, way: Callable[[Call], list[Where]]) -> Dependence:
+    """Return what an answer found in this way depends on."""
+    deciding = _deciding(call, way)
+    constants = [t for t in deciding if id(t) not in call.samples]
+    if way is _by_nan:
+        by_samples = call.func in families.VALUES_MATTER
+    else:
+        by_samples = len(constants) < len(deciding)
+    too_many = sum(t.numel() for t in constants) > _MOST_VALUES
+    if by_samples or too_many or any(t.layout is not torch.strided for t in constants):
+        return "samples"
+    return "constants" if constants else "shapes"
+
+
+def _deciding(call: Call, way: Callable[[Call], list[Where]]) -> list[Tensor]:
+    """Return the operands whose values may say which entries go where."""
+    operands = tensors_in((call.args, dict(call.kwargs)))
+    if way in (_by_labels, _by_places):
+        return tensors_in(families.index_arguments(call.func, call.args, call.kwargs))
+    return [t for t in operands if (is_mask(t) if way is _by_indices else _may_decide(call, t))]
+
+
+def _may_decide(call: Call, tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, a mask or positions, or has entries that are left out."""
+    real = tensor.is_floating_point() or tensor.is_complex()
+    return not real or tensor.layout is not torch.strided or call.func in families.POSITIONS
 
 
 # By family.
@@ -136,7 +170,7 @@ def _by_family(call: Call) -> list[Where]:
     if func in families.JOINING:
         return _agreed(call, operands, _joined(call))
     first = call.args[0] if call.args else None
-    if not isinstance(first, Tensor) or id(first) not in call.samples:
+    if not isinstance(first, Tensor) or (id(first) not in call.samples and func not in families.BY_INDICES):
         raise Unknown
     if func in families.LEADING and len(operands) == 1:
         return _agreed(call, operands, _leading(call))
@@ -232,24 +266,69 @@ def _joined(call: Call) -> DimAfter:
 
 def _by_indices(call: Call) -> list[Where]:
     """Constants are looked up by the numbers of samples: an entry of the result belongs to whom its index belongs."""
-    if not call.args or call.func not in families.MOVES or id(call.args[0]) in call.samples:
+    lookup = _read(lookup_of, call)
+    if id(call.args[0]) in call.samples:
         raise Unknown
-    first, indices = families.looked_up_by(call.func, call.args, call.kwargs)
-    if not any(id(index) in call.samples for index in indices) or any(i.dtype == torch.bool for i in indices):
-        raise Unknown
-    place = torch.broadcast_shapes(*(index.shape for index in indices))
-    owner = torch.full(place, NOBODY, device=indices[0].device)
-    for index in indices:
-        if id(index) in call.samples:
-            own = call.samples[id(index)].labels(index.shape, owner.device).expand(place)
-            owner = torch.where((owner == NOBODY) | (owner == own), own, torch.where(own == NOBODY, owner, SEVERAL))
+    owner = _owner_of_numbers(call, lookup.tensors.values())
     (shape,) = call.shapes()
-    behind = len(shape) - first - len(place)
-    return [_where(call, owner.view([1] * first + list(place) + [1] * behind).expand(shape))]
+    behind = len(shape) - lookup.before - owner.dim()
+    return [_where(call, owner.view([1] * lookup.before + list(owner.shape) + [1] * behind).expand(shape))]
 
 
-def _by_labels(call: Call) -> tuple[list[Where], bool]:
-    if call.func not in families.MOVES:
+def _by_places(call: Call) -> list[Where]:
+    """Constants are written where samples say: an entry belongs to whom the index belongs that says so."""
+    lookup = _read(written_of, call)
+    index = families.index_arguments(call.func, call.args, call.kwargs)[0]
+    content = {id(t) for t in call.operands()} - {id(t) for t in tensors_in(index)}
+    if content:
+        raise Unknown
+    numbers = list(lookup.tensors.values())
+    if len(numbers) == 1 and is_mask(numbers[0]):  # what it hides belongs to its samples, too
+        shown = torch.ones_like(numbers[0])
+        owner = call.samples[id(numbers[0])].labels(shown.shape, shown.device).reshape(-1)
+        index = substitute(index, {id(numbers[0]): shown})
+    else:
+        owner = _owner_of_numbers(call, numbers)
+    labels = torch.full(call.args[0].shape, NOBODY, device=owner.device)
+    behind = labels[index].dim() - lookup.before - owner.dim()
+    labels[index] = owner.view(list(owner.shape) + [1] * behind)
+    return [_where(call, labels, nobody=None)]
+
+
+def _read(reading: Callable[..., Lookup | None], call: Call) -> Lookup:
+    try:
+        lookup = reading(call.func, call.args, call.kwargs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise Unknown from error
+    if lookup is None:
+        raise Unknown
+    return lookup
+
+
+def _owner_of_numbers(call: Call, numbers: Iterable[Tensor]) -> Tensor:
+    """Return whose the numbers and masks are that stand in brackets, broadcast to each other.
+
+    Raises:
+        Unknown: none is of a sample.
+    """
+    owners = []
+    for given in numbers:
+        layout = call.samples.get(id(given))
+        if layout is None:
+            owner = torch.full((), NOBODY, device=given.device).expand(given.shape)
+        else:
+            owner = layout.labels(given.shape, given.device)
+        owners.append(owner[given.bool()] if is_mask(given) else owner)
+    if all(id(given) not in call.samples for given in numbers):
+        raise Unknown
+    owner, *others = torch.broadcast_tensors(*owners)
+    for other in others:
+        owner = torch.where((owner == NOBODY) | (owner == other), other, torch.where(other == NOBODY, owner, SEVERAL))
+    return owner
+
+
+def _by_labels(call: Call) -> list[Where]:
+    if call.func not in families.MOVES or _adds(call):
         raise Unknown
     indices = {id(t) for t in tensors_in(families.index_arguments(call.func, call.args, call.kwargs))}
     labels = _labels(call, marked, leave=indices)
@@ -262,9 +341,12 @@ def _by_labels(call: Call) -> tuple[list[Where], bool]:
             results = moved(call.run, (call.args, dict(call.kwargs)), labels, indices)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise Unknown from error
-    where = [_where(call, result, lambda rows: unmarked(rows, call.batch), nobody=None) for result in results]
-    operands = tensors_in((call.args, dict(call.kwargs)))
-    return where, any(not t.is_floating_point() and id(t) not in labels for t in operands)
+    return [_where(call, result, lambda rows: unmarked(rows, call.batch), nobody=None) for result in results]
+
+
+def _adds(call: Call) -> bool:
+    """Whether entries are added to others, not put in their place."""
+    return bool(call.kwargs.get("accumulate", call.kwargs.get("reduce"))) or any(item is True for item in call.args[3:])
 
 
 def _by_nan(call: Call) -> list[Where]:
@@ -312,10 +394,10 @@ def _places(call: Call) -> Iterable[Place]:
 
 
 def _key(call: Call) -> Hashable | None:
-    """What the answer depends on, but for values; None where whose single rows are matters."""
+    """What the answer depends on, but for the values of tensors; None where whose single rows are matters."""
     if any(layout.owners is not None for layout in call.samples.values()):
         return None
-    key: list[Any] = [call.func, call.batch]
+    key: list[Any] = [call.func, call.batch, call.outputs and tuple([output.shape for output in call.outputs])]
     try:
         _describe(call.args, call.samples, key)
         if call.kwargs:
@@ -332,7 +414,9 @@ def _describe(items: Iterable[Any], samples: Mapping[int, Layout], key: list[Any
     """Append what is to be known of `items` to `key`; the numbers of items say how they are nested."""
     for item in items:
         if isinstance(item, Tensor):
-            key += (item.shape, item.dtype, samples.get(id(item)))
+            key += (item.shape, item.dtype, item.device, samples.get(id(item)))
+            if item.numel() == 1 and _is_number(item) and id(item) not in samples:
+                key.append(item.item())  # PyTorch takes it for a number, such as the width of a padding
         elif isinstance(item, _SEQUENCES):
             key += (_SEQUENCES, len(item))
             _describe(item, samples, key)
@@ -346,6 +430,19 @@ def _describe(items: Iterable[Any], samples: Mapping[int, Layout], key: list[Any
             key += (slice, *ends)
         else:
             key += (type(item), item)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _values(call: Call) -> bytes:
+    """Return a fingerprint of the values of those constants that may decide which entries go where."""
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors_in((call.args, dict(call.kwargs))):
+        if id(tensor) not in call.samples and _may_decide(call, tensor):
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.digest()
 
 
 _SEQUENCES = (tuple, list)

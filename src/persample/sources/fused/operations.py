@@ -19,7 +19,7 @@ from persample.sources.fused.rules.fallback import fallback as fallback
 from persample.sources.fused.rules.grouped import grouped_mm
 from persample.sources.fused.rules.in_groups import in_groups
 from persample.sources.fused.rules.in_order import in_order
-from persample.sources.fused.rules.in_place import change_samples, fill, written_into
+from persample.sources.fused.rules.in_place import change_samples, fill, index_put, written_into
 from persample.sources.fused.rules.linear import linear, matmul
 from persample.sources.fused.rules.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from persample.sources.fused.rules.pooling import max_pool2d
@@ -76,7 +76,7 @@ RULES: Mapping[Any, Rule] = {
             "prelu": rewritten.prelu,
             "linear_cross_entropy": rewritten.linear_cross_entropy,
             "masked_fill": rewritten.masked_fill,
-            "index_put": rewritten.index_put,
+            "index_put": index_put,
             "index_select": rewritten.index_select,
             "gather": rewritten.gather,
             "take": rewritten.take,

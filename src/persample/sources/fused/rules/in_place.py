@@ -103,11 +103,24 @@ def fill(capture: Capture, x: Tensor, value: Tensor) -> Any:
 
 def written_into(capture: Capture, x: Tensor, index: Any, value: Tensor) -> None:
     """`x[index] = parameter`."""
+    capture.again(Tensor.__setitem__, (x, index, _for_places(capture, x, index, value)), {}, {})
+
+
+def index_put(capture: Capture, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+    """A copy of x into which the parameter is written, or to which it is added."""
+    if capture.expression(input) is not None:
+        return capture.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
+    copies = _for_places(capture, input, tuple(indices), values)
+    return capture.again(torch.index_put, (input, indices, copies), {"accumulate": accumulate}, {})
+
+
+def _for_places(capture: Capture, x: Tensor, index: Any, value: Tensor) -> Tensor:
+    """Return `value`, which is made of parameters, with an entry for each sample that `x[index]` has entries of."""
     shape = x.detach()[index].shape
-    where = after(Call(Tensor.__getitem__, (x, index), {}, capture.samples_in((x,), {}), capture.batch_size))[0]
+    samples = capture.samples_in((x, index), {})
+    where = after(Call(Tensor.__getitem__, (x, index), {}, samples, capture.batch_size))[0]
     layout = capture.known(where, "__setitem__", shape)
-    copies = copied(capture, value, len(shape), layout, place_in(layout, shape))
-    capture.again(Tensor.__setitem__, (x, index, copies), {}, {})
+    return copied(capture, value, len(shape), layout, place_in(layout, shape))
 
 
 def _require_own_memory(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persample.sources.fused.indices import is_mask, read, selecting
 from persample.sources.fused.opened import opened
 from persample.sources.fused.rules.copies import batched
 
@@ -70,39 +71,33 @@ def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
 
 def looked_up(capture: Capture, table: Tensor, index: Any) -> Any:
     """`parameter[:, i, j]`, with indices of samples, is an embedding by the number i · size + j."""
-    parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
-    first = next((place for place, part in enumerate(parts) if isinstance(part, Tensor)), len(parts))
-    indices = [part for part in parts[first:] if isinstance(part, Tensor) and not part.is_floating_point()]
-    others = [part for part in parts if not isinstance(part, Tensor)]
-    together = parts[first : first + len(indices)] == indices or len(indices) == 1
-    if (
-        capture.expression(table) is None
-        or not indices
-        or any(i.dtype == torch.bool for i in indices)
-        or any(part != slice(None) for part in others)
-        or not all(parts[first + n] is i for n, i in enumerate(indices))
-        or not together
-    ):
+    if capture.expression(table) is None:
         return capture.fall_back(Tensor.__getitem__, (table, index), {})
     with capture:
-        moved = table.movedim(list(range(first)), list(range(len(indices), len(indices) + first)))
-        sizes, others_shape = moved.shape[: len(indices)], moved.shape[len(indices) :]
-        number = indices[0] % sizes[0]
-        for i, size in zip(indices[1:], sizes[1:], strict=True):
-            number = number * size + i % size
-        rows = F.embedding(number, moved.reshape(sizes.numel(), -1)).unflatten(-1, others_shape or (1,))
-        rows = rows if others_shape else rows.squeeze(-1)
-        return rows.movedim(list(range(number.dim(), number.dim() + first)), list(range(first)))
+        lookup = read(index, table.dim())
+        table = table[lookup.basic]
+        numbers = {d: n for dim, given in lookup.tensors.items() for d, n in enumerate(_numbers(given), dim)}
+        count, others = len(numbers), [d for d in range(table.dim()) if d not in numbers]
+        table = table.permute(*numbers, *others)
+        sizes, rest = table.shape[:count], table.shape[count:]
+        number: Any = 0
+        for n, size in zip(numbers.values(), sizes, strict=True):
+            if bool(((n < -size) | (n >= size)).any()):
+                raise IndexError("an index is out of range")
+            number = number * size + n % size
+        rows = F.embedding(number, table.reshape(sizes.numel(), -1)).unflatten(-1, rest or (1,))
+        rows = rows if rest else rows.squeeze(-1)
+        before = range(lookup.before)
+        return rows.movedim([number.dim() + d for d in before], [*before])
 
 
-def index_put(capture: Capture, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
-    """A copy of x with the parameter written into it."""
-    if accumulate or capture.expression(input) is not None:
-        return capture.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
-    with capture:
-        copy = input.clone()
-        copy[tuple(indices)] = values
-        return copy
+def _numbers(given: Tensor) -> list[Tensor]:
+    """The numbers of what a mask shows, one tensor for each of its dimensions; numbers as they are."""
+    if not is_mask(given):
+        return [given.long()]
+    mask = given.bool() if given.dim() > 0 else given.bool().unsqueeze(0)
+    places = [torch.arange(size, device=mask.device) for size in mask.shape]
+    return [place[mask] for place in torch.meshgrid(*places, indexing="ij")]
 
 
 def take(capture: Capture, input: Tensor, index: Tensor) -> Any:
@@ -115,9 +110,10 @@ def take(capture: Capture, input: Tensor, index: Tensor) -> Any:
 
 def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> Any:
     """The same by another name."""
-    if capture.expression(input) is None or dim % input.dim() != 0:
+    if capture.expression(input) is None:
         return capture.fall_back(torch.index_select, (input, dim, index), {})
-    return looked_up(capture, input, index)
+    with capture:
+        return input[selecting(dim, index, input.dim())]
 
 
 def gather(capture: Capture, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
