@@ -66,6 +66,20 @@ def test_every_form_is_exact(name: str, dtype: torch.dtype) -> None:
     assert "patches" in kinds
 
 
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 3)])
+def test_images_of_one_pixel_in_strange_strides(kernel: tuple[int, int]) -> None:
+    """Such an image is contiguous, and in channels last, too, which kernels of PyTorch stumble over."""
+    x = torch.randn(5, 2, 1, 1, dtype=torch.float64).as_strided((5, 2, 1, 1), (2, 1, 2, 2))
+    delta = F.conv2d(x, x.new_ones(16, 2, *kernel), padding=1)
+    delta = delta.to(memory_format=torch.channels_last)
+    convolution = Convolution(delta, x, Geometry((16, 2, *kernel), (1, 1), (1, 1), (1, 1), 1))
+    expected = convolution.per_sample()
+    for form, sums in forms(convolution).items():
+        total, squares = sums(convolution)
+        torch.testing.assert_close(total, expected.sum(0), msg=lambda m, f=form: f"{f}: {m}")
+        torch.testing.assert_close(squares, expected.square().sum(0))
+
+
 def test_the_shapes_meet_every_form() -> None:
     kinds = {form.split()[0] for name in CASES for form in forms(problem(name, torch.float32)[0])}
     assert kinds >= {"patches", "rows", "aligned-patches", "aligned-rows", "grouped", "single"}

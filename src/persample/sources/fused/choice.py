@@ -44,8 +44,9 @@ def deterministic_choice(deterministic: bool) -> Iterator[None]:
 def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]]], *operands: Any) -> Result:
     """Return the result of the fastest of `forms`, which all compute the same of `operands` but for rounding.
 
-    On the first call with a key every form is timed, in turns; the winner serves all later calls. A form that raises,
-    or disagrees with the first, is out.
+    On the first call with a key every form is timed, in turns; the winner serves all later calls. A form that raises
+    is out, as is one that disagrees with the first of the others. Where the winner raises later on (strides are not
+    part of the key), another one takes its place.
 
     Args:
         key: what decides which form is the fastest: shapes, dtype, device.
@@ -55,14 +56,23 @@ def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]
     deterministic = getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled()
     key = (key, "deterministic" if deterministic else torch.get_num_threads())
     chosen = _chosen.get(key)
-    if chosen is None:
-        chosen = _chosen[key] = _first(forms()) if deterministic else _fastest(forms(), operands)
-    result: Result = chosen.form(*operands)
+    if chosen is not None:
+        try:
+            result: Result = chosen.form(*operands)
+            return result
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a kernel that does not take these strides
+            pass
+    chosen = _chosen[key] = _first(forms(), operands) if deterministic else _fastest(forms(), operands)
+    result = chosen.form(*operands)
     return result
 
 
-def _first(forms: Mapping[str, Callable[..., Result]]) -> Chosen:
-    return Chosen(*next(iter(forms.items())))
+def _first(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Chosen:
+    """Return the first form that runs."""
+    name = next(_results(forms, operands))[0]
+    return Chosen(name, forms[name])
 
 
 def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Chosen:
@@ -85,18 +95,33 @@ def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[An
 
 
 def _those_that_agree(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> dict[str, Result]:
-    """Run each form once, and return the results that agree with that of the first."""
-    (first, form), *others = forms.items()
-    expected = form(*operands)
-    results = {first: expected}
-    for name, form in others:
-        try:
-            result = form(*operands)
-        except RuntimeError:  # a kernel that does not take these shapes
-            continue
-        if _agree(result, expected):
+    """Run each form once, and return the results that agree with the first of them."""
+    results: dict[str, Result] = {}
+    for name, result in _results(forms, operands):
+        if not results or _agree(result, next(iter(results.values()))):
             results[name] = result
     return results
+
+
+def _results(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Iterator[tuple[str, Result]]:
+    """Yield the results of the forms that run, by name; a kernel may not take these shapes or strides.
+
+    Raises:
+        RuntimeError: none runs.
+    """
+    failed, some_run = None, False
+    for name, form in forms.items():
+        try:
+            result = form(*operands)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            failed = failed or error
+            continue
+        some_run = True
+        yield name, result
+    if failed is not None and not some_run:
+        raise failed
 
 
 def _seconds(form: Callable[..., Result], operands: tuple[Any, ...]) -> float:
@@ -110,5 +135,6 @@ def _seconds(form: Callable[..., Result], operands: tuple[Any, ...]) -> float:
 def _agree(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     tolerance = 1e-9 if expected[0].dtype == torch.float64 else 1e-4
     return all(
-        bool((r - e).abs().max() <= tolerance * e.abs().max() + 1e-30) for r, e in zip(result, expected, strict=True)
+        e.numel() == 0 or bool((r - e).abs().max() <= tolerance * e.abs().max() + 1e-30)
+        for r, e in zip(result, expected, strict=True)
     )

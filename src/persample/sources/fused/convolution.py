@@ -289,9 +289,11 @@ def _by_groups(c: Convolution, rows: int) -> Sums:
 def _grouped(c: Convolution) -> Tensor:
     """g_i of all samples by one grouped convolution, in which the weight's values do not matter."""
     batch, weight, geometry = len(c.x), c.geometry.weight, c.geometry
+    # Through one dimension, which leaves no doubt about strides: of images of one pixel the kernels take some for
+    # channels last, and fail.
     gradient: Tensor = torch.ops.aten.convolution_backward.default(
-        c.delta.reshape(1, -1, *c.delta.shape[2:]),
-        c.x.reshape(1, -1, *c.x.shape[2:]),
+        c.delta.reshape(-1).view(1, -1, *c.delta.shape[2:]),
+        c.x.reshape(-1).view(1, -1, *c.x.shape[2:]),
         c.x.new_empty(batch * weight[0], *weight[1:]),
         None,
         geometry.stride,
