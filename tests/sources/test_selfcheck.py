@@ -211,7 +211,10 @@ def test_first_means_the_first_and_always_means_always(model: nn.Module, batch: 
         source.per_sample(*batch)
 
 
-@pytest.mark.parametrize("change", ["mode", "frozen", "kind of inputs", "method", "a batch of one came first"])
+CHANGES = ["mode", "frozen", "kind of inputs", "method", "a batch of one came first", "autocast", "parameter"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_first_is_asked_again_when_something_is_new(change: str, model: nn.Module, batch: Any) -> None:
     source = persample.make_source("WrongLater", model, losses.cross_entropy)
     inputs, targets = batch
@@ -226,9 +229,11 @@ def test_first_is_asked_again_when_something_is_new(change: str, model: nn.Modul
     if change == "kind of inputs":
         inputs, targets = inputs.unsqueeze(1).expand(-1, 2, -1), torch.zeros(5, 2, 2).double()
         source.loss_fn = losses.gaussian
+    if change == "parameter":
+        model[0].bias = nn.Parameter(model[0].bias.detach().clone())
     if change == "method":
         source.compute_moments = lambda batch: persample.PerSampleGradSource.compute_moments(source, batch)
-    with pytest.raises(DisagreementError):
+    with pytest.raises(DisagreementError), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         (source.moments if change == "method" else source.per_sample)(inputs, targets)
 
 

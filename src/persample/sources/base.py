@@ -312,12 +312,13 @@ class PerSampleGradSource(ABC):
         return result
 
     def _kind(self, batch: Batch, method: str) -> tuple[Any, ...]:
-        """What must change for `check="first"` to check once more: mode, modules, hooks, parameters, kind of batch."""
+        """What must change for `check="first"` to check once more: modes, modules, hooks, parameters, kind of batch."""
         modules = modules_of(self.model)
         return (
             method,
-            tuple([(id(module), module.training, _hooks(module)) for module in modules]),
+            tuple([(id(module), type(module), module.training, _hooks(module)) for module in modules]),
             tuple([_state(name, p) for m in modules for name, p in m._parameters.items() if p is not None]),
+            *[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
             batch.kind(),
         )
 
@@ -330,8 +331,10 @@ _Compute = Callable[[PerSampleGradSource, Batch], Any]
 _one_at_a_time = Lock()
 
 
-def _state(name: str, parameter: nn.Parameter) -> tuple[str, bool, int]:
-    return name, parameter.requires_grad, len(parameter._backward_hooks or ())
+def _state(name: str, parameter: nn.Parameter) -> tuple[Any, ...]:
+    # By identity, because a parameter may come to be that of two modules.
+    hooks = len(parameter._backward_hooks or ())
+    return name, id(parameter), parameter.dtype, parameter.device, parameter.requires_grad, hooks
 
 
 def _hooks(module: nn.Module) -> int:

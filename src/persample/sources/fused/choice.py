@@ -58,25 +58,20 @@ def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]
     chosen = _chosen.get(key)
     if chosen is not None:
         try:
-            result: Result = chosen.form(*operands)
-            return result
+            earlier: Result = chosen.form(*operands)
+            return earlier
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # a kernel that does not take these strides
             pass
-    chosen = _chosen[key] = _first(forms(), operands) if deterministic else _fastest(forms(), operands)
-    result = chosen.form(*operands)
+    candidates = forms()
+    name, result = next(_results(candidates, operands)) if deterministic else _fastest(candidates, operands)
+    _chosen[key] = Chosen(name, candidates[name])
     return result
 
 
-def _first(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Chosen:
-    """Return the first form that runs."""
-    name = next(_results(forms, operands))[0]
-    return Chosen(name, forms[name])
-
-
-def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Chosen:
-    """Time all forms, in turns, and return the fastest."""
+def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> tuple[str, Result]:
+    """Time all forms, in turns, and return the name of the fastest, and its result."""
     with _lock.held():
         results = _those_that_agree(candidates, operands)
         seconds = dict.fromkeys(results, 0.0)
@@ -91,7 +86,7 @@ def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[An
         first, winner = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
         if seconds[first] <= 1.05 * seconds[winner]:
             winner = first
-    return Chosen(winner, candidates[winner])
+    return winner, results[winner]
 
 
 def _those_that_agree(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> dict[str, Result]:
