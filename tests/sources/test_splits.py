@@ -209,6 +209,24 @@ def sets(lengths: tuple[int, ...] = (5, 2, 3, 1), wrap: Wrap = as_it_is) -> Situ
     )
 
 
+def sums_of_sets() -> Situation:
+    """A number of a whole set enters a layer; nobody but its sample is in it."""
+
+    def forward(model: Any, sets: list[Tensor]) -> Tensor:
+        numbers = [torch.stack([entry.square().sum(), entry.max(), entry.norm() / len(entry)]) for entry in sets]
+        return torch.stack([model.inner(three).tanh() for three in numbers])
+
+    entries, y = [normal(n, 3) for n in (5, 2, 3, 1)], labels()
+    return Situation(
+        Net(forward, inner=nn.Linear(3, 4)),
+        losses.cross_entropy,
+        (entries,),
+        y,
+        lambda i: ((entries[i : i + 1],), y[i : i + 1]),
+        frozenset({"loop", "fused"}),
+    )
+
+
 def images(wrap: Wrap = as_it_is) -> Situation:
     entries, y = [normal(3, 2) for _ in range(SIZE)], labels()
     model = Net(lambda model, images: model.inner(torch.stack(images).flatten(1)), inner=nn.Linear(6, 4))
@@ -374,6 +392,7 @@ SITUATIONS: dict[str, Callable[[], Situation]] = {
     "sets of one length": lambda: sets((3, 3, 3, 3)),
     "sets as large as the batch, said": lambda: sets((4, 4, 4, 4), one_per_sample),
     "sets of one length, said": lambda: sets((3, 3, 3, 3), one_per_sample),
+    "sums of sets": sums_of_sets,
     "images": images,
     "images, said": lambda: images(one_per_sample),
     "detection": detection,

@@ -19,7 +19,7 @@ from persample.sources.fused import families
 from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.indices import Lookup, is_mask, lookup_of, written_of
 from persample.sources.fused.layout import Layout, Write, of_rows, rows_in, without_gaps
-from persample.sources.fused.owners import NOBODY
+from persample.sources.fused.owners import NOBODY, Owners
 from persample.sources.fused.places import Place
 from persample.sources.fused.trial import ALL, SEVERAL, Arguments, marked, moved, on_copies, touched, unmarked
 
@@ -163,6 +163,9 @@ def _may_decide(call: Call, tensor: Tensor) -> bool:
 
 def _by_family(call: Call) -> list[Where]:
     func, operands = call.func, call.operands()
+    owner = _only_owner(call)
+    if owner is not None and func not in families.MOVES and any(func in kind for kind in _OF_ALL_ENTRIES):
+        return [Layout(1, call.batch, shape.numel(), owner) for shape in call.shapes()]
     if func in families.POINTWISE or func in families.COMPARISONS:
         return _agreed(call, operands, aligned)
     if func in families.PRODUCTS:
@@ -180,6 +183,19 @@ def _by_family(call: Call) -> list[Where]:
         # Indices of one dimension hold no entry for each sample.
         return _agreed(call, [t for t in operands if t.dim() == first.dim()], _along(call))
     raise Unknown
+
+
+# What these make of one sample alone belongs to it, each entry.
+_OF_ALL_ENTRIES = (families.POINTWISE, families.COMPARISONS, families.PRODUCTS, families.LEADING, families.ALONG)
+
+
+def _only_owner(call: Call) -> Owners | None:
+    """Return to whom all operands that hold samples belong as a whole, if that is one sample."""
+    owners = [layout.owners for layout in call.samples.values()]
+    first = owners[0]
+    if first is None or any(owner is None or not torch.equal(owner.one, first.one) for owner in owners):
+        return None
+    return first if len(first.one) == 1 else None
 
 
 DimAfter = Callable[[Tensor, int, int], int]

@@ -28,6 +28,11 @@ class Owners:
         return not bool((self.labels == NOBODY).any())
 
     @cached_property
+    def one(self) -> Tensor:
+        """The samples that have rows, each once."""
+        return self.labels if len(self.labels) == 1 else self.labels.unique()
+
+    @cached_property
     def most(self) -> int:
         """K, the largest number of rows that a sample has."""
         return int(self.labels.bincount(minlength=self.batch).max())
