@@ -169,6 +169,16 @@ def test_benchmarks(persample) -> None:
     assert "hooks" in out
 
 
+def test_machineries_of_a_backend_by_names_of_their_own(persample) -> None:
+    pytest.importorskip("opacus")
+    names = ["opacus (rules)", "opacus"]
+    code, out, _ = persample("crosscheck", "--batch-size", "2", *(x for name in names for x in ("--backend", name)))
+
+    assert code == 0
+    assert out.count("agrees") == 2
+    assert out.index("opacus (rules)") < out.index("opacus (module)"), "the machinery that ran behind the plain name"
+
+
 def test_lists_the_backends(persample) -> None:
     code, out, _ = persample("backends")
 

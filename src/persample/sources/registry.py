@@ -125,15 +125,6 @@ def name_with(backend: str, ran: str | None) -> str:
     return f"{backend} ({ran})" if ran is not None and _find(backend)[1] is None else backend
 
 
-def find_backend(name: str) -> Backend:
-    """Return the backend that `make_source` takes for `name`.
-
-    Raises:
-        UnknownBackendError: there is none.
-    """
-    return _with_problem(_find(name)[0])
-
-
 def backends() -> dict[str, Backend]:
     """Return every backend that exists, by name; `.available` says whether it can be used here."""
     return {name: _with_problem(backend) for name, backend in _all().items()}
