@@ -416,6 +416,25 @@ def test_copied_pickled_and_loaded_it_goes_on_with_what_was_recorded(rule: Any, 
         assert_same(other, optimizer)
 
 
+@pytest.mark.parametrize(("rule", "backend"), RULES)
+def test_hooks_that_run_after_the_gradient_was_accumulated(rule: Any, backend: str, batch: Batch) -> None:
+    """They are called by all backends, and what they make of p.grad counts."""
+    optimizer, called = make(rule, backend), []
+
+    def halve(p: Tensor) -> None:
+        called.append(p)
+        p.grad.mul_(0.5)
+
+    handles = [p.register_post_accumulate_grad_hook(halve) for p in optimizer.model.parameters()]
+    with optimizer.sampled_params(train=True):
+        loss_of(optimizer, batch).backward()
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    assert len(called) == 4
+    assert_same(optimizer, given(rule, backend, batch, replace))
+
+
 def test_frozen_and_left_out_parameters_are_passed_over(batch: Batch) -> None:
     model = network()
     optimizer = make(model=model, params=model[2].parameters())

@@ -110,6 +110,15 @@ class TestParametersOfTheLoss:
             optimizer.observe(*batch)
         assert module.log_weight.grad is None
 
+    @pytest.mark.parametrize("backend", RECORDING)
+    def test_are_said_to_be_untrained_without_a_self_check(self, backend: str, batch: Batch) -> None:
+        if problem := backends()[backend].problem:
+            pytest.skip(problem)
+        module, options = Weighted(), {"check": "never"}
+        optimizer = VOGN(network(), module, data_size=100, backend=backend, backend_options=options)
+        with pytest.warns(UntrainedLossWarning, match="'log_weight'"):
+            optimizer.observe(*batch)
+
     @pytest.mark.parametrize(("rule", "backend"), RULES_AND_BACKENDS)
     def test_constants_and_the_models_own_are_not_spoken_of(self, rule: Any, backend: str, batch: Batch) -> None:
         frozen = Weighted().requires_grad_(False)

@@ -164,6 +164,39 @@ def test_what_was_refused_goes_on_once_it_is_as_before(batch: Batch) -> None:
     by_observing(optimizer, *batch)
 
 
+class TestGroupsChangedByHand:
+    """The replaced layer's parameters put into the place of the old ones, as is done with other optimizers."""
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_new_ones_begin_anew(self, rule: Any, batch: Batch) -> None:
+        optimizer = make(rule)
+        by_observing(optimizer, *batch)
+        new_head(optimizer.model)
+        group, head = optimizer.param_groups[0], optimizer.model[2]
+        group["params"][2:] = [head.weight, head.bias]
+        before = head.weight.detach().clone()
+        by_observing(optimizer, *batch)
+        assert not torch.equal(head.weight, before)
+        assert [optimizer.state[p]["step"] for p in optimizer.model.parameters()] == [2, 2, 1, 1]
+        again = make(rule)
+        again.load_state_dict(optimizer.state_dict())
+
+    @pytest.mark.parametrize("call", CALLS)
+    def test_others_are_refused(self, call: str, batch: Batch) -> None:
+        optimizer = make()
+        optimizer.observe(*batch)
+        optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
+        with pytest.raises(UsageError, match=r"shape \(2,\) was added to a group by hand"):
+            CALLS[call](optimizer, *batch)
+
+    def test_priors_for_each_weight_must_be_changed_too(self, batch: Batch) -> None:
+        model = network()
+        optimizer = make(model=model, prior_mean={name: torch.zeros_like(p) for name, p in model.named_parameters()})
+        optimizer.param_groups[0]["params"].pop()
+        with pytest.raises(UsageError, match="a tensor for each of them"):
+            optimizer.observe(*batch)
+
+
 class TestFollowed:
     @pytest.mark.parametrize("rule", RULES)
     def test_moves_and_casts(self, rule: Any, batch: Batch) -> None:

@@ -59,17 +59,30 @@ def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerS
 
     def watched(outputs: Any, targets: Any) -> Tensor:
         losses = per_sample(outputs, targets)
-        followed = _len_torch_function_stack() > 0  # then tensors without a name of a parameter may stand for others
+        # Where operations are followed or transformed, tensors that are no parameters may stand for others.
+        followed = _len_torch_function_stack() > 0 or _is_transformed(losses)
         if followed not in looked and isinstance(losses, Tensor):
             with torch._C.DisableTorchFunction():
-                if losses.grad_fn is not None and torch._C._functorch.peek_interpreter_stack() is None:
+                if (ordinary := _ordinary(losses)).grad_fn is not None:
                     looked.add(followed)
-                    if found := _own_leaves(losses, outputs, targets, model, parameters_only=followed):
+                    if found := _own_leaves(ordinary, outputs, targets, model, parameters_only=followed):
                         looked.update({True, False})
                         _warn_of(found, loss_fn)
         return losses
 
     return watched
+
+
+def _is_transformed(losses: Any) -> bool:
+    """Whether a transform of `torch.func` (vmap, grad) runs the loss."""
+    return isinstance(losses, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(losses)
+
+
+def _ordinary(losses: Tensor) -> Tensor:
+    """The losses as autograd sees them outside of transforms of `torch.func`."""
+    while _is_transformed(losses):
+        losses = torch._C._functorch.get_unwrapped(losses)
+    return losses
 
 
 def _own_leaves(losses: Tensor, outputs: Any, targets: Any, model: nn.Module, *, parameters_only: bool) -> list[Tensor]:

@@ -34,7 +34,13 @@ from persample.vogn.settings import (
     refuse_unknown_settings,
     settings_of_run,
 )
-from persample.vogn.untrained import fingerprint, refuse_replaced, refuse_resized, warn_of_untrained
+from persample.vogn.untrained import (
+    fingerprint,
+    present_names,
+    refuse_resized,
+    refuse_shared_memory,
+    warn_of_untrained,
+)
 from persample.vogn.whole_model import refuse_model
 from persample.vogn.with_draws import MomentSource, WithDraws
 from persample.vogn.with_posterior import WithPosterior
@@ -125,7 +131,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         super().__init__(groups_of(params, model), defaults)
         # Parameters that could be trained and are in no group were left out on purpose.
         self._known_as_untrained = {name for name, p in model.named_parameters() if p.requires_grad} - {*self._params()}
-        self._seen: list[tuple[Any, ...]] = []
+        self._seen: Any = None
         self._follow_model()
         if process_group is None:
             warn_of_separate_processes()
@@ -222,6 +228,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         self._refuse_while_drawn("step()")
         if closure is not None and not callable(closure):
             raise OptionError(f"closure={closure!r}: must be a function without arguments, or None.")
+        self._follow_model()
         loss = None if closure is None else self._observe_closure(closure)
         self._follow_model()
         if closure is None and self._is_asked_for_its_state():
@@ -331,25 +338,36 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             UnsupportedModelError: a parameter was sharded.
         """
         settings_of_run(vars(self))
-        seen = fingerprint(self.model)
+        seen = fingerprint(self.model), [id(p) for group in self.param_groups for p in group["params"]]
         if seen == self._seen:
             return
-        trained = self._params()
-        refuse_replaced(self.model, trained)
-        names = {id(p): name for name, p in self.model.named_parameters()}
         for group in self.param_groups:
-            present = [names[id(p)] for p in group["params"]]
-            of_weights = [group[setting] for setting in OF_WEIGHTS if isinstance(group[setting], list)]
-            for name, param, *kept in zip(present, group["params"], *of_weights, strict=True):
-                refuse_resized(name, param, [*kept, *_tensors(self.state.get(param, {}))])
-            if present != group["param_names"] and self._observations.parts:
-                raise UsageError(
-                    "Parameters have other names than when they were observed: call step(), or zero_grad() to forget "
-                    "what was observed, before the model is changed."
-                )
-            group["param_names"] = present
+            self._follow_group(group)
+        trained = self._params()
+        refuse_shared_memory(trained)
+        ids = {id(p) for p in trained.values()}
+        for param in [p for p in self.state if id(p) not in ids]:  # of which the user has taken the place in its group
+            del self.state[param]
         warn_of_untrained(self.model, trained.values(), self._known_as_untrained)
         self._seen = seen
+
+    def _follow_group(self, group: dict[str, Any]) -> None:
+        params = group["params"]
+        present = present_names(self.model, params, group["param_names"])
+        of_weights = [group[setting] for setting in OF_WEIGHTS if isinstance(group[setting], list)]
+        if any(len(values) != len(params) for values in of_weights):
+            raise UsageError(
+                "The parameters of a group were changed by hand, but not its prior_mean and prior_precision, which "
+                "have a tensor for each of them."
+            )
+        for name, param, *kept in zip(present, params, *of_weights, strict=True):
+            refuse_resized(name, param, [*kept, *_tensors(self.state.get(param, {}))])
+        if present != group["param_names"] and self._observations.parts:
+            raise UsageError(
+                "Parameters have other names than when they were observed: call step(), or zero_grad() to forget what "
+                "was observed, before the model is changed."
+            )
+        group["param_names"] = present
 
     def _is_asked_for_its_state(self) -> bool:
         """Whether this is no step, but the request to make the states that `torch.distributed.checkpoint` wants to see.

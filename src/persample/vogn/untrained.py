@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,17 +32,22 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     ]
 
 
-def refuse_replaced(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
-    """Raise if a parameter in `trained`, by name, is not the model's own any more, or shares memory with another.
+def present_names(model: nn.Module, params: Sequence[Tensor], known: Sequence[str]) -> list[str]:
+    """Return the names that `params` have in the model by now.
+
+    Args:
+        model: the network.
+        params: the parameters of a group.
+        known: the names that they had.
 
     Raises:
-        UnsupportedModelError: it was sharded.
-        UsageError: it was replaced or removed, or tied by its memory.
+        UnsupportedModelError: one was sharded.
+        UsageError: one was replaced or removed.
     """
     present = dict(model.named_parameters())
-    ids = {id(p) for p in present.values()}
-    for name, p in trained.items():
-        if id(p) in ids:
+    names = {id(p): name for name, p in present.items()}
+    for p, name in zip_longest(params[: len(known)], known):
+        if p is None or id(p) in names:
             continue
         if name in present and is_sharded(present[name]):
             raise UnsupportedModelError(f"Parameter {name!r} {SHARDED}")
@@ -52,10 +58,20 @@ def refuse_replaced(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
             "does not use. Change the model first and make the optimizer afterwards; weights are loaded into the "
             "parameters that are there by load_state_dict() without assign=True."
         )
-    _refuse_shared_memory(trained)
+    for p in params[len(known) :]:
+        if id(p) not in names:
+            raise UsageError(
+                f"A tensor of shape {tuple(p.shape)} was added to a group by hand, which is no parameter of the model."
+            )
+    return [names[id(p)] for p in params]
 
 
-def _refuse_shared_memory(trained: Mapping[str, Tensor]) -> None:
+def refuse_shared_memory(trained: Mapping[str, Tensor]) -> None:
+    """Raise if two of the parameters in `trained`, by name, share their memory.
+
+    Raises:
+        UsageError: they do.
+    """
     owner: dict[tuple[torch.device, int], str] = {}
     for name, p in trained.items():
         place = p.data_ptr() if p.layout is torch.strided and p.numel() else 0

@@ -162,7 +162,8 @@ class WithDraws:
             raise OptionError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
         noisy = self.draws_for_training or not train
         generator = generator or (self._training_noise() if train else self.generator)
-        if train:
+        if train and not self._drawn:
+            self._follow_model()
             self._take_changes(at_the_step=False)
         with self._draws("sampled_params()", generator, noisy=noisy) as draw_weights:
             draws = [self._noise_state(generator)]

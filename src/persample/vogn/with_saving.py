@@ -160,4 +160,4 @@ class WithSaving(torch.optim.Optimizer):
             self.source = self._make_source()
             self._drawn = False
             self._left, self._used = None, {}  # a copy of a parameter has no p.grad
-            self._seen: list[tuple[Any, ...]] = []
+            self._seen = None

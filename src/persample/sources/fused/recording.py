@@ -136,6 +136,10 @@ class FusedRecorder(Recorder):
             gradient = total.detach().to(p.dtype, copy=True)
             p.grad = gradient if p.grad is None else p.grad + gradient
         self.capture = None
+        for name in sink.total:  # as autograd does it, which has not accumulated these gradients
+            p = self.recorded.parameters[name]
+            for hook in list((p._post_accumulate_grad_hooks or {}).values()):
+                hook(p)
         self._check(forward_pass)
         return Sums(forward_pass.batch.size, sink.total, sink.squares)
 
