@@ -447,6 +447,22 @@ def test_frozen_and_left_out_parameters_are_passed_over(batch: Batch) -> None:
     assert optimizer.steps == 1
 
 
+@pytest.mark.parametrize(("rule", "backend"), [(VOGN, "fused"), (VOGN, "loop"), (Vadam, ""), (MeanFieldVI, "")])
+@pytest.mark.parametrize("change", [None, mask])
+def test_the_model_may_be_cast_before_the_step(rule: Any, backend: str, change: Change | None, batch: Batch) -> None:
+    optimizer, uncast = make(rule, backend), make(rule, backend)
+    for one in (optimizer, uncast):
+        with one.sampled_params(train=True):
+            loss_of(one, batch).backward()
+        if one is optimizer:
+            one.model.float()
+        if change is not None:
+            change(one.model)
+        one.step()
+    for p, q in zip(optimizer.model.parameters(), uncast.model.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_in_low_precision(dtype: torch.dtype, batch: Batch) -> None:
     optimizer, unchanged = (make(model=network(dtype)) for _ in range(2))

@@ -31,7 +31,7 @@ def is_changed(present: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> boo
         return True
     if not both:
         return False
-    now, then = [present[name] for name in both], [left[name] for name in both]
+    now, then = [present[name] for name in both], [left[name].to(present[name]) for name in both]  # as the model is now
     if _equal(now, then) or not all(bool(t.isfinite().all()) for t in then):
         return False
     return not all(a.shape == b.shape and _close(a, b) for a, b in zip(now, then, strict=True))
