@@ -121,7 +121,7 @@ def test_gradients_do_not_depend_on_the_layout(
                     moments = persample.make_source(backend, model, loss_fn, check="never").moments(x, None)
                     gradients = persample.make_source(backend, model, loss_fn).per_sample(x, None)
                 except UnsupportedModelError:
-                    assert backend in ("hooks", "vmap", "backpack", "opacus")
+                    assert backend.partition(" ")[0] in ("hooks", "vmap", "backpack", "opacus")
                     continue
                 served = True
                 torch.testing.assert_close(gradients, truth.gradients, rtol=1e-8, atol=1e-10)
