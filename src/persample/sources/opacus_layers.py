@@ -29,7 +29,8 @@ def _logging_untouched() -> Iterator[None]:
 with _logging_untouched():
     from opacus.grad_sample import GradSampleModule as GradSampleModule
     from opacus.grad_sample.functorch import ft_compute_per_sample_gradient as ft_compute_per_sample_gradient
-    from opacus.layers import DPGRU, DPLSTM, DPRNN
+    from opacus.layers import DPGRU, DPLSTM, DPRNN, SequenceBias
+    from opacus.layers.dp_rnn import RNNLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -42,6 +43,8 @@ BY_FUNCTORCH = (nn.PReLU, *TRANSPOSED)
 KNOWN = WITH_RULE + BY_FUNCTORCH
 #: Layers of Opacus whose parameters are those of the layers inside of them.
 MADE_OF_LAYERS = (DPRNN, DPLSTM, DPGRU)
+#: Layers that compute the same in training mode and in eval mode.
+WITHOUT_MODE = (*KNOWN, RNNLinear, SequenceBias)
 
 EMBEDDING_BAG = "overwrites repeated indices in Opacus, and weights and maxima are overlooked."
 

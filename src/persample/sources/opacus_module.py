@@ -21,6 +21,7 @@ from persample.sources.opacus_layers import (
     KNOWN,
     MADE_OF_LAYERS,
     TRANSPOSED,
+    WITHOUT_MODE,
     GradSampleModule,
     cudnn_flag_restored,
     reason_against,
@@ -43,8 +44,8 @@ class OpacusModule(PeerMachinerySource):
     It serves the layers of PyTorch for which Opacus has a rule, those of `opacus.layers`, classes with a grad sampler
     of the user, and by `torch.func` any other module of one tensor, which it runs once more for each sample.
 
-    Opacus passes over layers in eval mode. A layer of PyTorch computes the same in both modes, so its copy in the
-    stand-in is in training mode; the modes of all other modules are the user's.
+    Opacus passes over layers in eval mode. Those of PyTorch and of Opacus compute the same in both modes, so their
+    copies in the stand-in are in training mode; the modes of all other modules are the user's.
     """
 
     title = "Opacus' GradSampleModule"
@@ -71,7 +72,7 @@ class OpacusModule(PeerMachinerySource):
             for module in layer.modules():
                 if method := own_callable(module):
                     return f"has a {method} of its own, put on an instance, which Opacus cannot run again."
-        if not layer.training:
+        if not layer.training and type(layer) not in WITHOUT_MODE:
             return "is in eval mode, in which GradSampleModule passes it over: call .train() on it."
         return None
 
@@ -96,9 +97,9 @@ class OpacusModule(PeerMachinerySource):
             if isinstance(layer, TRANSPOSED):
                 refuse_chosen_output_size(call.name, layer, inputs, call.output)
             if type(layer) not in GradSampleModule.GRAD_SAMPLERS:
-                inside = variables_of(nodes_from([call.edge.node], stop=call.input_nodes))
+                inside = variables_of(nodes_from([call.edge.node], stop=call.input_nodes)) - set(layer.parameters())
                 for name, p in self.parameters().items():
-                    if p in inside - set(layer.parameters()):
+                    if p in inside:
                         yield f"{call.name} uses parameter {name!r}, which is not its own, and Opacus overlooks that."
 
     @contextmanager
