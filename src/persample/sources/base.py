@@ -18,6 +18,7 @@ from persample.sources.batch import Batch, as_batch
 from persample.sources.batch_norm_nodes import read_right
 from persample.sources.calling import called, losses_of
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.last_resort import in_words
 from persample.sources.lock import Lock
 from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
@@ -152,6 +153,7 @@ class PerSampleGradSource(ABC):
                     random_state_restored(self.model, start),
                     torch.enable_grad(),
                     uncompiled(),
+                    in_words(self, batch),
                 ):
                     found += uses_of(self, batch)
                     verify_unmixed(self, batch, start)
@@ -286,7 +288,14 @@ class PerSampleGradSource(ABC):
         self.refuse_unsupported()
         kind = self._kind(batch, compute.__name__) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
-        with batch.doubted(), _one_at_a_time.held(), untouched(self.model), torch.enable_grad(), uncompiled():
+        with (
+            batch.doubted(),
+            _one_at_a_time.held(),
+            untouched(self.model),
+            torch.enable_grad(),
+            uncompiled(),
+            in_words(self, batch),
+        ):
             result = self._compute_and_check(batch, compute) if checking else compute(self, batch)
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)

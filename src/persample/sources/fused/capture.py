@@ -33,6 +33,7 @@ from persample.sources.fused.rules import in_place
 from persample.sources.fused.rules.copies import copied, own_of_one_sample
 from persample.sources.fused.taps import Copies, Mixed, Operation, Tap
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.last_resort import is_raw
 from persample.sources.refusals import hooked_parameter
 from persample.sources.splits.tree import SHARED
 
@@ -346,17 +347,20 @@ class Capture(TorchFunctionMode):
         return self.follow_as(copies, layout)
 
     def receive(self, expression: Expression, contribution: Contribution) -> None:
-        """Give a contribution to the sink; taps call it in the backward pass.
+        """Give a contribution to the sink; taps call it in the backward pass."""
+        self.sink.receive(expression, contribution)
+
+    def refuse_inner_gradients(self) -> None:
+        """Raise if a gradient arrives before the forward pass is over.
 
         Raises:
-            UnsupportedModelError: the forward pass is not over.
+            UnsupportedModelError: it does.
         """
         if self.forward_pass:
             raise UnsupportedModelError(
                 "The model or the loss computes gradients itself (torch.autograd.grad, a gradient penalty): backend "
                 "'fused' has no second derivatives. Use backend 'vmap' or 'loop'."
             )
-        self.sink.receive(expression, contribution)
 
     # Inner workings.
 
@@ -499,7 +503,12 @@ class Capture(TorchFunctionMode):
         if func in families.RESHAPES_IN_PLACE:
             lost = Lost(f"{_name(func)} gives a tensor another shape in place")
         elif samples and (lost is None or not lost.mixed):
-            return after(Call(func, args, kwargs, samples, self.batch_size, outputs))
+            try:
+                return after(Call(func, args, kwargs, samples, self.batch_size, outputs))
+            except (TypeError, ValueError, IndexError, RuntimeError) as error:  # but the operation itself ran
+                if not is_raw(error):
+                    raise
+                lost = Lost(f"{_name(func)} was not understood: {error}")
         return [lost for _ in outputs]
 
     def _place(self, output: Tensor, where: Where, func: Any) -> None:

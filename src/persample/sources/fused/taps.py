@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,8 +11,33 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import precise, without_autocast
-from persample.sources.fused.expressions import Expression
+from persample.sources.last_resort import is_raw
 from persample.sources.reference import inner_backward_pass
+from persample.sources.returned import ADVICE
+
+Backward = Callable[[Any, Tensor], tuple[Any, ...]]
+
+
+def _in_words(backward: Backward) -> Backward:
+    """Return a backward pass that refuses what cannot be right, and names the parameters where anything fails."""
+
+    @wraps(backward)
+    def named(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        ctx.capture.refuse_inner_gradients()
+        names = [name for expression in ctx.expressions if expression is not None for name in expression.names]
+        if ctx.repeats:  # activation checkpointing runs the operation once more in the backward pass, but only that
+            raise inner_backward_pass(names[0])
+        try:
+            return backward(ctx, delta)
+        except Exception as error:
+            if not is_raw(error):
+                raise
+            raise UnsupportedModelError(
+                f"Backend 'fused' failed in the gradient of {', '.join(map(repr, names))} ({type(error).__name__}: "
+                f"{error}). {ADVICE}"
+            ) from error
+
+    return named
 
 
 class Tap(torch.autograd.Function):
@@ -23,11 +49,12 @@ class Tap(torch.autograd.Function):
         ctx.mark_dirty(result)
         ctx.save_for_backward(*saved)
         ctx.capture, ctx.uses, ctx.repeats = capture, uses, not capture.forward_pass
+        ctx.expressions = [expression for expression, _ in uses]
         return result
 
     @staticmethod
+    @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        _refuse_inner_pass(ctx, [expression for expression, _ in ctx.uses])
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             precise_delta = precise(delta)
@@ -47,17 +74,17 @@ class Operation(torch.autograd.Function):
         result: Tensor
         result, saved = forward(x)
         ctx.save_for_backward(*saved)
-        ctx.capture, ctx.uses, ctx.own_backward = capture, uses, backward
+        ctx.capture, ctx.expressions, ctx.own_backward = capture, uses, backward
         ctx.repeats = not capture.forward_pass
         return result
 
     @staticmethod
+    @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        _refuse_inner_pass(ctx, [expression for expression in ctx.uses if expression is not None])
         saved = _saved_tensors(ctx)
         with torch._C.DisableTorchFunction():
             gradient, contributions = ctx.own_backward(delta, *saved, ctx.needs_input_grad[0])
-            for expression, contribution in zip(ctx.uses, contributions, strict=True):
+            for expression, contribution in zip(ctx.expressions, contributions, strict=True):
                 if expression is not None:
                     ctx.capture.receive(expression, contribution)
         return gradient, None, None, None, None, None
@@ -68,15 +95,15 @@ class Copies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, anchor: Tensor, capture: Any, expression: Any, build: Any) -> Tensor:
-        ctx.capture, ctx.expression, ctx.build = capture, expression, build
+        ctx.capture, ctx.expressions, ctx.build = capture, [expression], build
         ctx.repeats = not capture.forward_pass
         return values
 
     @staticmethod
+    @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        _refuse_inner_pass(ctx, [ctx.expression])
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
-            ctx.capture.receive(ctx.expression, ctx.build(precise(delta)))
+            ctx.capture.receive(ctx.expressions[0], ctx.build(precise(delta)))
         return None, None, None, None, None
 
 
@@ -91,12 +118,6 @@ class Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         raise ctx.refusal
-
-
-def _refuse_inner_pass(ctx: Any, expressions: Sequence[Expression]) -> None:
-    """Raise if the operation was run in the backward pass: activation checkpointing repeats it there, and no more."""
-    if ctx.repeats:
-        raise inner_backward_pass(expressions[0].names[0])
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
