@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from persample.errors import OptionError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -62,3 +64,15 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def at_home(path: Path) -> Path:
+    """Return `path` with a leading `~` or `~user` replaced by the home folder.
+
+    Raises:
+        OptionError: There is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{path} begins with a home folder that does not exist: write the path in full") from error

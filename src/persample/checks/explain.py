@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from persample.errors import LossError
+from persample.checks.outputs_loss import weighted_sum_of_outputs
 from persample.sources.batch import as_batch
-from persample.sources.forward_pass import tensors_of
 from persample.sources.refusals import describe, impossible_modules
 from persample.sources.registry import make_source, name_with
 from persample.sources.use import Use
@@ -165,7 +164,7 @@ def explain(
           0.bias    served   linear in '0'
           1.weight  served   prelu → mul in '1'
     """
-    source = make_source(backend, model, loss_fn or _weighted_sum(), check="never", **options)
+    source = make_source(backend, model, loss_fn or weighted_sum_of_outputs(), check="never", **options)
     impossible = dict(impossible_modules(model))
     samples = as_batch(inputs, targets, model).size if inputs is not None else 0
     seen = inputs is not None and not impossible
@@ -211,32 +210,3 @@ def _status(parameter: nn.Parameter, uses: list[Use], complete: bool) -> Status:
 
 def _times(count: int) -> str:
     return f" ×{count}" if count > 1 else ""
-
-
-def _weighted_sum() -> Callable[[Any, Tensor], Tensor]:
-    """Return a loss that depends on all outputs of a sample, on each in its own way.
-
-    Its targets are there for their number alone. Outputs whose dim 0 is not the sample in the first batch, such as the
-    last states of recurrent layers, are left out of all batches.
-    """
-    chosen: list[int] = []
-
-    def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
-        leaves = tensors_of(outputs)
-        chosen.extend(
-            place
-            for place, leaf in enumerate(() if chosen else leaves)
-            if leaf.is_floating_point() and leaf.shape[:1] == targets.shape
-        )
-        if not chosen:
-            raise LossError(
-                "No output of the model is a tensor whose dim 0 is the sample, so the sum of a sample's outputs cannot "
-                "stand for a loss: pass loss_fn (and targets if it needs them)."
-            )
-        total: Tensor = leaves[chosen[0]].new_zeros(len(targets))
-        for place in chosen:
-            flat = leaves[place].reshape(len(targets), -1)
-            total = total + flat @ torch.linspace(1, 2, flat.shape[1], dtype=flat.dtype, device=flat.device)
-        return total
-
-    return loss_fn

@@ -20,12 +20,13 @@ from persample.experiments.australian_credit.train import train_all
 from persample.experiments.config import TrainConfig
 from persample.experiments.data import DATASET_NAMES
 from persample.experiments.data.australian import load_australian
-from persample.experiments.model_argument import load_model, random_inputs, require_runs, sample_shape
-from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
+from persample.experiments.model_argument import DTYPES, Asked, ask, require_runs
+from persample.experiments.models import MODELS
 from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
-from persample.experiments.reproduce import assist, make_folder
+from persample.experiments.reproduce import assist
 from persample.experiments.reproduce import reproduce as run_experiment
+from persample.experiments.run_folder import held, remove_begun
 from persample.experiments.summary import last_records
 from persample.experiments.tables import (
     agreement_table,
@@ -35,6 +36,7 @@ from persample.experiments.tables import (
     results_table,
     summary_table,
 )
+from persample.files import at_home
 from persample.sources.registry import names_side_by_side
 
 app = typer.Typer(
@@ -45,8 +47,6 @@ app = typer.Typer(
     help="Per-sample gradients in PyTorch, and Bayesian deep learning by VOGN.",
 )
 
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 DatasetOption = Annotated[str, typer.Option(help=f"The data set: {', '.join(DATASET_NAMES)}.")]
 DataDirOption = Annotated[
@@ -69,12 +69,23 @@ EvaluateEveryOption = Annotated[int | None, typer.Option(help="Measure after eve
 TensorboardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Write metrics and diagnostics for TensorBoard too.")
 ]
-ModelOption = Annotated[str, typer.Option(help=f"The model: {', '.join(MODELS)}.")]
-ProbeSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples in the batch.")]
+_MODEL_HELP = f"{', '.join(MODELS)}; or package.module:factory or path/to/file.py:factory of yours."
+ModelOption = Annotated[str, typer.Option(help=f"The model: {_MODEL_HELP}", metavar="MODEL")]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="Shape of one sample, such as 3,32,32, for a batch of random numbers.")
+]
+ProbeSizeOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Samples in a random batch. [default: 128 to time, 16 to check, else 3]"),
+]
+TokensOption = Annotated[int | None, typer.Option(min=1, help="Let that batch be integers below this number.")]
+EvalOption = Annotated[bool, typer.Option("--eval", help="Put the model in eval mode first.")]
 ProbeBackendsOption = Annotated[
     list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. All if left out.")
 ]
-DtypeOption = Annotated[str, typer.Option(help="The numbers to compute with: float32 or float64.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help=f"The numbers to compute with: {' or '.join(DTYPES)}; as the model is if left out.")
+]
 
 
 @app.command()
@@ -178,7 +189,7 @@ def summary(
     folders: Annotated[list[Path], typer.Argument(help="The folders of runs with different seeds.", metavar="FOLDER…")],
 ) -> None:
     """Show mean and standard deviation over runs that differ in their seeds alone."""
-    Console().print(summary_table(last_records(folders)))
+    Console().print(summary_table(last_records([at_home(folder) for folder in folders])))
 
 
 @app.command()
@@ -206,28 +217,29 @@ def australian(
         if not method or setting.method in method
         for seed in range(seeds)
     ]
-    path = (out or Path("runs") / "australian") / "scores.csv"
-    if path.exists() and not (resume or overwrite):
-        raise DataError(
-            f"{path} exists: go on with it (--resume), replace it (--overwrite), or choose another folder (--out)"
+    path = at_home(out or Path("runs") / "australian") / "scores.csv"
+    with held(path.parent):
+        if path.exists() and not (resume or overwrite):
+            raise DataError(
+                f"{path} exists: go on with it (--resume), replace it (--overwrite), or choose another folder (--out)"
+            )
+        data = load_australian(data_dir)
+        remove_begun([path])
+        done = {score.run: score for score in read_csv(path)} if resume else {}
+        left = [run for run in runs if run not in done]
+        console = Console()
+        progress = track(
+            train_all(left, data, jobs=jobs or os.cpu_count() or 1),
+            "Training",
+            total=len(left),
+            console=console,
+            disable=not console.is_terminal,
         )
-    data = load_australian(data_dir)
-    make_folder(path.parent)
-    done = {score.run: score for score in read_csv(path)} if resume else {}
-    left = [run for run in runs if run not in done]
-    console = Console()
-    progress = track(
-        train_all(left, data, jobs=jobs or os.cpu_count() or 1),
-        "Training",
-        total=len(left),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    for score in progress:
-        done[score.run] = score
-        write_csv(list(done.values()), path)
-    scores = [done[run] for run in runs]
-    write_csv(scores, path)
+        for score in progress:
+            done[score.run] = score
+            write_csv(list(done.values()), path)
+        scores = [done[run] for run in runs]
+        write_csv(scores, path)
     console.print(australian_table(scores))
     typer.echo(f"Scores: {path}")
 
@@ -235,19 +247,24 @@ def australian(
 @app.command()
 def crosscheck(
     model: ModelOption = "lenet5",
-    batch_size: ProbeSizeOption = 16,
+    shape: ShapeOption = None,
+    tokens: TokensOption = None,
+    batch_size: ProbeSizeOption = None,
     backend: ProbeBackendsOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
+    eval_mode: EvalOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Show how far each backend is from a loop over the samples.
 
-    The batch is random. Ends with an error when a backend disagrees; refusing is no disagreement.
+    A factory is called without arguments and returns the model; or the model and a batch; or the model, inputs, targets
+    and the loss of each sample. A batch by --shape is random. Without a loss, a weighted sum of the outputs stands for
+    it. Ends with an error when a backend disagrees; refusing is no disagreement.
     """
     _check_backends(backend)
-    network, inputs, targets = _probe(model, batch_size, dtype, seed)
-    agreements = persample.crosscheck(network, persample.losses.cross_entropy, inputs, targets, backends=backend)
-    Console().print(agreement_table(agreements, _probe_title(model, batch_size, dtype)))
+    asked = _asked(model, shape, tokens, batch_size, 16, dtype, eval_mode, seed)
+    agreements = persample.crosscheck(*asked.arguments(), backends=backend)
+    Console().print(agreement_table(agreements, asked.title))
     if wrong := [a.name for a in agreements if a.mean is not None and not a.agrees]:
         raise DisagreementError(f"do not use {', '.join(wrong)} for {model}: the errors are not those of rounding")
 
@@ -255,59 +272,47 @@ def crosscheck(
 @app.command()
 def bench(
     model: ModelOption = "lenet5",
-    batch_size: ProbeSizeOption = 128,
+    shape: ShapeOption = None,
+    tokens: TokensOption = None,
+    batch_size: ProbeSizeOption = None,
     backend: ProbeBackendsOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
+    eval_mode: EvalOption = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each backend is timed.")] = 15,
     seed: SeedOption = 0,
 ) -> None:
     """Show time and peak memory of each backend against a plain forward and backward pass.
 
-    The batch is random. A backend that disagrees with the loop over the samples is not timed.
+    Model and batch are those of 'crosscheck'. A backend that disagrees with the loop over the samples is not timed.
     """
     _check_backends(backend)
-    network, inputs, targets = _probe(model, batch_size, dtype, seed)
-    costs = persample.benchmark(
-        network, persample.losses.cross_entropy, inputs, targets, backends=backend, rounds=rounds
-    )
-    Console().print(cost_table(costs, _probe_title(model, batch_size, dtype)))
+    asked = _asked(model, shape, tokens, batch_size, 128, dtype, eval_mode, seed)
+    costs = persample.benchmark(*asked.arguments(), backends=backend, rounds=rounds)
+    Console().print(cost_table(costs, asked.title))
 
 
 @app.command()
 def explain(
-    model: Annotated[
-        str, typer.Argument(help=f"{', '.join(MODELS)}, or package.module:factory of yours.", metavar="MODEL")
-    ],
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL")],
     backend: Annotated[
         list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. [default: fused]")
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Shape of one sample, such as 3,32,32, for an example batch of random numbers.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Let the example batch be integers below this number.")
-    ] = None,
-    batch_size: ProbeSizeOption = 3,
-    dtype: DtypeOption = "float32",
-    eval_mode: Annotated[bool, typer.Option("--eval", help="Put the model in eval mode first.")] = False,
+    shape: ShapeOption = None,
+    tokens: TokensOption = None,
+    batch_size: ProbeSizeOption = None,
+    dtype: DtypeOption = None,
+    eval_mode: EvalOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Tell what would serve each parameter of a model, and what would be refused and why.
 
-    A factory is called without arguments and returns the model, or the model and an example batch. Nothing is computed
-    but forward passes on the example batch; without one it goes by the modules.
+    Model and batch are those of 'crosscheck'. Nothing is computed but forward passes on the batch; without one it goes
+    by the modules.
     """
     _check_backends(backend)
-    torch.manual_seed(seed)
-    network, inputs = load_model(model)
-    sizes = sample_shape(model, shape)
-    if sizes is not None:
-        network, inputs = network.to(_dtype(dtype)), random_inputs(sizes, tokens, batch_size, _dtype(dtype))
-    network.train(network.training and not eval_mode)
-    if sizes is not None:
-        require_runs(network, inputs)
+    asked = _asked(model, shape, tokens, batch_size, 3, dtype, eval_mode, seed)
     for name in backend or ["fused"]:
-        Console().print(persample.explain(network, inputs, backend=name))
+        Console().print(persample.explain(asked.model, asked.inputs, asked.targets, asked.loss_fn, backend=name))
 
 
 @app.command()
@@ -319,6 +324,7 @@ def backends() -> None:
 def _run(
     configs: list[TrainConfig], out: Path, data_dir: Path | None, resume: bool, overwrite: bool, tensorboard: bool
 ) -> None:
+    out = at_home(out)
     with processes.joined():
         if not processes.is_first():
             assist(configs, out, data_dir=data_dir, resume=resume)
@@ -348,19 +354,19 @@ def _check_backends(names: list[str] | None) -> None:
         raise UnknownBackendError(f"no backend is called {unknown[0]!r}; choose among {', '.join(known)}")
 
 
-def _probe(model: str, batch_size: int, dtype: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    kind = _dtype(dtype)
+def _asked(
+    model: str,
+    shape: str | None,
+    tokens: int | None,
+    batch_size: int | None,
+    default_size: int,
+    dtype: str | None,
+    eval_mode: bool,
+    seed: int,
+) -> Asked:
     torch.manual_seed(seed)
-    network = build_model(model).to(kind)
-    inputs = torch.randn(batch_size, *INPUT_SHAPES[model], dtype=kind)
-    return network, inputs, torch.randint(10, (batch_size,))
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise OptionError(f"dtype={name!r} must be one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _probe_title(model: str, batch_size: int, dtype: str) -> str:
-    return f"{model}, batch of {batch_size}, {dtype}"
+    asked = ask(model, shape=shape, tokens=tokens, batch_size=batch_size, default_size=default_size, dtype=dtype)
+    asked.model.train(asked.model.training and not eval_mode)
+    if asked.inputs is not None:
+        require_runs(asked)
+    return asked

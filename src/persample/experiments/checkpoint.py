@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 
-from persample.errors import DataError, OptionError
+from persample.errors import DataError, OptionError, PersampleError
 from persample.experiments.layers import LayerRecord
 from persample.experiments.metrics import Metrics
 from persample.experiments.records import Record
 from persample.experiments.run import Run
-from persample.files import replacing
+from persample.experiments.run_folder import writing
 from persample.vogn import LayerDiagnostics
 
 _KEYS = {"config", "epoch", "model", "optimizer", "records", "layers"}
@@ -29,6 +30,9 @@ def save(run: Run, path: Path) -> None:
     Args:
         run: The run, between two epochs.
         path: The file; its folder exists.
+
+    Raises:
+        DataError: It cannot be written.
     """
     state = {
         "config": run.config.as_dict(),
@@ -38,8 +42,10 @@ def save(run: Run, path: Path) -> None:
         "records": [asdict(record) for record in run.records],
         "layers": [asdict(record) for record in run.layers],
     }
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    content = io.BytesIO()
+    torch.save(state, content)  # to a full disk it would write half, and raise a RuntimeError
+    with writing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def restore(run: Run, path: Path) -> None:
@@ -60,13 +66,16 @@ def restore(run: Run, path: Path) -> None:
         raise OptionError(
             f"{path} has {state['epoch']} epochs done, more than the {run.config.epochs} asked for; ask for more epochs"
         )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.epoch = state["epoch"]
-    run.records = [Record(**{**row, "metrics": Metrics(**row["metrics"])}) for row in state["records"]]
-    run.layers = [
-        LayerRecord(**{**row, "diagnostics": LayerDiagnostics(**row["diagnostics"])}) for row in state["layers"]
-    ]
+    try:
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.epoch = state["epoch"]
+        run.records = [Record(**{**row, "metrics": Metrics(**row["metrics"])}) for row in state["records"]]
+        run.layers = [
+            LayerRecord(**{**row, "diagnostics": LayerDiagnostics(**row["diagnostics"])}) for row in state["layers"]
+        ]
+    except (PersampleError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -75,10 +84,17 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"there is no run to resume at {path}; start one without --resume") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} cannot be read as a checkpoint ({error}); start again without --resume") from error
-    if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise DataError(f"{path} is not a checkpoint of a training run; start again without --resume")
-    return state
+        raise _damaged(path, error) from error
+    whole = isinstance(state, dict) and state.keys() >= _KEYS
+    if not (whole and isinstance(state["config"], dict) and isinstance(state["epoch"], int)):
+        raise DataError(f"{path} is not a checkpoint of a training run; start again with --overwrite")
+    found: dict[str, Any] = state
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"{path} cannot be read as a checkpoint ({reason}); start again with --overwrite")
 
 
 def _check_same_settings(run: Run, saved: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from persample.errors import OptionError
 from persample.experiments.extras import require
 from persample.experiments.records import Prediction, Record, Split
-from persample.files import replacing
+from persample.experiments.run_folder import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def figure2(records: Sequence[Record], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize="x-large")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from persample.experiments.records import OptimizerName
-from persample.files import replacing
+from persample.experiments.run_folder import writing
 from persample.vogn import LayerDiagnostics, VariationalOptimizer
 
 
@@ -48,7 +48,7 @@ def write_layers_csv(records: Sequence[LayerRecord], path: Path) -> None:
     """
     columns = [field.name for field in fields(LayerRecord) if field.name != "diagnostics"]
     numbers = [field.name for field in fields(LayerDiagnostics)]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns + numbers)
         writer.writeheader()
         for record in records:

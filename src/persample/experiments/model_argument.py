@@ -1,45 +1,113 @@
-"""The model that a command is asked for: one of the shipped ones, or `package.module:factory` of the user."""
+"""The model that a command is asked for, and what it is asked with: one of the shipped ones, or one of the user's."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from persample.errors import OptionError
+import persample
+from persample import losses
+from persample.checks.outputs_loss import weighted_sum_of_outputs
+from persample.errors import OptionError, PersampleError
 from persample.experiments.models import INPUT_SHAPES, MODELS, build_model
+from persample.files import at_home
+from persample.sources.batch import as_batch
+from persample.sources.splits.tree import map_tensors
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(persample.__file__).parent), "<frozen ")
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def load_model(name: str) -> tuple[nn.Module, Any]:
-    """Return the model called `name`, and the example batch that came with it, or None.
+@dataclass(frozen=True)
+class Asked:
+    """What a command is asked: a model, and perhaps a batch and a loss.
+
+    Attributes:
+        name: How the user calls the model.
+        model: The network.
+        inputs: A batch, as for `PerSampleGradSource.moments`, or None.
+        targets: Its targets.
+        loss_fn: The loss of each sample, or None for one that stands in.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Any = None
+    targets: Any = None
+    loss_fn: Callable[[Any, Any], Any] | None = None
+
+    def arguments(self) -> tuple[nn.Module, Callable[[Any, Any], Any], Any, Any]:
+        """Return the model, the loss, inputs and targets; a weighted sum of the outputs if there is no loss.
+
+        Raises:
+            OptionError: There is no batch.
+        """
+        if self.inputs is None:
+            raise OptionError(
+                f"{self.name} came without a batch: give the shape of a sample by --shape (and --tokens if it takes "
+                "integers), or let it make a model and a batch"
+            )
+        if self.loss_fn is not None:
+            return self.model, self.loss_fn, self.inputs, self.targets
+        return self.model, weighted_sum_of_outputs(), self.inputs, torch.arange(self._size)
+
+    @property
+    def title(self) -> str:
+        """The model, the size of the batch and the dtype."""
+        return f"{self.name}, batch of {self._size}, {str(_dtype_of(self.model)).removeprefix('torch.')}"
+
+    @property
+    def _size(self) -> int:
+        return as_batch(self.inputs, None, self.model).size
+
+
+def ask(
+    name: str, *, shape: str | None, tokens: int | None, batch_size: int | None, default_size: int, dtype: str | None
+) -> Asked:
+    """Return the model called `name` with its batch.
 
     Args:
-        name: a shipped model, or `package.module:factory`, found from the working directory too. What stands there is
-            a module, or is called without arguments and returns a module or a pair of a module and an example batch.
+        name: A shipped model; or `package.module:name` or `path/to/file.py:name`, found from the working directory
+            too. What stands there is a module, or is called without arguments and returns a module, or a module and a
+            batch, or a module, inputs, targets and the loss of each sample.
+        shape: The shape of a sample as in "3,32,32", for a batch of random numbers in place of the one that came with
+            the model.
+        tokens: The numbers of that batch are whole, and below this one.
+        batch_size: The number of its samples; `default_size` if None.
+        default_size: See there.
+        dtype: That of the model and the batch; as they are made if None.
 
     Raises:
-        OptionError: there is no such model.
+        OptionError: There is no such model, it cannot be made, or it does not run on its batch.
     """
-    if name in MODELS:
-        return build_model(name), None
-    package, colon, attribute = name.partition(":")
-    if not colon:
-        raise OptionError(f"no model is called {name!r}; choose one of {', '.join(MODELS)}, or package.module:factory")
-    made = _find(package, attribute)
-    if not isinstance(made, nn.Module):
-        if not callable(made):
-            raise OptionError(
-                f"{name} is of type {type(made).__name__}, neither a module nor a function that makes one"
-            )
-        made = made()
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"{name} made a {type(made).__name__}; it must make a module, or a module and a batch")
-    return model, inputs
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    asked = Asked(name, build_model(name)) if name in MODELS else _of_the_user(name)
+    if asked.inputs is not None and shape is None and batch_size is not None:
+        raise OptionError(f"{name} came with a batch of its own: leave --batch-size out, or give --shape too")
+    if dtype is not None:
+        inputs, targets = (_converted(part, DTYPES[dtype]) for part in (asked.inputs, asked.targets))
+        asked = replace(asked, model=asked.model.to(DTYPES[dtype]), inputs=inputs, targets=targets)
+    sizes = sample_shape(name, shape)
+    if sizes is not None:
+        size = batch_size or default_size
+        asked = replace(asked, inputs=random_inputs(sizes, tokens, size, _dtype_of(asked.model)))
+        if name in MODELS and shape is None:
+            return replace(asked, targets=torch.randint(10, (size,)), loss_fn=losses.cross_entropy)
+        asked = replace(asked, targets=None, loss_fn=None)
+    return asked
 
 
 def sample_shape(name: str, shape: str | None) -> tuple[int, ...] | None:
@@ -66,31 +134,100 @@ def random_inputs(shape: tuple[int, ...], tokens: int | None, size: int, dtype: 
     return torch.randn(size, *shape, dtype=dtype)
 
 
-def require_runs(network: nn.Module, inputs: Tensor) -> None:
-    """Raise `OptionError` if `network` does not run on an example batch."""
-    try:
-        with torch.no_grad():
-            network(inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+def require_runs(asked: Asked) -> None:
+    """Raise `OptionError` if the model does not run on its batch, or its loss on what comes out.
+
+    The shape of the losses is looked at later.
+    """
+    args, kwargs, targets = as_batch(asked.inputs, asked.targets, asked.model).for_a_call()
+    inputs = asked.inputs
+    what = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else "its batch"
+    advice = "give its sample's shape by --shape, and --tokens if it takes integers"
+    with torch.no_grad(), _failing(f"the model does not run on {what}", advice):
+        outputs = asked.model(*args, **kwargs)
+    if asked.loss_fn is not None:
+        with torch.no_grad(), _failing(f"the loss of {asked.name} fails", "it is called with outputs and targets"):
+            asked.loss_fn(outputs, targets)
+
+
+def _of_the_user(name: str) -> Asked:
+    place, colon, attribute = name.rpartition(":")
+    if not (colon and place and attribute):
         raise OptionError(
-            f"the model does not run on {inputs.dtype} of shape {tuple(inputs.shape)} ({reason}): give its sample's "
-            "shape by --shape, and --tokens if it takes integers"
-        ) from error
+            f"no model is called {name!r}; choose one of {', '.join(MODELS)}, package.module:factory or "
+            "path/to/file.py:factory"
+        )
+    path = at_home(Path(place))
+    is_file = path.suffix == ".py" or len(path.parts) > 1
+    with _importing_from(path.parent if is_file else Path.cwd()):
+        module = _load_file(path) if is_file else _import(place)
+        if not hasattr(module, attribute):
+            raise OptionError(f"{place} has nothing called {attribute!r}")
+        made = getattr(module, attribute)
+        if not isinstance(made, nn.Module):
+            if not callable(made):
+                raise OptionError(
+                    f"{name} is of type {type(made).__name__}, neither a module nor a function that makes one"
+                )
+            with _failing(f"{name}() fails", "it is called without arguments, and returns the model"):
+                made = made()
+    parts = made if isinstance(made, tuple) and len(made) in (2, 4) else (made,)
+    if not isinstance(parts[0], nn.Module):
+        raise OptionError(
+            f"{name} made a {type(parts[0]).__name__}; it must make a module, or a module and a batch, or a module, "
+            "inputs, targets and a loss"
+        )
+    return Asked(name, *parts)
 
 
-def _find(package: str, attribute: str) -> Any:
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+def _load_file(path: Path) -> ModuleType:
+    # The name is no package's, whatever the file is called.
+    spec = importlib.util.spec_from_file_location(f"_model_in_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise OptionError(f"{path} is not a Python file: correct the path, or give package.module:factory")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    with _failing(f"{path} cannot be imported", "mend it"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    with _failing(f"{name} cannot be imported", "it is looked for in the working directory and in what is installed"):
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    here = str(folder.absolute())
+    sys.path.insert(0, here)
     try:
-        module = importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise OptionError(f"{package} cannot be imported: {error}") from error
+        yield
     finally:
-        if added:
-            sys.path.remove(here)
-    if not hasattr(module, attribute):
-        raise OptionError(f"{package} has nothing called {attribute!r}")
-    return getattr(module, attribute)
+        sys.path.remove(here)
+
+
+@contextmanager
+def _failing(what: str, advice: str) -> Iterator[None]:
+    """Tell in one line what happens in the user's code, and where.
+
+    Raises:
+        OptionError: Anything was raised.
+    """
+    try:
+        yield
+    except PersampleError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join([f"{type(error).__name__}:", *str(error).split()])
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
+        where = f", in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+        raise OptionError(f"{what} ({reason}{where}): {advice}") from error
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _converted(tree: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from persample.experiments.metrics import Metrics
-from persample.files import replacing
+from persample.experiments.run_folder import writing
 
 OptimizerName = Literal["adam", "vogn"]
 Split = Literal["train", "validation", "test"]
@@ -45,7 +45,7 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
     """
     columns = [field.name for field in fields(Record) if field.name != "metrics"]
     metrics = [field.name for field in fields(Metrics)]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns + metrics)
         writer.writeheader()
         for record in records:

@@ -24,10 +24,10 @@ from persample.experiments.layers import write_layers_csv
 from persample.experiments.models import MODEL_OF_DATASET, MODEL_TITLES
 from persample.experiments.records import Record, write_csv
 from persample.experiments.run import Run, start
+from persample.experiments.run_folder import held, remove, remove_begun, writing
 from persample.experiments.seeds import make_generator
 from persample.experiments.tensorboard import write_tensorboard
 from persample.experiments.train import Watcher, train
-from persample.files import replacing
 
 _PACKAGES = ("persample", "torch", "numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
 
@@ -76,36 +76,68 @@ def reproduce(
 
     Raises:
         MissingPackageError: A package of the extra `experiments` is not installed.
+        DataError: `out` holds another experiment, another command writes to it, or it cannot be written to.
         PersampleError: Data, settings or training fail; see `load_dataset` and `train`.
     """
     for package in ("torchmetrics", "matplotlib", *(["tensorboard"] if tensorboard else [])):
         require(package, "The experiment")  # now rather than after hours of training
     checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
-    metrics, diagnostics, figure = out / "metrics.csv", out / "diagnostics.csv", out / "figure2.png"
     if resume and not any(path.exists() for path in checkpoints):
         raise DataError(f"there is no run to resume in {out}; start one without --resume")
-    old = [path for path in (*checkpoints, metrics, diagnostics, figure) if path.exists()]
+    with held(out):
+        old = [path for path in _results(out) if path.exists()]
+        _refuse_mixture(old, checkpoints, out, resume=resume, overwrite=overwrite)
+        dataset = _load(configs[0], data_dir)
+        processes.wait_for_all()  # now the others find the data, perhaps downloaded, and nobody writes checkpoints
+        runs = _start(configs, checkpoints, dataset, resume)
+        if not resume:
+            remove(old)
+        remove_begun([*_results(out), out / "config.json", out / "partial"])
+        return _train_and_tell(runs, checkpoints, dataset, out, watcher, tensorboard=tensorboard)
+
+
+def _results(out: Path) -> list[Path]:
+    """The files of an experiment."""
+    return [out / name for name in ("adam.pt", "vogn.pt", "metrics.csv", "diagnostics.csv", "figure2.png")]
+
+
+def _refuse_mixture(
+    old: Sequence[Path], checkpoints: Sequence[Path], out: Path, *, resume: bool, overwrite: bool
+) -> None:
+    """Raise if `old`, what lies in `out`, would stay beside results of other runs."""
     if old and not (resume or overwrite):
         raise DataError(
             f"{out} holds an earlier experiment ({', '.join(path.name for path in old)}): go on with it (--resume), "
             "replace it (--overwrite), or choose another folder (--out)"
         )
-    make_folder(out)
-    dataset = _load(configs[0], data_dir)
-    processes.wait_for_all()  # now the others find the data, perhaps downloaded, and nobody writes checkpoints
-    runs = _start(configs, checkpoints, dataset, resume)
-    if not resume:
-        for path in old:
-            path.unlink()
+    others = [path.name for path in old if path.suffix == ".pt" and path not in checkpoints]
+    if others and resume:
+        raise DataError(
+            f"{out} holds {others[0]} too, of an experiment with both optimizers: go on with that one "
+            "('persample reproduce --resume'), or choose another folder (--out)"
+        )
+
+
+def _train_and_tell(
+    runs: Sequence[Run],
+    checkpoints: Sequence[Path],
+    dataset: ImageDataset,
+    out: Path,
+    watcher: Watcher | None,
+    *,
+    tensorboard: bool,
+) -> Outcome:
+    configs = [run.config for run in runs]
     _write_json(describe(configs), out / "config.json")
     for run, checkpoint in zip(runs, checkpoints, strict=True):
         train(run, dataset, checkpoint, watcher)
     records = [record for run in runs for record in run.records]
-    write_csv(records, metrics)
+    write_csv(records, out / "metrics.csv")
     if layers := [layer for run in runs for layer in run.layers]:
-        write_layers_csv(layers, diagnostics)
+        write_layers_csv(layers, out / "diagnostics.csv")
     if tensorboard:
         write_tensorboard(records, layers, out / "tensorboard")
+    figure = out / "figure2.png"
     figure2(records, figure, _title(configs))
     return Outcome(records, figure)
 
@@ -162,20 +194,8 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder for results if it is not there yet.
-
-    Raises:
-        DataError: It cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the folder {out} cannot be made: {error.strerror}; choose another --out") from error
-
-
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

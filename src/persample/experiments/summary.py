@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def last_records(folders: Sequence[Path]) -> list[list[Record]]:
         folders: The folders that `reproduce` or `train` wrote to, one for each seed.
 
     Raises:
-        DataError: A folder holds no finished run.
+        DataError: A folder holds no finished run, or a damaged one.
         OptionError: The runs have the same seed, or differ in more than the seed.
     """
     settings = [_settings(folder) for folder in folders]
@@ -31,20 +32,44 @@ def last_records(folders: Sequence[Path]) -> list[list[Record]]:
             )
         if seeds.count(seed) > 1:
             raise OptionError(f"the seed of {folder} was used twice, so these runs are the same; give each its own")
-    runs = [_read(folder / "metrics.csv") for folder in folders]
-    return [[record for record in run if record.epoch == run[-1].epoch] for run in runs]
-
-
-def _settings(folder: Path) -> list[dict[str, Any]]:
-    runs: list[dict[str, Any]] = json.loads(_existing(folder / "config.json").read_text(encoding="utf-8"))["runs"]
+    runs = [_last(folder / "metrics.csv") for folder in folders]
+    measured = [[(record.optimizer, record.split, record.prediction) for record in run] for run in runs]
+    for folder, rows in zip(folders, measured, strict=True):
+        if rows != measured[0]:
+            raise DataError(f"{folder} and {folders[0]} did not measure the same: run one of them again")
     return runs
 
 
-def _read(path: Path) -> list[Record]:
-    return read_csv(_existing(path))
+def _settings(folder: Path) -> list[dict[str, Any]]:
+    path = _existing(folder / "config.json")
+    with _damaged(path):
+        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return [{"seed": run["seed"]} | run for run in runs]
+
+
+def _last(path: Path) -> list[Record]:
+    """Return what was measured after the last epoch."""
+    _existing(path)
+    with _damaged(path):
+        records = read_csv(path)
+        last = records[-1].epoch
+        return [record for record in records if record.epoch == last]
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"there is no {path}: the run was not finished, or it wrote to another folder")
     return path
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Name the file that is not what a run wrote.
+
+    Raises:
+        DataError: Reading it fails.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a run wrote it ({error!r}): run it again (--overwrite)") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from persample.errors import DataError
 from persample.experiments.australian_credit.settings import Setting
-from persample.files import replacing
+from persample.experiments.run_folder import writing
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_csv(scores: Sequence[Score], path: Path) -> None:
         scores: The rows, in order.
         path: The file to write; its folder exists.
     """
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*_TEXT, *_INTEGERS, *_NUMBERS, *_LISTS], extrasaction="ignore")
         writer.writeheader()
         for score in scores:

@@ -11,6 +11,7 @@ from persample.experiments.data.dataset import ImageDataset, standardise
 from persample.experiments.data.download import cache_root, download
 from persample.experiments.data.folders import find, read_verified
 from persample.experiments.data.published import PUBLISHED, PublishedFiles
+from persample.files import at_home
 
 DATASET_NAMES = tuple(PUBLISHED)
 DATASET_TITLES = {name: data.title for name, data in PUBLISHED.items()}
@@ -70,7 +71,7 @@ def _find_in_folders(dataset: PublishedFiles, data_dir: str | os.PathLike[str] |
     for origin, given in named.items():
         if given is None:
             continue
-        root = Path(given).expanduser()
+        root = at_home(Path(given))
         if not root.is_dir():
             raise DataError(f"{root} is not a folder; correct {origin}")
         if folder := find(dataset, root):
