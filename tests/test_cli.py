@@ -118,7 +118,168 @@ def with_batch():
 
 def nothing():
     return None
+
+def with_loss():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
+    inputs, targets = torch.randint(9, (6, 2)), torch.arange(6) % 3
+    return model, inputs, targets, nn.CrossEntropyLoss()
+
+def two_inputs():
+    return nn.Bilinear(3, 2, 4), (torch.randn(5, 3), torch.randn(5, 2))
+
+def normed():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+def takes_an_argument(size):
+    return nn.Linear(size, 2)
+
+def raises():
+    return nn.Linear(3, "two")
+
+def leaves():
+    raise SystemExit(3)
+
+def wrong_batch():
+    return nn.Linear(3, 2), torch.randn(5, 4)
+
+def wrong_loss():
+    return nn.Linear(3, 2), torch.randn(5, 3), torch.zeros(5), lambda outputs, targets: outputs.no_such_method()
 """
+
+
+@pytest.fixture
+def models_of_a_user(tmp_path: Path) -> str:
+    """A file in the working directory that is no package; its path."""
+    (tmp_path / "with spaces é").mkdir()
+    (tmp_path / "with spaces é" / "beside_it.py").write_text("VALUE = 1\n")
+    (tmp_path / "models_of_a_user.py").write_text(MODELS_OF_A_USER)
+    path = tmp_path / "with spaces é" / "models of a user.py"
+    path.write_text(f"import beside_it\n{MODELS_OF_A_USER}")
+    return str(path.relative_to(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["package", "file"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "title"),
+    [
+        ("with_batch", ["--eval"], "batch of 5, float32"),
+        ("with_loss", [], "batch of 6, float32"),
+        ("with_loss", ["--dtype", "float64"], "batch of 6, float64"),
+        ("two_inputs", [], "batch of 5, float32"),
+        ("whole", ["--shape", "3"], "batch of 16, float32"),
+        ("whole", ["--shape", "7,3", "--batch-size", "4"], "batch of 4, float32"),
+        ("normed", ["--shape", "3", "--eval", "--batch-size", "4"], "batch of 4, float32"),
+        ("takes_tokens", ["--shape", "2", "--tokens", "9", "--batch-size", "4"], "batch of 4, float32"),
+    ],
+)
+def test_crosschecks_a_model_of_the_user(
+    persample, models_of_a_user: str, place: str, name: str, arguments: list[str], title: str
+) -> None:
+    where = models_of_a_user if place == "file" else "models_of_a_user"
+    name = {"takes_tokens": "build"}.get(name, name)
+
+    code, out, err = persample("crosscheck", "--model", f"{where}:{name}", "--backend", "fused", *arguments)
+
+    assert (code, err) == (0, "")
+    assert title in " ".join(out.split())
+    assert "agrees" in out
+
+
+def test_crosschecks_with_the_loss_of_the_user(persample, tmp_path: Path) -> None:
+    (tmp_path / "lossy.py").write_text(
+        "import torch\n"
+        "def loss(outputs, targets):\n"
+        "    print('the loss of the user', targets.tolist())\n"
+        "    return (outputs - targets).square().sum(1)\n"
+        "def build():\n"
+        "    return torch.nn.Linear(3, 1), torch.randn(2, 3), torch.tensor([[7.0], [8.0]]), loss\n"
+    )
+
+    code, out, _ = persample("crosscheck", "--model", "lossy.py:build", "--backend", "hooks")
+
+    assert code == 0
+    assert "the loss of the user [[7.0], [8.0]]" in out
+
+
+@pytest.mark.parametrize("arguments", [["with_loss"], ["whole", "--shape", "3", "--batch-size", "6"]])
+def test_benchmarks_a_model_of_the_user(persample, models_of_a_user: str, arguments: list[str]) -> None:
+    name, *more = arguments
+
+    code, out, _ = persample(
+        "bench", "--model", f"{models_of_a_user}:{name}", "--rounds", "1", "--backend", "hooks", *more
+    )
+
+    assert code == 0
+    assert "batch of 6, float32" in " ".join(out.split())
+    assert "plain" in out
+
+
+def test_refuses_what_mixes_the_samples_of_a_users_model(persample, models_of_a_user: str) -> None:
+    code, _, err = persample("crosscheck", "--model", "models_of_a_user:normed", "--shape", "3", "--backend", "fused")
+
+    assert code == 1
+    assert "BatchNorm1d '1' is in training mode" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["crosscheck", "bench", "explain"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models_of_a_user:takes_an_argument", "models_of_a_user:takes_an_argument() fails (TypeError: takes_an_arg"),
+        ("models_of_a_user:leaves", "models_of_a_user:leaves() fails (SystemExit: 3, in models_of_a_user.py, line"),
+        ("models_of_a_user:raises", "models_of_a_user:raises() fails (TypeError: "),
+        ("models_of_a_user:wrong_batch", "the model does not run on torch.float32 of shape (5, 4) (RuntimeError: "),
+        ("models_of_a_user:wrong_loss", "the loss of models_of_a_user:wrong_loss fails (AttributeError: "),
+        ("missing.py:build", "missing.py is not a Python file: correct the path"),
+        (".:build", ". is not a Python file"),
+        ("some-module:build", "some-module is not a Python file"),
+        ("/:build", "/ is not a Python file"),
+        ("broken.py:build", "broken.py cannot be imported (SyntaxError: "),
+        (
+            "failing.py:build",
+            "failing.py cannot be imported (ZeroDivisionError: division by zero, in failing.py, line 2)",
+        ),
+        ("failing:build", "failing cannot be imported (ZeroDivisionError: division by zero, in failing.py, line 2)"),
+        ("models_of_a_user:", "no model is called 'models_of_a_user:'"),
+        (":build", "no model is called ':build'"),
+        ("~nobody_of_this_name/model.py:build", "~nobody_of_this_name/model.py begins with a home folder"),
+    ],
+)
+def test_what_fails_in_the_users_code_is_one_message(
+    persample, models_of_a_user: str, tmp_path: Path, command: str, name: str, message: str
+) -> None:
+    (tmp_path / "broken.py").write_text("def build(:\n")
+    (tmp_path / "failing.py").write_text("\n1 / 0\n")
+    arguments = [name] if command == "explain" else ["--model", name]
+
+    code, _, err = persample(command, *arguments)
+
+    assert code == 2
+    assert err.startswith(f"persample: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["crosscheck", "bench"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["whole"], "came without a batch: give the shape of a sample by --shape"),
+        (["with_loss", "--batch-size", "3"], "came with a batch of its own: leave --batch-size out"),
+        (["whole", "--shape", "4"], "the model does not run on torch.float32 of shape"),
+        (["whole", "--shape", "3", "--dtype", "float16"], "dtype='float16' must be one of float32, float64"),
+    ],
+)
+def test_says_what_is_missing_beside_a_model(
+    persample, models_of_a_user: str, command: str, arguments: list[str], message: str
+) -> None:
+    name, *more = arguments
+
+    code, _, err = persample(command, "--model", f"{models_of_a_user}:{name}", *more)
+
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -148,7 +309,10 @@ def test_explains_a_model_of_the_user(persample, tmp_path: Path, arguments: list
         ("models_of_a_user:number", "models_of_a_user:number is of type int"),
         ("models_of_a_user:nothing", "models_of_a_user:nothing made a NoneType"),
         ("no_such_package:build", "no_such_package cannot be imported"),
-        ("resnet", "no model is called 'resnet'; choose one of mnist-convnet, lenet5, or package.module:factory"),
+        (
+            "resnet",
+            "no model is called 'resnet'; choose one of mnist-convnet, lenet5, package.module:factory or path",
+        ),
     ],
 )
 def test_models_that_do_not_exist(persample, tmp_path: Path, name: str, message: str) -> None:

@@ -155,3 +155,48 @@ def test_says_that_the_folder_cannot_be_made(data_dir: Path, tmp_path: Path) -> 
 
     with pytest.raises(DataError, match="file/out cannot be made: Not a directory; choose another --out"):
         reproduce(both(), tmp_path / "file" / "out", data_dir=data_dir)
+
+
+def test_another_run_into_the_same_folder_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    class Second(Interrupter):
+        """Starts another run in the middle of the first."""
+
+        def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(DataError, match="another command is writing"):
+                    reproduce(both(), out, data_dir=data_dir, **options)  # type: ignore[arg-type]
+
+    reproduce(both(), out, data_dir=data_dir, watcher=Second("nobody", 0))
+    assert "figure2.png" in [path.name for path in out.iterdir()]
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_what_killed_runs_had_begun_is_removed(data_dir: Path, tmp_path: Path, options: dict[str, bool]) -> None:
+    reproduce(both(), tmp_path / "out", data_dir=data_dir)
+    before = {path.name for path in (tmp_path / "out").iterdir()}
+    for name in (".adam-k1ll3d00.pt", ".vogn-k1ll3d00.pt", ".config-k1ll3d00.json", ".metrics-k1ll3d00.csv"):
+        (tmp_path / "out" / name).write_text("half")
+    (tmp_path / "out" / ".partial-k1ll3d00").mkdir()
+
+    reproduce(both(), tmp_path / "out", data_dir=data_dir, **options)  # type: ignore[arg-type]
+
+    assert {path.name for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_runs_with_other_optimizers_are_not_mixed(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reproduce(both(), out, data_dir=data_dir)
+    adam = both()[:1]
+
+    for name in ("metrics.csv", "diagnostics.csv", "figure2.png"):  # as after an interrupt
+        (out / name).unlink()
+    with pytest.raises(DataError, match=r"earlier experiment \(adam.pt, vogn.pt\)"):
+        reproduce(adam, out, data_dir=data_dir)
+    with pytest.raises(DataError, match=r"holds vogn\.pt too, of an experiment with both optimizers"):
+        reproduce(adam, out, data_dir=data_dir, resume=True)
+    reproduce(adam, out, data_dir=data_dir, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["adam.pt", "config.json", "figure2.png", "metrics.csv"]
+    reproduce(both(), out, data_dir=data_dir, resume=True)
+    assert (out / "vogn.pt").exists()

@@ -53,3 +53,38 @@ def test_refuses_a_run_that_was_not_finished(tmp_path: Path, missing: str) -> No
 
     with pytest.raises(DataError, match=rf"there is no .*{missing}: the run was not finished"):
         last_records([folder])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"runs": 3}'),
+        ("config.json", b'{"runs": [{"lr": 1}]}'),
+        ("config.json", b"\xff\xfe"),
+        ("metrics.csv", b""),
+        ("metrics.csv", b"a,b\n1,2\n"),
+        (
+            "metrics.csv",
+            b"optimizer,epoch,split,prediction,accuracy,log_loss,calibration_error\nadam,1,test,point,x,1,1\n",
+        ),
+        ("metrics.csv", b"optimizer,epoch,split,prediction,accuracy,log_loss,calibration_error\nadam,1\n"),
+        ("metrics.csv", b"\xff\xfe"),
+    ],
+)
+def test_refuses_damaged_files(tmp_path: Path, file: str, content: bytes) -> None:
+    folder = folder_of(tmp_path, 0, 1.0)
+    (folder / file).write_bytes(content)
+
+    with pytest.raises(DataError, match=rf"{file} cannot be read as a run wrote it .*--overwrite"):
+        last_records([folder])
+
+
+def test_refuses_runs_that_measured_something_else(tmp_path: Path) -> None:
+    folders = [folder_of(tmp_path, 0, 1.0), folder_of(tmp_path, 1, 3.0)]
+    lines = (folders[1] / "metrics.csv").read_text().splitlines(keepends=True)
+    (folders[1] / "metrics.csv").write_text("".join(lines[:-1]))
+
+    with pytest.raises(DataError, match="did not measure the same"):
+        last_records(folders)

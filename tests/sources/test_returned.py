@@ -232,3 +232,13 @@ def test_nan_where_the_gradient_is_nan_agrees() -> None:
 
     for agreement in persample.crosscheck(model(), loss, INPUTS, TARGETS, backends=["hooks", "fused", "vmap"]):
         assert agreement.agrees, agreement
+
+
+def test_an_error_of_a_backend_leaves_the_others_in_crosscheck() -> None:
+    def fail(self: Any, batch: Any) -> Any:
+        raise KeyError("a fault of the backend")
+
+    use_backend(compute_moments=fail)
+    wrong, right = persample.crosscheck(model(), loss_fn, INPUTS, TARGETS, backends=["own", "hooks"])
+    assert wrong.problem == "KeyError: 'a fault of the backend'"
+    assert (wrong.agrees, right.agrees) == (False, True)

@@ -126,6 +126,9 @@ def crosscheck(
             agreements.append(Agreement(name, math.inf, math.inf, math.inf, allowed, problem=str(error)))
         except PersampleError as error:
             agreements.append(Agreement(name, None, None, None, allowed, problem=str(error)))
+        except Exception as error:  # noqa: BLE001 - the loop ran, so it is the backend's, and the others go on
+            problem_of_it = f"{type(error).__name__}: {error}"
+            agreements.append(Agreement(name, None, None, None, allowed, problem=problem_of_it))
         else:
             agreements.append(Agreement(name, *errors, allowed, in_float64, _nans(found, expected), source.ran))
     return agreements

@@ -158,7 +158,7 @@ def _of_the_user(name: str) -> Asked:
             "path/to/file.py:factory"
         )
     path = at_home(Path(place))
-    is_file = path.suffix == ".py" or len(path.parts) > 1
+    is_file = path.suffix == ".py" or not all(map(str.isidentifier, place.split(".")))
     with _importing_from(path.parent if is_file else Path.cwd()):
         module = _load_file(path) if is_file else _import(place)
         if not hasattr(module, attribute):
