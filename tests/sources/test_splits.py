@@ -348,13 +348,12 @@ class OneArgument(nn.Module):
 
 def one_tuple() -> Situation:
     x, scale, y = normal(SIZE, 3), normal(SIZE, 1), labels()
-    cut = slice
     return Situation(
         OneArgument(),
         losses.cross_entropy,
         (x, scale),
         y,
-        lambda i: (((x[cut(i, i + 1)], scale[i : i + 1]),), y[i : i + 1]),
+        lambda i: (((x[i : i + 1], scale[i : i + 1]),), y[i : i + 1]),
     )
 
 

@@ -315,10 +315,21 @@ class PerSampleGradSource(ABC):
             buffers_before()  # the check repeats the forward pass from where it began
             try:
                 verify(self, batch, result, before)
-            except DisagreementError:
+            except DisagreementError as disagreement:
                 if not only_rounded(self, batch, compute, result, before):
+                    with random_state_restored(self.model, before):
+                        self._refuse_uses(batch, disagreement)
                     raise
         return result
+
+    def _refuse_uses(self, batch: Batch, disagreement: DisagreementError) -> None:
+        """Raise `UnsupportedModelError` if one of the uses of parameters is refused when they are looked at one by one.
+
+        It is the reason why the result is wrong. The look costs more than a call, so each call does without it.
+        """
+        for use in uses_of(self, batch):
+            if use.kind == "refused":
+                raise UnsupportedModelError(use.why) from disagreement
 
     def _kind(self, batch: Batch, method: str) -> tuple[Any, ...]:
         """What must change for `check="first"` to check once more: modes, modules, hooks, parameters, kind of batch."""

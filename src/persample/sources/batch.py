@@ -194,7 +194,8 @@ def arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, .
     if not isinstance(inputs, tuple | Mapping):
         raise BatchError(
             f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict "
-            "of keyword arguments of the model; if the model takes this as its only argument, pass (it,)."
+            "of keyword arguments of the model. (it,) passes it whole, as the only argument; tuple(it) passes the "
+            "entries of a list as arguments."
         )
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     whole = model is not None and len(inputs) > 0 and not fits(model, args, kwargs) and fits(model, (inputs,), {})

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from itertools import islice
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def tensors_held(leaf: Any) -> Iterator[Tensor]:
 
 
 def _held(leaf: Any) -> Iterable[Any]:
-    if isinstance(leaf, type | nn.Module | Tensor | str | bytes):
+    if isinstance(leaf, type | ModuleType | nn.Module | Tensor | str | bytes):
         return ()
     if isinstance(leaf, Mapping):
         return leaf.values()
