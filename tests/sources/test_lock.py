@@ -71,12 +71,16 @@ def test_forked_while_another_thread_times_the_forms_of_a_product() -> None:
         go_on.wait(30)
         return (x,)
 
-    thread = threading.Thread(target=choice.choose, args=("waits", lambda: {"a": form, "b": form}, torch.ones(1)))
+    thread = threading.Thread(
+        target=choice.choose, args=(choice.Key("waits", ()), lambda: {"a": form, "b": form}, torch.ones(1))
+    )
     thread.start()
     inside.wait(30)
 
     def choose_another() -> None:
-        choice.choose("does not wait", lambda: {"a": lambda x: (x,), "b": lambda x: (x,)}, torch.ones(1))
+        choice.choose(
+            choice.Key("does not wait", ()), lambda: {"a": lambda x: (x,), "b": lambda x: (x,)}, torch.ones(1)
+        )
 
     try:
         assert exit_code_of_a_child(choose_another) == 0

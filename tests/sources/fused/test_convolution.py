@@ -92,5 +92,5 @@ def test_memory_of_a_piece_is_bounded(name: str) -> None:
     weight = convolution.geometry.weight
     gradient = torch.Size(weight).numel()
     for form in forms(convolution):
-        rows = int(form.split()[1]) if " " in form else 1
+        rows = int(form.split()[-1]) if form[-1].isdigit() else 1
         assert rows == 1 or rows * gradient <= 2**19

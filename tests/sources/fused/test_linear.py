@@ -63,6 +63,6 @@ def test_the_layer_itself_whichever_product_is_taken(
     for given in (bias, None):
         found = linear.outputs_of(x, weight, given).double()
         torch.testing.assert_close(found, expected + (0 if given is None else given.double()), rtol=1e-4, atol=1e-4)
-    found = linear.gradient_of_inputs(delta, weight).double()
+    found = linear.gradient_of_inputs(delta, weight, (len(delta),)).double()
     torch.testing.assert_close(found, delta.double() @ weight.double(), rtol=1e-4, atol=1e-4)
     assert len(seen) == 3

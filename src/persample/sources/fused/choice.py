@@ -1,4 +1,10 @@
-"""Choosing among exact forms of the same result: timed once for each shape, then remembered."""
+"""Choosing among exact forms of the same result: timed once for each kind and size, then remembered.
+
+Sequences and images come in ever new lengths, and no length may cost a trial, or memory that is kept:
+
+- lengths between the same powers of two share a trial;
+- a form that is compiled for each shape serves few shapes of a kind.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +21,28 @@ from persample.sources.lock import Lock
 
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
+COMPILED = "onednn"  # begins the names of forms that are compiled for each shape and kept, half a megabyte each
+
+_MOST_COMPILED = 8  # shapes of a kind
+_MOST_KEYS = 4096
 _TRIALS = 4
 
 
-class Chosen(NamedTuple):
-    """The fastest form, and its name."""
+class Key(NamedTuple):
+    """What decides which form is the fastest.
 
-    name: str
-    form: Callable[..., Any]
+    Attributes:
+        kind: what stays the same from batch to batch: the operation, the layer's sizes, dtype and device.
+        lengths: what may change: the number of samples first, then those of positions or pixels.
+    """
+
+    kind: Hashable
+    lengths: tuple[int, ...]
 
 
-_chosen: dict[Hashable, Chosen] = {}
+_chosen: dict[Hashable, Callable[..., Any]] = {}
+_winners: dict[Hashable, str] = {}
+_compiled: dict[Hashable, set[tuple[int, ...]]] = {}
 _lock = Lock()
 _state = threading.local()
 
@@ -41,36 +58,78 @@ def deterministic_choice(deterministic: bool) -> Iterator[None]:
         _state.deterministic = before
 
 
-def choose(key: Hashable, forms: Callable[[], Mapping[str, Callable[..., Result]]], *operands: Any) -> Result:
+def choose(key: Key, forms: Callable[[], Mapping[str, Callable[..., Result]]], *operands: Any) -> Result:
     """Return the result of the fastest of `forms`, which all compute the same of `operands` but for rounding.
 
-    On the first call with a key every form is timed, in turns; the winner serves all later calls. A form that raises
-    is out, as is one that disagrees with the first of the others. Where the winner raises later on (strides are not
-    part of the key), another one takes its place.
+    On the first call with lengths like these every form is timed, in turns; the winner serves all later calls. A form
+    that raises is out, as is one that disagrees with the first of the others. Where the winner raises later on (strides
+    are not part of the key), another one takes its place.
 
     Args:
-        key: what decides which form is the fastest: shapes, dtype, device.
+        key: what decides which form is the fastest.
         forms: gives the forms by name, the one that suits most first.
         operands: what the forms are called with.
     """
     deterministic = getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled()
-    key = (key, "deterministic" if deterministic else torch.get_num_threads())
-    chosen = _chosen.get(key)
-    if chosen is not None:
-        try:
-            earlier: Result = chosen.form(*operands)
-            return earlier
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a kernel that does not take these strides
-            pass
-    candidates = forms()
-    name, result = next(_results(candidates, operands)) if deterministic else _fastest(candidates, operands)
-    _chosen[key] = Chosen(name, candidates[name])
+    mode = "deterministic" if deterministic else torch.get_num_threads()
+    form = _chosen.get((key, mode))
+    if form is not None:
+        for _, found in _results({"": form}, operands, may_fail=True):
+            result: Result = found
+            return result
+    candidates = _affordable(key, deterministic, forms())
+    if deterministic:
+        name, result = next(_results(candidates, operands))
+    else:
+        like = (key.kind, mode, tuple(length.bit_length() for length in key.lengths), frozenset(map(_sort, candidates)))
+        name, result = _fastest(like, candidates, operands, known=form is None)
+    if len(_chosen) >= _MOST_KEYS:
+        _chosen.clear()
+    _chosen[key, mode] = candidates[name]
     return result
 
 
-def _fastest(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> tuple[str, Result]:
+def _affordable(
+    key: Key, deterministic: bool, forms: Mapping[str, Callable[..., Result]]
+) -> Mapping[str, Callable[..., Result]]:
+    """Return the forms without those that would be compiled for one more of many shapes."""
+    others = {name: form for name, form in forms.items() if not name.startswith(COMPILED)}
+    if len(others) == len(forms):
+        return forms
+    if deterministic:  # what came before must not decide
+        return forms if all(map(_is_round, key.lengths[1:])) else others
+    shapes = _compiled.setdefault(key.kind, set())
+    if len(shapes) < _MOST_COMPILED:
+        shapes.add(key.lengths)
+    return forms if key.lengths in shapes else others
+
+
+def _is_round(length: int) -> bool:
+    """Whether it is a power of two, or three times one, as few lengths are."""
+    return length > 0 and length // (length & -length) in (1, 3)
+
+
+def _sort(name: str) -> str:
+    """The name of a form without the number of samples that it takes at a time."""
+    return name.rstrip("0123456789")
+
+
+def _fastest(
+    like: Hashable, candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...], known: bool
+) -> tuple[str, Result]:
+    """Return the name of the fastest form, and its result; all are timed unless lengths like these have one `known`."""
+    winner = _winners.get(like) if known else None
+    if winner is not None:
+        alike = [name for name in candidates if _sort(name) == _sort(winner)]
+        name = winner if winner in candidates else alike[0]
+        for _, result in _results({name: candidates[name]}, operands, may_fail=True):
+            return name, result
+    name, result = _timed(candidates, operands)
+    _winners[like] = name
+    return name, result
+
+
+def _timed(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> tuple[str, Result]:
     """Time all forms, in turns, and return the name of the fastest, and its result."""
     with _lock.held():
         results = _those_that_agree(candidates, operands)
@@ -98,11 +157,13 @@ def _those_that_agree(forms: Mapping[str, Callable[..., Result]], operands: tupl
     return results
 
 
-def _results(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> Iterator[tuple[str, Result]]:
+def _results(
+    forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...], may_fail: bool = False
+) -> Iterator[tuple[str, Result]]:
     """Yield the results of the forms that run, by name; a kernel may not take these shapes or strides.
 
     Raises:
-        RuntimeError: none runs.
+        RuntimeError: none runs, unless that `may_fail`.
     """
     failed, some_run = None, False
     for name, form in forms.items():
@@ -115,7 +176,7 @@ def _results(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ..
             continue
         some_run = True
         yield name, result
-    if failed is not None and not some_run:
+    if failed is not None and not some_run and not may_fail:
         raise failed
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import samples_at_once
-from persample.sources.fused.choice import choose
+from persample.sources.fused.choice import COMPILED, Key, choose
 from persample.sources.fused.onednn import product_for
 from persample.sources.unfolding import unfold, windows_of
 
@@ -79,8 +79,9 @@ class Convolution:
         return _patches(self)
 
     def sums(self) -> Sums:
-        key = (tuple(self.x.shape), tuple(self.delta.shape), self.geometry, self.images, self.x.dtype, self.x.device)
-        return choose(("convolution", key), lambda: forms(self), self)
+        kind = ("convolution", self.geometry, self.images, self.x.dtype, self.x.device)
+        key = Key(kind, (len(self.x) // self.images, *self.x.shape[2:], *self.delta.shape[2:]))
+        return choose(key, lambda: forms(self), self)
 
     def printed_second_moment_sum(self) -> Tensor:
         raise UnsupportedModelError("The printed formula is a curvature of backend 'hooks' only.")
@@ -120,7 +121,7 @@ def _all_forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
         found |= _aligned_forms(c, "aligned-patches", max(gradient, _window_entries(c)), 1)
     if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
         found |= {
-            f"products {rows}": partial(_by_products, rows=rows)
+            f"{COMPILED} products {rows}": partial(_by_products, rows=rows)
             for rows in _pieces(c, max(gradient, _window_entries(c)), 2**18, 2**20)
         }
     if gradient > 2**15:

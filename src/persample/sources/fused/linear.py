@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.sources.contributions import OuterProducts, samples_at_once
-from persample.sources.fused.choice import choose
+from persample.sources.fused.choice import COMPILED, Key, choose
 from persample.sources.fused.onednn import product_for
 
 Sums = tuple[Tensor, Tensor]
@@ -37,11 +37,13 @@ class LinearProducts:
         return self.delta.mT @ self.a
 
     def sums(self) -> Sums:
-        key = (tuple(self.delta.shape), tuple(self.a.shape), self.a.dtype, self.a.device)
-        if self.delta.shape[1] == 1:
+        kind = (self.delta.shape[2], self.a.shape[2], self.a.dtype, self.a.device)
+        batch, positions = self.delta.shape[:2]
+        if positions == 1:
             delta, a = self.delta.squeeze(1), self.a.squeeze(1)
-            return choose(("linear", key), lambda: _likely_first(one_position(a), delta, a), delta, a)
-        return choose(("linear on positions", key), lambda: many_positions(self.delta, self.a), self.delta, self.a)
+            return choose(Key(("linear", kind), (batch,)), lambda: _likely_first(one_position(a), delta, a), delta, a)
+        key = Key(("linear on positions", kind), (batch, positions))
+        return choose(key, lambda: many_positions(self.delta, self.a), self.delta, self.a)
 
     def printed_second_moment_sum(self) -> Tensor:
         return OuterProducts(
@@ -61,43 +63,45 @@ def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
             d, x = (t.mT.clone(memory_format=torch.contiguous_format) for t in (delta, a))
             return product(d, x), product(d.square_(), x.square_())
 
-        forms["onednn"] = onednn
+        forms[COMPILED] = onednn
     return forms
 
 
 def _likely_first(forms: dict[str, Form], left: Tensor, right: Tensor) -> dict[str, Form]:
     """Return `forms` with the likely winner first: oneDNN, where it is there and the weight is worth its trouble."""
-    likely = next((name for name in forms if name.startswith("onednn")), None)
+    likely = next((name for name in forms if name.startswith(COMPILED)), None)
     if likely is None or left.shape[-1] * right.shape[-1] < 2**14:
         return forms
     return {likely: forms.pop(likely), **forms}
 
 
 def outputs_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + b, `(N, O)`, for x of shape `(N, I)`, by the fastest product."""
+    """Return x Wᵀ + b, `(N, O)`, for x of shape `(*lengths, I)` with N rows, by the fastest product."""
+    rows = x.reshape(-1, x.shape[-1])
 
     def forms() -> dict[str, Callable[..., tuple[Tensor]]]:
         found: dict[str, Callable[..., tuple[Tensor]]] = {"blas": lambda x, w, b: (F.linear(x, w, b),)}
-        product = product_for(x)
+        product = product_for(rows)
         if product is not None:
-            found["onednn"] = lambda x, w, b: (product(x, w, b),)
-        return _likely_first(found, x, weight.mT)
+            found[COMPILED] = lambda x, w, b: (product(x, w, b),)
+        return _likely_first(found, rows, weight.mT)
 
-    key = ("outputs", x.shape, weight.shape, bias is None, x.dtype, x.device)
-    return choose(key, forms, x, weight, bias)[0]
+    key = Key(("outputs", weight.shape, bias is None, x.dtype, x.device), tuple(x.shape[:-1]))
+    return choose(key, forms, rows, weight, bias)[0]
 
 
-def gradient_of_inputs(delta: Tensor, weight: Tensor) -> Tensor:
-    """Return δ W, `(N, I)`, for δ of shape `(N, O)`, by the fastest product."""
+def gradient_of_inputs(delta: Tensor, weight: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Return δ W, `(*lengths, I)`, for δ of shape `(N, O)`, by the fastest product."""
 
     def forms() -> dict[str, Callable[..., tuple[Tensor]]]:
         found: dict[str, Callable[..., tuple[Tensor]]] = {"blas": lambda delta, w: (delta @ w,)}
         product = product_for(delta)
         if product is not None:
-            found["onednn"] = lambda delta, w: (product(delta, w.mT),)
+            found[COMPILED] = lambda delta, w: (product(delta, w.mT),)
         return _likely_first(found, delta, weight)
 
-    return choose(("inputs", delta.shape, weight.shape, delta.dtype, delta.device), forms, delta, weight)[0]
+    key = Key(("inputs", weight.shape, delta.dtype, delta.device), lengths)
+    return choose(key, forms, delta, weight)[0].view(*lengths, weight.shape[1])
 
 
 def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
@@ -110,7 +114,7 @@ def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tens
         forms = dict(reversed(forms.items()))
     product = product_for(a)
     if product is not None:
-        forms["onednn one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
+        forms[f"{COMPILED} one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
     return forms
 
 

@@ -40,10 +40,10 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
     if all(v is None or (v.dtype, v.requires_grad) == (input.dtype, False) for v in values) and not _autocast(input):
 
         def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-            return outputs_of(x.reshape(-1, inputs), *values), (x,)
+            return outputs_of(x, *values), (x,)
 
         def backward(delta: Tensor, x: Tensor, wanted: bool) -> tuple[Tensor | None, Sequence[Contribution]]:
-            gradient = gradient_of_inputs(delta, values[0]).view(x.shape) if wanted else None
+            gradient = gradient_of_inputs(delta, values[0], tuple(x.shape[:-1])) if wanted else None
             delta, x = precise(delta), precise(x)
             return gradient, (for_weight(delta, x), for_bias(delta, x))
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.fused.choice import choose
+from persample.sources.fused.choice import Key, choose
 
 _ENOUGH_CHANNELS = 64
 
@@ -42,7 +42,8 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
         forms = partial(_forms, x)
-        values, indices = choose(("max pool", x.shape, str(settings), x.dtype), forms, x, settings)
+        key = Key(("max pool", x.shape[1], str(settings), x.dtype), (len(x), *x.shape[2:]))
+        values, indices = choose(key, forms, x, settings)
         ctx.apart, ctx.shape, ctx.settings = _windows_are_apart(settings), x.shape, settings
         ctx.save_for_backward(indices, *(() if ctx.apart else (x,)))
         return values
