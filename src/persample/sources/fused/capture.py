@@ -9,7 +9,7 @@ parameter; a tap at its result delivers δ to the contributions of the parameter
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -60,6 +60,8 @@ class Capture(TorchFunctionMode):
         self.constants = Seen()  # in what activation checkpointing repeats
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
+        self.bypassed: set[Expression] = set()  # whose graphs do not see the gradients of all of their uses
+        self.remade: dict[Hashable, tuple[Tensor, int] | None] = {}  # expressions as samples, by id and layout
         self.aliases: list[Tensor] = []  # tensors that share memory with expressions, without being seen as ones
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -381,9 +383,14 @@ class Capture(TorchFunctionMode):
         """Pull gradients back one by one from now on, as a hook may change each of them."""
         if hooked.is_parameter:
             raise hooked_parameter(hooked.names[0])
+        if hooked in self.bypassed:
+            raise UnsupportedModelError(
+                f"A hook was put on a tensor made of {', '.join(map(repr, hooked.names))} after samples had met it, "
+                "which backend 'fused' cannot follow: put the hook on it before, or use backend 'loop'."
+            )
         for _, expression in self.expressions.values():
             if expression.parameters.keys() & hooked.parameters.keys():
-                expression.moves = False
+                expression.moves, expression.made = False, None
 
     def _adopted(self, tensors: list[Tensor]) -> list[Tensor]:
         """Make expressions of those tensors that came into being unseen, if autograd knows how from parameters alone.

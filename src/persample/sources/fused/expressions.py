@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,26 @@ from persample.sources.fused.arguments import substitute, tensors_in
 from persample.sources.fused.families import RESHAPES, SAME, functions
 from persample.sources.fused.layouts import saved_tensors_are_intercepted
 from persample.sources.graph import nodes_behind
+
+
+class Made(NamedTuple):
+    """How an expression was made.
+
+    Attributes:
+        func: the operation.
+        args: its positional arguments, as the model gave them,
+        kwargs: and its keyword arguments.
+        number: which of its results the expression is; None if it has but one.
+        sources: those of its operands that were expressions, by their id.
+        versions: how often each of its other operands had been written into, by its id.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    number: int | None
+    sources: Mapping[int, Expression]
+    versions: Mapping[int, int]
 
 
 @dataclass(eq=False, slots=True)
@@ -37,6 +57,7 @@ class Expression:
         repeats: the dimensions along which θ' is the same over and over, with the length of what is repeated.
         is_parameter: whether f is the identity.
         through: other expressions that the graph begins at, by the leaves that stand for them.
+        made: how it was made; None if that does not matter.
     """
 
     value: Tensor
@@ -46,6 +67,7 @@ class Expression:
     repeats: Mapping[int, int] = field(default_factory=dict)
     is_parameter: bool = False
     through: Mapping[Tensor, Expression] = field(default_factory=dict)
+    made: Made | None = None
 
     @property
     def reorders(self) -> bool:
@@ -55,9 +77,31 @@ class Expression:
     def once(self, dim: int) -> Expression:
         """Return what is repeated along `dim`."""
         length = self.repeats[dim]
-        graph = self.graph.narrow(dim, 0, length)
+        graph = self._before_repeated(dim)
+        if graph is None or graph.shape[dim] != length or graph.dim() != self.value.dim():
+            graph = self.graph.narrow(dim, 0, length)
         repeats = {d: size for d, size in self.repeats.items() if d != dim}
         return Expression(graph.detach(), graph, self.parameters, self.moves, repeats, through=self.through)
+
+    def _before_repeated(self, dim: int) -> Tensor | None:
+        """Return what is repeated along `dim` without a way back through all of the repetitions, if it can be had."""
+        if self.made is None or len(self.made.sources) != 1 or self.value.numel() == 0:
+            return None
+        ((key, source),) = self.made.sources.items()
+        if self.made.func in _COPIES:
+            if dim not in source.repeats:
+                return None
+            args, kwargs = substitute((self.made.args, dict(self.made.kwargs)), {key: source.once(dim).graph})
+            copy: Tensor = self.made.func(*args, **kwargs)
+            return copy
+        if self.made.func not in _EXPANSIONS:
+            return None
+        missing = self.value.dim() - source.value.dim()
+        lengths = [1] * missing + list(source.value.shape)
+        times = [size // length for size, length in zip(self.value.shape, lengths, strict=True)]
+        inherited = times[dim] == 1
+        times[dim] = 1
+        return (source.once(dim - missing) if inherited else source).graph.repeat(times)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,10 +175,10 @@ def express(
     """
     name = getattr(func, "__name__", str(func))
     new_args, new_kwargs = substitute((args, dict(kwargs)), {key: source.graph for key, source in sources.items()})
-    versions = [source.graph._version for source in sources.values()]
+    before = [source.graph._version for source in sources.values()]
     with own_saved_tensors():
         result = func(*new_args, **new_kwargs)
-    if [source.graph._version for source in sources.values()] != versions:
+    if [source.graph._version for source in sources.values()] != before:
         raise UnsupportedModelError(
             f"{name} changes a parameter, or a tensor computed from parameters, in place, which backend 'fused' cannot "
             "follow: use the operation that returns a new tensor."
@@ -143,20 +187,27 @@ def express(
     unchanged = {id(source.graph): t for t in tensors_in((args, dict(kwargs))) if (source := sources.get(id(t)))}
     parameters, through = origins(sources.values())
     source = next(iter(sources.values()))
+    versions = {id(t): version_of(t) for t in tensors_in((args, dict(kwargs))) if id(t) not in sources}
 
-    def expression(output: Any) -> Any:
+    def expression(output: Any, number: int | None = None) -> Any:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output
         if id(output) in unchanged:
             return unchanged[id(output)]
         repeats = _repeats(func, source, output)
         moves = len(sources) == 1 and source.moves and _moves(func, source, args, kwargs)
-        return remember(Expression(output.detach(), output, parameters, moves, repeats, through=through))
+        made = Made(func, args, kwargs, number, sources, versions)
+        return remember(Expression(output.detach(), output, parameters, moves, repeats, through=through, made=made))
 
     if isinstance(result, tuple | list):
-        outputs = map(expression, result)
+        outputs = [expression(output, number) for number, output in enumerate(result)]
         return type(result)(*outputs) if hasattr(result, "_fields") else type(result)(outputs)
     return expression(result)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written into."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from persample.sources.fused.layout import Layout
 from persample.sources.fused.own_rows import OwnRows, PickedRows
 from persample.sources.fused.owners import NOBODY
 from persample.sources.fused.places import Place
+from persample.sources.fused.rules.constants import as_samples
 
 if TYPE_CHECKING:
     from persample.sources.fused.capture import Capture
@@ -130,8 +131,10 @@ def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: 
     length = expression.repeats.get(own.dim)
     if length is not None and own.before == 1 and own.after % length == 0:
         once = expression.once(own.dim)
+        capture.bypassed.add(expression)
         return capture.copies(expression.value, where, once, _of_repeated(once, layout, own))
-    return capture.copies(expression.value, where, expression, _of_own_rows(where, own))
+    made = as_samples(capture, operand, where, own)
+    return capture.copies(expression.value, where, expression, _of_own_rows(where, own)) if made is None else made
 
 
 def _of_own_rows(layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
