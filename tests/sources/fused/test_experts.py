@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import persample
 
@@ -88,3 +89,87 @@ def test_batches_of_matrices_without_groups(per_sample_truth: Any) -> None:
     model, x = Batched(), torch.randn(3, 2, 8)
     truth = per_sample_truth(model, loss_fn, x, None).gradients
     assert_close(persample.make_source("fused", model, loss_fn, check="never").per_sample(x, None), truth)
+
+
+class PickedExperts(nn.Module):
+    """Each expert's rows are picked, and its results added to those of the others, as transformers 4 does."""
+
+    def __init__(self, experts: int, way: str) -> None:
+        super().__init__()
+        self.gate, self.out, self.way = nn.Linear(8, experts), nn.Linear(8, 3), way
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.gate(tokens).softmax(1).topk(min(2, len(self.experts)))
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            row, column = torch.where(chosen == number)
+            if len(row) == 0:
+                continue
+            result = expert(tokens[row]) * weights[row, column, None]
+            if self.way == "index_add_":
+                out.index_add_(0, row, result)
+            elif self.way == "index_add":
+                out = out.index_add(dim=0, index=row, source=result, alpha=1)
+            elif self.way == "scatter_add":
+                out = out.scatter_add(0, row.unsqueeze(1).expand_as(result), result)
+            elif self.way == "columns":
+                out = out.t().index_add(1, row, result.t()).t()
+            else:
+                out[row] += result
+        return self.out(out.view(x.shape).mean(1))
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+WAYS = ["index_add_", "index_add", "columns", "scatter_add", "brackets"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("batch", "tokens", "experts"), [(3, 4, 3), (5, 1, 8), (1, 7, 4), (4, 4, 1)])
+def test_picked_rows(batch: int, tokens: int, experts: int, way: str, per_sample_truth: Any) -> None:
+    torch.manual_seed(0)
+    model, x = PickedExperts(experts, way).double(), torch.randn(batch, tokens, 8, dtype=torch.float64)
+    truth = per_sample_truth(model, loss_fn, x, None).gradients
+    assert_close(persample.make_source("fused", model, loss_fn, check="never").per_sample(x, None), truth)
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_experts_cost_few_operations(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = PickedExperts(16, way), torch.randn(16, 20, 8)
+    source = persample.make_source("fused", model, loss_fn, check="never", deterministic=True)
+    source.moments(x, None)
+    with Operations() as plain:
+        loss_fn(model(x), None).sum().backward()
+    model.zero_grad()
+    with Operations() as fused:
+        source.moments(x, None)
+    assert fused.count < 4 * plain.count
+
+
+def test_rows_that_meet_in_a_sum_are_refused() -> None:
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            picked = x[torch.tensor([1, 0, 2, 2])]
+            return self.out(x.index_add(0, torch.tensor([1, 0, 1, 2]), picked))
+
+    with pytest.raises(persample.PersampleError, match="mixes the samples"):
+        persample.make_source("fused", Meeting(), loss_fn, check="never").per_sample(torch.randn(3, 8), None)

@@ -471,7 +471,7 @@ class Capture(TorchFunctionMode):
     def _carry(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor]) -> Any:
         """Run an operation that uses no parameter, and follow the samples from its operands into its results."""
         result = operations.FASTER.get(func, func)(*args, **kwargs)
-        if func in families.CONSTANTS:
+        if families.gives_nothing_of_samples(func, args, kwargs):
             return result
         if func in families.SAME or func in families.RESHAPES:
             where = self.layouts.get(args[0]) if args else None

@@ -49,6 +49,9 @@ CONSTANTS = functions(
     "rand_like randn_like randint_like"
 )
 
+#: Where the entries are that are not zero: numbers, which have no gradient.
+PLACES_OF_ENTRIES = functions("nonzero argwhere")
+
 #: Entry by entry on the first operand, whatever the others are.
 SAME = functions(
     "to type_as type float double half bfloat16 bool int long short byte char cpu cuda clone contiguous detach data "
@@ -137,6 +140,12 @@ MOVES: Mapping[Any, tuple[int | str, ...]] = _by_name(
 )
 
 
+#: Operations that add entries of their fourth operand to those of the first, along a dimension, where numbers say.
+ADDITIONS = functions("index_add")
+
+#: Operations that write entries into their first operand, or a copy of it, and leave others as they are.
+INTO = functions("scatter scatter_add scatter_reduce index_add index_copy index_fill")
+
 #: Operations of which the values of samples may say whose the entries of the result are.
 VALUES_MATTER = frozenset(
     (*MOVES, *ALONG, *functions("index_add index_reduce put embedding_bag segment_reduce bincount where masked_fill"))
@@ -156,6 +165,15 @@ def index_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     places = MOVES[func]
     found = [args[place] for place in places if isinstance(place, int) and place < len(args)]
     return found + [kwargs[place] for place in places if isinstance(place, str) and place in kwargs]
+
+
+def gives_nothing_of_samples(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the result has no gradient and no trace of the samples: a shape or a type, or places of entries."""
+    one_operand = len(args) + len(kwargs) == 1
+    return func in CONSTANTS or func in PLACES_OF_ENTRIES or (one_operand and func in _WHERE)
+
+
+_WHERE = functions("where")
 
 
 def dims_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

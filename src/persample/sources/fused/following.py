@@ -122,7 +122,7 @@ def _find(call: Call) -> tuple[list[Where], Dependence]:
         return _by_family(call), "shapes"
     except Unknown:
         pass
-    for way in (_by_indices, _by_places, _by_labels, _by_nan):
+    for way in (_by_indices, _by_places, _by_labels, _by_sums, _by_nan):
         try:
             return way(call), _dependence(call, way)
         except Unknown:
@@ -164,7 +164,9 @@ def _may_decide(call: Call, tensor: Tensor) -> bool:
 def _by_family(call: Call) -> list[Where]:
     func, operands = call.func, call.operands()
     owner = _only_owner(call)
-    if owner is not None and func not in families.MOVES and any(func in kind for kind in _OF_ALL_ENTRIES):
+    into_constants = func in families.INTO and id(call.args[0] if call.args else None) not in call.samples
+    of_all = func not in families.MOVES and not into_constants and any(func in kind for kind in _OF_ALL_ENTRIES)
+    if owner is not None and of_all:
         return [Layout(1, call.batch, shape.numel(), owner) for shape in call.shapes()]
     if func in families.POINTWISE or func in families.COMPARISONS:
         return _agreed(call, operands, aligned)
@@ -365,6 +367,45 @@ def _adds(call: Call) -> bool:
     return bool(call.kwargs.get("accumulate", call.kwargs.get("reduce"))) or any(item is True for item in call.args[3:])
 
 
+def _by_sums(call: Call) -> list[Where]:
+    """Entries are added to others where constants say: a sum belongs to whom all of its terms belong."""
+    if call.func not in families.ADDITIONS or len(call.args) + len(call.kwargs.keys() & _ADDED) != 4:
+        raise Unknown
+    target, dim, index, added = (*call.args, *(call.kwargs[name] for name in _ADDED if name in call.kwargs))
+    if id(index) in call.samples or target.dim() == 0 or added.dim() != target.dim():
+        raise Unknown
+    device = target.device
+    nobody = torch.full((), NOBODY, device=device)
+    labels = [
+        call.samples[id(t)].labels(t.shape, device) if id(t) in call.samples else nobody.expand(t.shape)
+        for t in (target, added)
+    ]
+    dim = dim % target.dim()
+    for d in range(target.dim()):
+        if d != dim and all(label.stride(d) == 0 for label in labels):  # the same for all entries along it
+            labels = [label.narrow(d, 0, min(1, label.shape[d])) for label in labels]
+    if id(target) in call.samples:
+        owner, others = torch.broadcast_tensors(labels[0].index_select(dim, index.reshape(-1)), labels[1])
+        if bool((others == owner).logical_or(others == NOBODY).all()):  # the rule: it belongs to whom it did
+            return [call.samples[id(target)]]
+    first, last = (
+        _reduced(labels[0], dim, index, labels[1], reduction, others)
+        for reduction, others in (("amin", call.batch), ("amax", NOBODY))
+    )
+    owner = torch.where((first == last) | (last == NOBODY), last, SEVERAL)
+    return [_where(call, owner.expand(target.shape), likely=[dim])]
+
+
+_ADDED = ("input", "dim", "index", "source")
+
+
+def _reduced(labels: Tensor, dim: int, index: Tensor, added: Tensor, reduction: str, nobody: int) -> Tensor:
+    """Return the smallest or largest label of what is added up, with `nobody` for that of nobody."""
+    known, others = (torch.where(t == NOBODY, nobody, t) for t in (labels, added))
+    places = index.reshape([-1 if d == dim else 1 for d in range(labels.dim())]).expand(others.shape)
+    return known.scatter_reduce(dim, places.long(), others, reduction)
+
+
 def _by_nan(call: Call) -> list[Where]:
     try:
         owners = touched(call.run, (call.args, dict(call.kwargs)), _labels(call), call.batch)
@@ -383,7 +424,13 @@ def _of_all(call: Call, shape: torch.Size) -> Lost:
     return Lost(f"{call.name} makes an entry of its result from all of them", mixed=shape.numel() > 1)
 
 
-def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: Where = _NO_TRACE) -> Where:
+def _where(
+    call: Call,
+    labels: Tensor,
+    read: Write = lambda rows: rows,
+    nobody: Where = _NO_TRACE,
+    likely: Sequence[int] = (),
+) -> Where:
     if labels.numel() == 0:
         return Layout(1, call.batch, 0)
     outer, rows, inner = rows_in(labels)
@@ -396,7 +443,7 @@ def _where(call: Call, labels: Tensor, read: Write = lambda rows: rows, nobody: 
     if not bool((rows != NOBODY).any()):
         return nobody
     if bool((rows == NOBODY).any()):
-        outer, rows, inner = rows_in(without_gaps(read(labels), [place.dim for place in _places(call)]))
+        outer, rows, inner = rows_in(without_gaps(read(labels), likely or [place.dim for place in _places(call)]))
     return of_rows(outer, rows, inner, call.batch)
 
 

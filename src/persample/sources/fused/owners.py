@@ -22,6 +22,16 @@ class Owners:
         self.labels = labels
         self.batch = batch
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the rows are those of the same samples."""
+        if self is other or not isinstance(other, Owners):
+            return self is other
+        known = self.labels, other.labels
+        return self.batch == other.batch and known[0].device == known[1].device and torch.equal(*known)
+
+    def __hash__(self) -> int:
+        return hash((self.batch, len(self.labels)))
+
     @cached_property
     def complete(self) -> bool:
         """Whether every row belongs to a sample."""

@@ -90,7 +90,7 @@ def touched(run: Run, arguments: Arguments, labels: Mapping[int, Tensor], batch:
     plain = results(None)
     counts = [torch.zeros_like(r, dtype=torch.int64) for r in plain]
     bits = [torch.zeros_like(r, dtype=torch.int64) for r in plain]
-    for j in range(codes.shape[1]):
+    for j in range(codes.shape[1] if any(map(_holds_nan, plain)) else 0):
         for n, (result, before) in enumerate(zip(results(codes[:, j]), plain, strict=True)):
             if _holds_nan(result):
                 hits = (result.isnan() & ~before.isnan()).long()
