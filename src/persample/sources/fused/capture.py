@@ -25,6 +25,7 @@ from persample.sources.fused import families, operations
 from persample.sources.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.fused.expressions import Expression, express
 from persample.sources.fused.following import Call, Lost, Where, after, outputs_of
+from persample.sources.fused.kernels import Kernel, Results, is_kernel
 from persample.sources.fused.layout import Layout, batch_first, layout_of
 from persample.sources.fused.layouts import Layouts, Seen, saved_tensors_are_intercepted
 from persample.sources.fused.opened import opened
@@ -62,6 +63,7 @@ class Capture(TorchFunctionMode):
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
         self.bypassed: set[Expression] = set()  # whose graphs do not see the gradients of all of their uses
         self.remade: dict[Hashable, tuple[Tensor, int] | None] = {}  # expressions as samples, by id and layout
+        self.kernels: dict[Any, Results] = {}  # results of custom functions that took a parameter, by their nodes
         self.aliases: list[Tensor] = []  # tensors that share memory with expressions, without being seen as ones
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -114,6 +116,8 @@ class Capture(TorchFunctionMode):
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
+        if self.without_gradient and self.forward_pass:
+            self._note_kernels(followed)
         if len(used) + len(followed) < len(tensors):
             used += self._adopted(tensors)
         if not used:
@@ -143,18 +147,50 @@ class Capture(TorchFunctionMode):
             return self.again(opened(func), args, kwargs, {})
         return self.express(func, args, kwargs)
 
+    def _note_kernels(self, followed: list[Tensor]) -> None:
+        """Remember those of `followed` that custom functions returned."""
+        for t in followed:
+            where = self.layouts.get(t)
+            if not isinstance(where, Layout) or self.intercepted or not is_kernel(t.grad_fn):
+                continue
+            if where.owners is None or where.owners.complete:
+                self.kernels.setdefault(t.grad_fn, {})[t.output_nr] = where
+
+    def taken(self, node: Any) -> dict[int, Expression]:
+        """Return the expressions that the custom function of `node` took, by the number of the edge to them."""
+        variables = [getattr(following, "variable", None) for following, _ in node.next_functions]
+        return {place: e for place, v in enumerate(variables) if (e := self.expression(v)) is not None}
+
+    @contextmanager
+    def _kernels_served(self) -> Iterator[None]:
+        """Let custom functions that took parameters give their contributions in the backward pass inside."""
+        served = []
+        try:
+            for node, results in self.kernels.items():
+                taken = self.taken(node)
+                if taken:
+                    self._expect(taken.values())
+                    served.append(Kernel(self, node, results, taken))
+            self.kernels.clear()
+            yield
+        finally:
+            for kernel in served:
+                for handle in kernel.handles:
+                    handle.remove()
+
     @contextmanager
     def during_backward(self) -> Iterator[None]:
         """Stay active in the backward pass where it may repeat parts of the forward pass.
 
         Activation checkpointing does; so may a custom `torch.autograd.Function`, in which autograd does not look.
         """
-        self.forward_pass = self.layouts.forward_pass = False
-        if self.intercepted or self.without_gradient:
-            with self:
+        with self._kernels_served():
+            self.forward_pass = self.layouts.forward_pass = False
+            if self.intercepted or self.without_gradient:
+                with self:
+                    yield
+            else:
                 yield
-        else:
-            yield
 
     # What rules use: operands.
 
