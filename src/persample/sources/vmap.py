@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.func import functional_call, grad_and_value, vmap
+from torch.overrides import TorchFunctionMode
 
 from persample.errors import LossError, NonFiniteLossError, OptionError, UnsupportedModelError
 from persample.losses import check_losses
@@ -17,6 +18,7 @@ from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.entering import changeable, entering
+from persample.sources.products import batched_grad
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.refusals import describe
 from persample.sources.splits.tree import Columns
@@ -141,8 +143,7 @@ class VmapSource(PerSampleGradSource):
 
         def sample_loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], entries: list[Tensor]) -> Tensor:
             state = buffers | {place: parameters[name] for place, name in places.items()}
-            # The model may differentiate by tensors of its own (`x.requires_grad_()`), as autograd alone would let it.
-            with enable_inplace_requires_grad(True):
+            with _Differentiating():
                 entered = {
                     key: _entered(column.tensor, entry)
                     for (key, column), entry in zip(distinct.items(), entries, strict=True)
@@ -196,6 +197,26 @@ class VmapSource(PerSampleGradSource):
 def _entered(tensor: Tensor, entry: Tensor) -> Tensor:
     """Return the entry of one sample as its model gets it, like `tensor`, which holds all of them."""
     return changeable()(entering(lambda _: entry)(tensor))
+
+
+class _Differentiating(TorchFunctionMode):
+    """Lets model and loss differentiate by autograd inside of a transform of `torch.func`.
+
+    `torch.autograd.grad` gives the right derivatives there, also by the parameters that the transform differentiates
+    by. But `x.requires_grad_()` is forbidden, as the transform cannot know of x, and `is_grads_batched=True` goes wrong
+    silently.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.requires_grad_:
+            with enable_inplace_requires_grad(True):  # for one call: a backward pass forgets it
+                return func(*args, **kwargs)
+        if func is torch.autograd.grad and kwargs.pop("is_grads_batched", False):
+            return batched_grad(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 class _ModelLoss(nn.Module):
