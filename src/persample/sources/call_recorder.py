@@ -110,7 +110,7 @@ class CallRecorder(Recorder):
             shape = call.output.shape
 
             def on_gradient(delta: Tensor) -> None:
-                if self.checking:
+                if self.checking or (self.in_backward and not self.in_outer_backward()):
                     return
                 self.reach(forward_pass)
                 with torch._C.DisableTorchFunction():

@@ -20,7 +20,7 @@ from persample.sources.module_calls import (
     unseen_uses,
 )
 from persample.sources.reference import losses_of_part
-from persample.sources.refusals import describe
+from persample.sources.refusals import FUSED_OR_VJP, describe
 from persample.sources.untouched import buffers_restored
 from persample.sources.use import Kind, Use
 
@@ -46,7 +46,7 @@ def uses_of_layers(
         own = _names_in(module, names)
         reason = reason_against(module) if own else None
         if reason:
-            why = f"{describe(path, module)} {reason} Use backend 'fused' or 'loop'."
+            why = f"{describe(path, module)} {reason} {FUSED_OR_VJP.capitalize()}."
             refused.update(own)
             yield from (Use(name, "refused", type(module).__name__, path, why) for name in own)
         elif own:

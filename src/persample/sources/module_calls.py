@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from persample.errors import UnsupportedModelError
 from persample.sources.batch import Batch
-from persample.sources.refusals import describe
+from persample.sources.refusals import FUSED_OR_VJP, describe
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ def recorded_calls(
                 if any(own[path].get(name) is not p for name, p in module._parameters.items()):
                     raise UnsupportedModelError(
                         f"{describe(path, module)} was called with other tensors in place of its parameters "
-                        "(torch.func.functional_call, or an attribute that was set): use backend 'fused' or 'loop'."
+                        f"(torch.func.functional_call, or an attribute that was set): {FUSED_OR_VJP}."
                     )
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 # An operation in place on a view gives the view another node, while the node of its base remains.
@@ -123,7 +123,7 @@ def unseen_uses(
             yield (
                 None,
                 f"A hook (Tensor.register_hook) on the output of {call.name} may change the gradient that this backend "
-                "takes there: put the hook on a function of the output, or use backend 'fused' or 'loop'.",
+                f"takes there: put the hook on a function of the output, or {FUSED_OR_VJP}.",
             )
     inputs_of = {call.edge.node: call.input_nodes for call in calls}
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
@@ -143,13 +143,13 @@ def unseen_uses(
                 names[variable],
                 f"Parameter {names[variable]!r} is used outside the call of a module that this backend has a rule "
                 "for (by a functional call, as a bare parameter, or by a module's method): its gradient would lack "
-                "that use. Use backend 'fused' or 'loop'.",
+                f"that use. {FUSED_OR_VJP.capitalize()}.",
             )
         if moves_rows(node):
             yield (
                 None,
                 f"The model picks or reorders entries of dim 0 between its layers ({node.name()}), so row i need not "
-                "be sample i there: this backend needs that. Use backend 'fused' or 'loop'.",
+                f"be sample i there: this backend needs that. {FUSED_OR_VJP.capitalize()}.",
             )
         if "CheckpointFunction" in node.name():
             yield (
@@ -195,7 +195,7 @@ def refuse_changed_inputs(call: ModuleCall) -> None:
     if tuple(tensor._version for tensor in call.inputs) != call.input_versions:
         raise UnsupportedModelError(
             f"The input of {call.name} was changed in place after the call, so what the module saw is lost: make that "
-            "operation not in place (inplace=False), or use backend 'fused' or 'loop'."
+            f"operation not in place (inplace=False), or {FUSED_OR_VJP}."
         )
 
 
@@ -204,8 +204,7 @@ def refuse_lists(batch: Batch) -> None:
     if any(owners is not None for _, _, owners in batch.inputs_only().followed()):
         raise UnsupportedModelError(
             "The model gets a list with one tensor for each sample, or packed sequences, so this backend cannot tell "
-            "whose the rows are that its layers see: pass one tensor, stacked or padded, or use backend 'fused' or "
-            "'loop'."
+            f"whose the rows are that its layers see: pass one tensor, stacked or padded, or {FUSED_OR_VJP}."
         )
 
 
@@ -217,5 +216,5 @@ def require_batch_first(call: ModuleCall, batch: Batch) -> None:
             raise UnsupportedModelError(
                 f"{call.name} was called with a tensor of shape {tuple(tensor.shape)} in a batch of {batch.size} "
                 "samples: this backend needs dim 0 of its inputs and outputs to be the sample (no folded batches, no "
-                "time-first layouts). Use backend 'fused' or 'loop'."
+                f"time-first layouts). {FUSED_OR_VJP.capitalize()}."
             )

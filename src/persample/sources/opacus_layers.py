@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from persample.errors import UnsupportedModelError
 from persample.sources.peer_rules import alteration
+from persample.sources.refusals import FUSED_OR_VJP
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def refuse_chosen_output_size(name: str, layer: _ConvTransposeNd, inputs: Tensor
         if output.shape[2 + d] != size:
             raise UnsupportedModelError(
                 f"{name} was called with an output_size of its own, which Opacus does not pass on: set "
-                "output_padding in the layer, or use backend 'fused' or 'loop'."
+                f"output_padding in the layer, or {FUSED_OR_VJP}."
             )
 
 

@@ -34,7 +34,7 @@ from persample.sources.module_calls import (
 )
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import gradients_at
-from persample.sources.refusals import describe
+from persample.sources.refusals import FUSED_OR_VJP, describe
 from persample.sources.use import Use
 
 
@@ -106,7 +106,7 @@ class PeerRulesSource(PerSampleGradSource):
             if trainable(module):
                 reason = self.reason_against(module)
                 if reason:
-                    raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'fused' or 'loop'.")
+                    raise UnsupportedModelError(f"{describe(path, module)} {reason} {FUSED_OR_VJP.capitalize()}.")
                 layers[path] = module
         return layers
 
@@ -166,7 +166,7 @@ class PeerRulesSource(PerSampleGradSource):
             shapes = ", ".join(str(tuple(a.shape)) for a in use.inputs)
             raise UnsupportedModelError(
                 f"{self.package} cannot handle {use.name} with an input of shape {shapes} ({type(error).__name__}: "
-                f"{str(error).rstrip('.')}). Use backend 'fused' or 'loop'."
+                f"{str(error).rstrip('.')}): {FUSED_OR_VJP}."
             ) from error
         # Some rules return δ itself, which layers side by side have in common.
         shared = use.delta.untyped_storage().data_ptr()

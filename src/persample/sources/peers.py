@@ -15,6 +15,7 @@ from persample.sources.batch import Batch
 from persample.sources.peer_machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.peer_rules import PeerRulesSource
 from persample.sources.recording import LossReduction, Recorded
+from persample.sources.refusals import FUSED_OR_VJP
 from persample.sources.use import Use
 
 Result = TypeVar("Result")
@@ -115,8 +116,8 @@ class PeerSource(PerSampleGradSource):
         """Return `refusal` with the advice that it lacks."""
         if not isinstance(refusal, UnfitError):
             return refusal
-        rules = "machinery='rules', or " if self._rules_serve() else ""
-        return UnsupportedModelError(f"{refusal} Use {rules}backend 'fused' or 'loop'.")
+        rules = "use machinery='rules', or " if self._rules_serve() else ""
+        return UnsupportedModelError(f"{refusal} {(rules + FUSED_OR_VJP).capitalize()}.")
 
     def _rules_serve(self) -> bool:
         try:

@@ -18,10 +18,11 @@ from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.sources.batch import Batch, split_batch
 from persample.sources.batch_norm_nodes import read_right
 from persample.sources.forward_pass import ForwardPass, tensors_of
-from persample.sources.graph import nodes_from, variables_of
+from persample.sources.graph import nodes_from, outer_backward, variables_of
 from persample.sources.p_grad import copied, gradients_in, is_changed
 from persample.sources.recording import LossReduction, Recorded, Sums
 from persample.sources.reference import reentrant_refused
+from persample.sources.refusals import VMAP_OR_VJP
 from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
 from persample.sources.splits.found import unwrapped
 from persample.sources.uncompiled import uncompiled
@@ -69,6 +70,7 @@ class Recorder(TorchFunctionMode):
         self.passes: list[ForwardPass] = []
         self.gradients: dict[str, Tensor] = {}
         self.in_backward = False
+        self.in_outer_backward: Callable[[], bool] = lambda: True
         self.checking = False
         self._reached = False
         self._depth = 0
@@ -111,7 +113,7 @@ class Recorder(TorchFunctionMode):
         if not self.in_backward and self.current is not None:
             raise UnsupportedModelError(
                 "The model computes gradients itself (torch.autograd.grad in its forward pass), which this backend "
-                "would take for those of the loss: use backend 'vmap' or 'loop'."
+                f"would take for those of the loss: {VMAP_OR_VJP}."
             )
         if not self.in_backward:
             raise UsageError("A backward pass began in a way that cannot be seen: call loss.backward() on the loss.")
@@ -260,7 +262,7 @@ class Recorder(TorchFunctionMode):
         return hook
 
     def _on_output(self, forward_pass: ForwardPass, delta: Tensor) -> None:
-        if self.checking:
+        if self.checking or (self.in_backward and not self.in_outer_backward()):
             return
         self.reach(forward_pass)
         if delta.dim() > 0 and len(delta) == forward_pass.batch.size:
@@ -299,7 +301,7 @@ class Recorder(TorchFunctionMode):
         context = self.before_backward(roots)
         self.in_backward = True
         try:
-            with context, reentrant_refused():
+            with context, outer_backward(roots) as self.in_outer_backward, reentrant_refused():
                 self.run_backward(losses, gradient, retain_graph=retain_graph)
         finally:
             self.in_backward = False

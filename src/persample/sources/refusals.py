@@ -13,6 +13,12 @@ from torch.nn.parameter import is_lazy
 from persample.errors import UnsupportedModelError
 from persample.sources.modules import modules_of
 
+#: The advice of `fused`, for models that it does not serve.
+VMAP_OR_VJP = "use backend 'vmap', or 'vjp', which serves what torch.func cannot run"
+
+#: The advice of backends that serve fewer models than `fused`.
+FUSED_OR_VJP = "use backend 'fused', or 'vjp', which serves every model"
+
 
 def refuse_impossible(model: nn.Module) -> None:
     """Raise if a module of `model`, in its present mode, mixes the samples or rewrites its own parameters.
@@ -40,7 +46,7 @@ def impossible_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
                     yield path, f"{kind} {name!r} {reason}"
 
 
-def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'loop'") -> None:
+def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'vjp' or 'loop'") -> None:
     """Raise if a hook may change the gradient of a parameter after autograd has computed it.
 
     Args:
@@ -56,7 +62,7 @@ def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'loop
                 raise hooked_parameter(f"{path}.{own}" if path else own, instead)
 
 
-def hooked_parameter(name: str, instead: str = "use backend 'loop'") -> UnsupportedModelError:
+def hooked_parameter(name: str, instead: str = "use backend 'vjp' or 'loop'") -> UnsupportedModelError:
     """Return the refusal of a parameter that has a hook."""
     return UnsupportedModelError(
         f"Parameter {name!r} has a hook (Tensor.register_hook), which changes the gradient that autograd gives it, but "

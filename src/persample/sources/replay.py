@@ -57,7 +57,7 @@ class ReplayRecorder(Recorder):
 
     def begin(self, forward_pass: ForwardPass) -> None:
         refuse_impossible(self.model)
-        refuse_hooked_parameters(self.model, "use optimizer.observe(inputs, targets) with backend 'loop'")
+        refuse_hooked_parameters(self.model, "use optimizer.observe(inputs, targets) with backend 'vjp' or 'loop'")
         self.source.refuse_unsupported()
         self._start = random_state(self.model)
         self._put_back_buffers = buffer_snapshot(self.model)
@@ -119,7 +119,7 @@ class ReplayRecorder(Recorder):
         if self._drew and not self.source.ordinary_random_stream:
             raise UnsupportedModelError(
                 f"The model drew random numbers (dropout), and {name} draws others than an ordinary forward pass, so "
-                "it cannot repeat yours: use optimizer.observe(inputs, targets), or backend 'fused' or 'loop'."
+                "it cannot repeat yours: use optimizer.observe(inputs, targets), or backend 'fused' or 'vjp'."
             )
 
     def _repeated(self, source: PerSampleGradSource, batch: Batch, unit: float) -> Moments:

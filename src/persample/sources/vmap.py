@@ -20,7 +20,7 @@ from persample.sources.batch import Batch
 from persample.sources.entering import changeable, entering
 from persample.sources.products import batched_grad
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
-from persample.sources.refusals import describe
+from persample.sources.refusals import FUSED_OR_VJP, describe
 from persample.sources.splits.tree import Columns
 from persample.sources.untouched import random_state, set_random_state
 
@@ -169,12 +169,12 @@ class VmapSource(PerSampleGradSource):
                 raise UnsupportedModelError(
                     f"Parameter {name!r} is used through a reference that is not a registered parameter of a module "
                     "(a list, a closure), where torch.func cannot put another value for it: its gradient would lack "
-                    "that use. Read it from its module, or use backend 'loop'."
+                    "that use. Read it from its module, or use backend 'vjp'."
                 )
 
     def _unsupported(self, error: BaseException) -> UnsupportedModelError:
         reason = str(error).split("\n")[0].split(". ")[0]
-        advice = "Use another backend: 'fused' serves most models, 'loop' runs all of them."
+        advice = f"{FUSED_OR_VJP.capitalize()}."
         if "random" in reason:
             advice = (
                 "Choose randomness='different' (every sample draws its own random numbers) or 'same', or call "

@@ -32,10 +32,11 @@ from persample.sources.fused.opened import opened
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules import in_place
 from persample.sources.fused.rules.copies import copied, own_of_one_sample
-from persample.sources.fused.taps import Copies, Mixed, Operation, Tap
-from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.fused.taps import Copies, Mixed, Operation, Tap, second_derivatives
+from persample.sources.graph import nodes_behind, outer_backward, variables_of
 from persample.sources.last_resort import is_raw
-from persample.sources.refusals import hooked_parameter
+from persample.sources.reference import inner_backward_pass
+from persample.sources.refusals import VMAP_OR_VJP, hooked_parameter
 from persample.sources.splits.tree import SHARED
 
 Build = Callable[..., Contribution]
@@ -55,6 +56,8 @@ class Capture(TorchFunctionMode):
         self.batch_size = batch_size
         self.sink = sink
         self.forward_pass = True
+        self.passed_by = ""  # a parameter of which a backward pass inside of the backward pass went by
+        self.in_outer_backward: Callable[[], bool] = lambda: True
         self.without_gradient = False  # whether a parameter was used where autograd does not look
         self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
         self.layouts = Layouts()
@@ -116,6 +119,13 @@ class Capture(TorchFunctionMode):
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         used = [t for t in tensors if id(t) in self.expressions]
         followed = [t for t in tensors if t in self.layouts]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            if not used:
+                return func(*args, **kwargs)  # what leaves the transform is looked at then, see `_adopted`
+            raise UnsupportedModelError(
+                f"{_name(func)} was called with a parameter inside of a transform of torch.func (vmap, grad), which "
+                f"backend 'fused' cannot look into: {VMAP_OR_VJP}."
+            )
         if self.without_gradient and self.forward_pass:
             self._note_kernels(followed)
         if len(used) + len(followed) < len(tensors):
@@ -127,11 +137,8 @@ class Capture(TorchFunctionMode):
             if not self.forward_pass:
                 self.constants.add(tensors_in(result))
             return result
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise UnsupportedModelError(
-                f"{_name(func)} was called with a parameter inside of a transform of torch.func (vmap, grad), which "
-                "backend 'fused' cannot look into: use backend 'vmap' or 'loop'."
-            )
+        if func is torch.autograd.grad and any(self.expression(t) is None for t in tensors_in(args[0])):
+            raise second_derivatives()
         if func is Tensor.detach and not self.forward_pass and _asked_by_checkpoint():
             return args[0]
         if not torch.is_grad_enabled():
@@ -179,18 +186,28 @@ class Capture(TorchFunctionMode):
                     handle.remove()
 
     @contextmanager
-    def during_backward(self) -> Iterator[None]:
-        """Stay active in the backward pass where it may repeat parts of the forward pass.
+    def during_backward(self, roots: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Stay active in the backward pass from `roots` where it may repeat parts of the forward pass.
 
         Activation checkpointing does; so may a custom `torch.autograd.Function`, in which autograd does not look.
         """
-        with self._kernels_served():
+        with self._kernels_served(), outer_backward(roots) as self.in_outer_backward:
             self.forward_pass = self.layouts.forward_pass = False
             if self.intercepted or self.without_gradient:
                 with self:
                     yield
             else:
                 yield
+        if self.anchor.grad is not None:
+            raise inner_backward_pass(self.passed_by)
+
+    def inner_gradient(self) -> Tensor:
+        """Return the anchor's gradient in a backward pass inside of the backward pass.
+
+        It goes nowhere where that is `torch.autograd.grad` by something between. It stays in the anchor where that is
+        `.backward()`, which would give the parameters their gradients beside those of the losses.
+        """
+        return self.anchor.detach()
 
     # What rules use: operands.
 
@@ -267,7 +284,7 @@ class Capture(TorchFunctionMode):
         if place is None or place[:2] != (0, 1) or layout.owners is not None:
             raise UnsupportedModelError(
                 f"{operation} was called with a tensor of shape {tuple(tensor.shape)} whose dim 0 is not the sample: "
-                "backend 'fused' needs the samples there for this operation. Use backend 'vmap' or 'loop'."
+                f"backend 'fused' needs the samples there for this operation: {VMAP_OR_VJP}."
             )
         return place.after
 
@@ -388,18 +405,6 @@ class Capture(TorchFunctionMode):
         """Give a contribution to the sink; taps call it in the backward pass."""
         self.sink.receive(expression, contribution)
 
-    def refuse_inner_gradients(self) -> None:
-        """Raise if a gradient arrives before the forward pass is over.
-
-        Raises:
-            UnsupportedModelError: it does.
-        """
-        if self.forward_pass:
-            raise UnsupportedModelError(
-                "The model or the loss computes gradients itself (torch.autograd.grad, a gradient penalty): backend "
-                "'fused' has no second derivatives. Use backend 'vmap' or 'loop'."
-            )
-
     # Inner workings.
 
     def _aliased(self, used: list[Tensor], result: Any) -> Any:
@@ -459,8 +464,7 @@ class Capture(TorchFunctionMode):
             raise UnsupportedModelError(
                 f"{_name(func)} was called with a parameter and with a tensor that backend 'fused' did not see come "
                 "into being (the result of a custom torch.autograd.Function, of torch.vmap or compiled code, or what "
-                "hooks on autograd's saved tensors made of the input of an activation checkpoint): use backend "
-                "'vmap' or 'loop'."
+                f"hooks on autograd's saved tensors made of the input of an activation checkpoint): {VMAP_OR_VJP}."
             )
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -566,7 +570,7 @@ class Capture(TorchFunctionMode):
 
 def _not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: use backend 'vmap' or 'loop'."
+        f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: {VMAP_OR_VJP}."
     )
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import samples_at_once
+from persample.sources.refusals import VMAP_OR_VJP
 
 
 def no_rule(name: str, reason: str) -> UnsupportedModelError:
     """The refusal of an operation."""
     return UnsupportedModelError(
         f"{name} uses a parameter, backend 'fused' has no rule for it, and it cannot be mapped over single samples "
-        f"({reason.splitlines()[0] if reason else 'no reason given'}). Use backend 'vmap' or 'loop'."
+        f"({reason.splitlines()[0] if reason else 'no reason given'}): {VMAP_OR_VJP}."
     )
 
 

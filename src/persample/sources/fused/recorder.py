@@ -20,6 +20,7 @@ from persample.sources.fused.mapped import Mapped, MappedRows
 from persample.sources.fused.uses import added_up
 from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.reference import REENTRANT
+from persample.sources.refusals import VMAP_OR_VJP
 from persample.sources.use import Use
 
 
@@ -170,5 +171,5 @@ def unseen_use(name: str) -> str:
     """The refusal of a parameter that reaches the losses past the capture."""
     return (
         f"Parameter {name!r} is used by an operation that backend 'fused' cannot see (a custom "
-        "torch.autograd.Function, or compiled code): use backend 'vmap' or 'loop'."
+        f"torch.autograd.Function, or compiled code): {VMAP_OR_VJP}."
     )

@@ -104,15 +104,15 @@ class FusedRecorder(Recorder):
             edges = [edge for p in self.passes[-1:] for edge in p.edges.values()]
             for loss in losses:
                 refuse_uses_past_outputs(loss, edges, self.recorded.parameters)
-        return self._during_backward()
+        return self._during_backward(losses)
 
     def run_backward(self, *args: Any, **kwargs: Any) -> None:
         _backward(*args, **kwargs)
 
     @contextmanager
-    def _during_backward(self) -> Iterator[None]:
+    def _during_backward(self, losses: Sequence[Tensor]) -> Iterator[None]:
         if self.capture is not None:
-            with self.capture.during_backward():
+            with self.capture.during_backward(losses):
                 yield
         else:
             with self.with_gradients():

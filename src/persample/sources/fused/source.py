@@ -113,7 +113,7 @@ class FusedSource(PerSampleGradSource):
             losses = self._forward(batch, capture)
             if losses.requires_grad:
                 total = losses.sum()
-                with capture.during_backward():
+                with capture.during_backward([total]):
                     self._run_backward(total, capture, parameters)
             with without_autocast(losses.device):
                 sink.finish()
@@ -146,7 +146,7 @@ def _failed_repetition_refused() -> Iterator[None]:
         raise UnsupportedModelError(
             "Activation checkpointing did not repeat the same operations in the backward pass: give parameters to no "
             "checkpoint inside another one as arguments (use them inside), change no saved tensors by hooks, or use "
-            f"backend 'loop'. {str(error).splitlines()[0]}"
+            f"backend 'vjp'. {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -13,25 +13,23 @@ from persample.errors import UnsupportedModelError
 from persample.sources.contributions import precise, without_autocast
 from persample.sources.last_resort import is_raw
 from persample.sources.reference import inner_backward_pass
+from persample.sources.refusals import VMAP_OR_VJP
 from persample.sources.returned import ADVICE
 
 Backward = Callable[[Any, Tensor], tuple[Any, ...]]
 
 
 def _in_words(backward: Backward) -> Backward:
-    """Return a backward pass that refuses what cannot be right, and names the parameters where anything fails."""
+    """Return a backward pass that names the parameters where anything fails."""
 
     @wraps(backward)
     def named(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
-        ctx.capture.refuse_inner_gradients()
-        names = [name for expression in ctx.expressions if expression is not None for name in expression.names]
-        if ctx.repeats:  # activation checkpointing runs the operation once more in the backward pass, but only that
-            raise inner_backward_pass(names[0])
         try:
             return backward(ctx, delta)
         except Exception as error:
             if not is_raw(error):
                 raise
+            names = [name for expression in ctx.expressions if expression is not None for name in expression.names]
             raise UnsupportedModelError(
                 f"Backend 'fused' failed in the gradient of {', '.join(map(repr, names))} ({type(error).__name__}: "
                 f"{error}). {ADVICE}"
@@ -50,20 +48,22 @@ class Tap(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.capture, ctx.uses, ctx.repeats = capture, uses, not capture.forward_pass
         ctx.expressions = [expression for expression, _ in uses]
+        ctx.count = len(saved)
         return result
 
     @staticmethod
     @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        others = [None] * (2 + ctx.count)
+        if not _is_for_parameters(ctx):
+            return delta, ctx.capture.inner_gradient(), *others
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             precise_delta = precise(delta)
             saved = tuple(map(precise, saved))
             for expression, build in ctx.uses:
                 ctx.capture.receive(expression, build(precise_delta, *saved))
-        grads: list[Any] = [None] * (4 + len(saved))
-        grads[0] = delta
-        return tuple(grads)
+        return delta, None, *others
 
 
 class Operation(torch.autograd.Function):
@@ -81,13 +81,14 @@ class Operation(torch.autograd.Function):
     @staticmethod
     @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        wanted = _is_for_parameters(ctx)
         saved = _saved_tensors(ctx)
         with torch._C.DisableTorchFunction():
             gradient, contributions = ctx.own_backward(delta, *saved, ctx.needs_input_grad[0])
             for expression, contribution in zip(ctx.expressions, contributions, strict=True):
-                if expression is not None:
+                if expression is not None and wanted:
                     ctx.capture.receive(expression, contribution)
-        return gradient, None, None, None, None, None
+        return gradient, None if wanted else ctx.capture.inner_gradient(), None, None, None, None
 
 
 class Copies(torch.autograd.Function):
@@ -102,6 +103,8 @@ class Copies(torch.autograd.Function):
     @staticmethod
     @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        if not _is_for_parameters(ctx):
+            return None, ctx.capture.inner_gradient(), None, None, None
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             ctx.capture.receive(ctx.expressions[0], ctx.build(precise(delta)))
         return None, None, None, None, None
@@ -118,6 +121,32 @@ class Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         raise ctx.refusal
+
+
+def _is_for_parameters(ctx: Any) -> bool:
+    """Whether the gradient that arrives is that of the losses, not one that the model computes for itself.
+
+    Raises:
+        UnsupportedModelError: it is computed in the forward pass, where it could be differentiated once more; or the
+            operation was run in the backward pass, where activation checkpointing may repeat it, and no more.
+    """
+    if ctx.capture.forward_pass:
+        raise second_derivatives()
+    name = next(expression.names[0] for expression in ctx.expressions if expression is not None)
+    if ctx.repeats:
+        raise inner_backward_pass(name)
+    if ctx.capture.in_outer_backward():
+        return True
+    ctx.capture.passed_by = name
+    return False
+
+
+def second_derivatives() -> UnsupportedModelError:
+    """Return the refusal of a model that differentiates in its forward pass."""
+    return UnsupportedModelError(
+        "The model or the loss computes gradients itself (torch.autograd.grad: derivatives by inputs or by parameters, "
+        f"a gradient penalty), and backend 'fused' has no second derivatives: {VMAP_OR_VJP}."
+    )
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:

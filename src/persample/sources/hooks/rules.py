@@ -19,7 +19,7 @@ from persample.sources.hooks.convolution import (
 from persample.sources.hooks.embedding import embedding
 from persample.sources.hooks.linear import linear
 from persample.sources.hooks.normalization import batch_or_instance_norm, group_norm, layer_norm, rms_norm
-from persample.sources.refusals import describe
+from persample.sources.refusals import FUSED_OR_VJP, describe
 
 #: `rule(module, input, delta)` with δ the gradient of the summed loss at the module's output.
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
@@ -54,7 +54,7 @@ def modules_with_rules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         reason = reason_against(module)
         if reason:
-            raise UnsupportedModelError(f"{describe(path, module)} {reason} Use backend 'fused' or 'loop'.")
+            raise UnsupportedModelError(f"{describe(path, module)} {reason} {FUSED_OR_VJP.capitalize()}.")
         found[path] = module
     return found
 

@@ -19,6 +19,7 @@ from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.contributions import Contribution
+from persample.sources.graph import outer_backward
 from persample.sources.hooks.counting import Receive, UseCounter, contributions_of
 from persample.sources.hooks.recorder import HooksRecorder
 from persample.sources.hooks.rules import modules_with_rules, reason_against
@@ -33,6 +34,7 @@ from persample.sources.module_calls import (
 )
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import gradients_at
+from persample.sources.refusals import VMAP_OR_VJP
 from persample.sources.use import Use
 
 Curvature = Literal["exact", "printed"]
@@ -109,7 +111,7 @@ class HooksSource(PerSampleGradSource):
         parameters = self.parameters()
         uses = UseCounter(parameters)
         handles: list[RemovableHandle] = []
-        forward_is_over = False
+        in_outer_backward: Callable[[], bool] | None = None  # None as long as the forward pass runs
 
         def on_call(call: ModuleCall) -> None:
             require_batch_first(call, batch)
@@ -118,12 +120,13 @@ class HooksSource(PerSampleGradSource):
             shape = call.output.shape
 
             def take(delta: Tensor) -> None:
-                if not forward_is_over:
+                if in_outer_backward is None:
                     raise UnsupportedModelError(
                         "The model or the loss computes gradients itself (torch.autograd.grad in the forward pass), "
-                        "which backend 'hooks' would take for those of the losses: use backend 'vmap' or 'loop'."
+                        f"which backend 'hooks' would take for those of the losses: {VMAP_OR_VJP}."
                     )
-                uses.give(call, delta.reshape(shape), receive)
+                if in_outer_backward():
+                    uses.give(call, delta.reshape(shape), receive)
 
             handles.append(call.origin.register_hook(take))
 
@@ -131,8 +134,8 @@ class HooksSource(PerSampleGradSource):
             with recorded_calls(modules_with_rules(self.model), on_call) as calls:
                 losses = self.losses(batch)
             refuse_unseen_uses(losses, calls, parameters)
-            forward_is_over = True
-            gradients_at([call.edge for call in calls], losses, parameters)
+            with outer_backward([losses]) as in_outer_backward:
+                gradients_at([call.edge for call in calls], losses, parameters)
         finally:
             # A hook holds its call, the call the tensor, and the tensor the hook: a circle that nothing else breaks.
             for handle in handles:

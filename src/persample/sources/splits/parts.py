@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from persample.errors import UnsupportedModelError
 from persample.sources.entering import entering
+from persample.sources.refusals import FUSED_OR_VJP
 from persample.sources.splits.objects import with_fields
 from persample.sources.splits.tree import (
     Column,
@@ -136,7 +137,7 @@ class Entries(Split):
         if any(_alike(leaves) != _alike(first) or spec != structure for leaves, spec in entries):
             raise UnsupportedModelError(
                 f"The entries of the list {where} have different shapes, or hold other things than tensors, so that "
-                "torch.func cannot map over them: use backend 'fused' or 'loop', or pad them to one length."
+                f"torch.func cannot map over them: pad them to one length, or {FUSED_OR_VJP}."
             )
         same = zip(*(leaves for leaves, _ in entries), strict=True)
         columns = [Column(leaves[0], torch.stack(leaves), 0) for leaves in same if isinstance(leaves[0], Tensor)]
@@ -182,8 +183,7 @@ class Packed(Split):
 
     def columns(self, where: str) -> Columns:
         raise UnsupportedModelError(
-            f"{where} is a PackedSequence, over which torch.func cannot map: use backend 'fused' or 'loop', or pass "
-            "padded tensors."
+            f"{where} is a PackedSequence, over which torch.func cannot map: pass padded tensors, or {FUSED_OR_VJP}."
         )
 
 

@@ -17,6 +17,7 @@ from persample.errors import UnsupportedModelError
 from persample.sources.contributions import OuterProducts, Terms
 from persample.sources.fused.convolution import Convolution, Geometry
 from persample.sources.fused.layout import Layout
+from persample.sources.refusals import VMAP_OR_VJP
 from persample.sources.unfolding import padding_pairs, unfold
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _place(capture: Capture, name: str, x: Tensor, dimensions: int) -> tuple[int
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
             f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 are channels: put the samples "
-            "there, as one more dimension, or use backend 'vmap' or 'loop'."
+            f"there, as one more dimension, or {VMAP_OR_VJP}."
         )
     return capture.rows_of_sample(x, name), capture.layout(x, name)
 

@@ -90,7 +90,7 @@ def change_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: M
     if new is None:
         raise UnsupportedModelError(
             f"{_name(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use an "
-            "operation that returns a new tensor, or backend 'loop'."
+            "operation that returns a new tensor, or backend 'vjp'."
         )
     with capture:
         return args[0].copy_(new(args[0].clone(), *args[1:], **kwargs))
