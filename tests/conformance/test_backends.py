@@ -36,6 +36,11 @@ class TestVmap(DocumentedSuite):
     serves = "layers"
 
 
+class TestVjp(BackendSuite):
+    backend = "vjp"
+    serves = "everything"
+
+
 class TestHooks(DocumentedSuite):
     backend = "hooks"
     serves = "layers"

@@ -22,7 +22,7 @@ from persample.sources.last_resort import in_words
 from persample.sources.lock import Lock
 from persample.sources.modules import modules_of
 from persample.sources.recording import LossReduction, Recorded
-from persample.sources.reference import losses_of_part, refuse_hidden_uses
+from persample.sources.reference import losses_of_part, refuse_backward_in_forward, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.replay import ReplayRecorder
 from persample.sources.returned import moments_of, per_sample_of, uses_of
@@ -236,10 +236,12 @@ class PerSampleGradSource(ABC):
         Raises:
             BatchError: the model does not take these arguments.
             LossError: the loss is not a finite vector of length B.
+            UnsupportedModelError: the model or the loss calls `.backward()`.
         """
         args, kwargs, targets = batch.for_a_call()
         outputs = called(model or self.model, args, kwargs)
         losses = losses_of(self.loss_fn, outputs, targets, batch.size)
+        refuse_backward_in_forward(self.parameters())
         read_right([losses])
         return losses
 

@@ -142,8 +142,8 @@ def unseen_uses(
             yield (
                 names[variable],
                 f"Parameter {names[variable]!r} is used outside the call of a module that this backend has a rule "
-                "for (by a functional call, as a bare parameter, or by a module's method): its gradient would lack "
-                f"that use. {FUSED_OR_VJP.capitalize()}.",
+                "for (by a functional call, as a bare parameter, by a module's method, or in a derivative that the "
+                f"model takes by torch.autograd.grad): its gradient would lack that use. {FUSED_OR_VJP.capitalize()}.",
             )
         if moves_rows(node):
             yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,23 @@ def sample_gradients(
 ) -> tuple[Tensor, Iterator[dict[str, Tensor]]]:
     """Return the losses of `batch` with their graph, and for each of `rows` the gradient of that sample.
 
-    Where the forward pass draws no random numbers, each sample goes alone through the model. Otherwise a sample
-    alone would draw others than in the batch, so there the gradients start from the entries of the batch's losses.
-    The buffers of the model are left as they are.
+    Raises:
+        UnsupportedModelError: the model mixes the samples.
+    """
+    return part_gradients(source, batch, ([i] for i in rows), lambda losses: gradient(losses.sum(), source))
+
+
+def part_gradients(
+    source: PerSampleGradSource,
+    batch: Batch,
+    parts: Iterable[list[int]],
+    differentiate: Callable[[Tensor], dict[str, Tensor]],
+) -> tuple[Tensor, Iterator[dict[str, Tensor]]]:
+    """Return the losses of `batch` with their graph, and what `differentiate` makes of the losses of each part of it.
+
+    Where the forward pass draws no random numbers, each part goes alone through the model. Otherwise a part alone
+    would draw others than in the batch, so there the gradients start from the entries of the batch's losses. The
+    buffers of the model are left as they are.
 
     Raises:
         UnsupportedModelError: the model mixes the samples.
@@ -36,26 +50,33 @@ def sample_gradients(
     with buffers_restored(source.model):
         losses = source.losses(batch)
     if same_random_state(before, random_state(source.model)):
-        return losses, _gradients_alone(source, batch, losses.detach(), tolerance(losses), rows)
-    return losses, _gradients_in_batch(source, losses, rows)
+        return losses, _gradients_alone(source, batch, losses.detach(), tolerance(losses), parts, differentiate)
+    return losses, (differentiate(losses[part]) for part in parts)
 
 
 def _gradients_alone(
-    source: PerSampleGradSource, batch: Batch, losses: Tensor, allowed: float, rows: Iterable[int]
+    source: PerSampleGradSource,
+    batch: Batch,
+    losses: Tensor,
+    allowed: float,
+    parts: Iterable[list[int]],
+    differentiate: Callable[[Tensor], dict[str, Tensor]],
 ) -> Iterator[dict[str, Tensor]]:
-    """∇ℓ_i of the model applied to sample i alone, whose loss may be another one by the relative error `allowed`."""
-    for i in rows:
+    """∇ℓ_i of the model applied to each part alone, whose losses may be other ones by the relative error `allowed`."""
+    for part in parts:
         with buffers_restored(source.model):
-            alone = losses_of_part(source, batch.rows([i]))[0]
-            row = gradient(alone, source)
-        if abs(alone.item() - losses[i].item()) > allowed * (1 + abs(losses[i].item())):
-            raise UnsupportedModelError(
-                f"The loss of sample {i} is {losses[i].item():.6g} in the batch and {alone.item():.6g} alone: the "
-                "model or the loss mixes the samples (statistics over the batch, a softmax over dim 0, a division "
-                "by the batch size, an inner layout that is not batch-first), so the gradient of a single sample "
-                "does not exist. Make every sample's loss depend on that sample alone."
-            )
-        yield row
+            alone = losses_of_part(source, batch.rows(part))
+            rows = differentiate(alone)
+        for i, loss, in_batch in zip(part, alone.tolist(), losses[part].tolist(), strict=True):
+            if abs(loss - in_batch) > allowed * (1 + abs(in_batch)):
+                others = "alone" if len(part) == 1 else f"among {len(part)} samples"
+                raise UnsupportedModelError(
+                    f"The loss of sample {i} is {in_batch:.6g} in the batch and {loss:.6g} {others}: the model or the "
+                    "loss mixes the samples (statistics over the batch, a softmax over dim 0, a division by the batch "
+                    "size, an inner layout that is not batch-first), so the gradient of a single sample does not "
+                    "exist. Make every sample's loss depend on that sample alone."
+                )
+        yield rows
 
 
 REENTRANT = (
@@ -98,14 +119,6 @@ def runs_in_batches_only(size: int, error: Exception) -> UnsupportedModelError:
         "samples (statistics over the batch) or is written for one batch size. Make every sample's loss depend on "
         "that sample alone."
     )
-
-
-def _gradients_in_batch(
-    source: PerSampleGradSource, losses: Tensor, rows: Iterable[int]
-) -> Iterator[dict[str, Tensor]]:
-    """∇ℓ_i from entry i of the batch's losses, which share the random numbers of one forward pass."""
-    for i in rows:
-        yield gradient(losses[i], source)
 
 
 def gradient(loss: Tensor, source: PerSampleGradSource) -> dict[str, Tensor]:
@@ -151,6 +164,17 @@ def gradients_at(
     gradients = torch.autograd.grad(losses.sum(), [*targets, *leaves], allow_unused=True)
     refuse_accumulated(parameters)
     return gradients[: len(targets)]
+
+
+def refuse_backward_in_forward(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise if the forward pass that just ended gave a parameter a gradient."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            raise UnsupportedModelError(
+                f"The model or the loss calls .backward() in the forward pass, which adds to the gradient of parameter "
+                f"{name!r}, beside that of the losses: compute what is wanted there by torch.autograd.grad, or pass "
+                "inputs= to .backward()."
+            )
 
 
 def refuse_accumulated(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -64,6 +64,7 @@ _BUILT_IN = (
         machineries=("module", "rules"),
     ),
     Backend("vmap", "persample.sources.vmap:VmapSource"),
+    Backend("vjp", "persample.sources.vjp:VjpSource"),
 )
 _registered: dict[str, Backend] = {backend.name: backend for backend in _BUILT_IN}
 

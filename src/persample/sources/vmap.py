@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from persample.losses import check_losses
 from persample.moments import Moments
 from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
+from persample.sources.chunks import Chunk, moments_of_chunks, per_sample_of_chunks, refuse_chunk_size
 from persample.sources.entering import changeable, entering
 from persample.sources.products import batched_grad
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
@@ -61,8 +63,7 @@ class VmapSource(PerSampleGradSource):
         randomness: Randomness = "error",
     ) -> None:
         super().__init__(model, loss_fn, check=check)
-        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-            raise OptionError(f"chunk_size={chunk_size!r} must be a positive integer, or None for the whole batch.")
+        refuse_chunk_size(chunk_size)
         if randomness not in get_args(Randomness):
             known = ", ".join(map(repr, get_args(Randomness)))
             raise OptionError(f"randomness={randomness!r} is not known: use one of {known}.")
@@ -70,30 +71,14 @@ class VmapSource(PerSampleGradSource):
         self.randomness = randomness
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        chunks = list(self._chunks(batch))
-        losses = torch.cat([chunk_losses for chunk_losses, _ in chunks])
-        gradients = {name: torch.cat([rows[name] for _, rows in chunks]) for name in self.parameters()}
+        losses, gradients = per_sample_of_chunks(self._chunks(batch), self.parameters(), batch.size)
         return self._finite(losses, batch), gradients
 
     def compute_moments(self, batch: Batch) -> Moments:
-        # Sums over many samples need more than the 8 or 11 bits of bfloat16 and float16.
-        mean = {name: _zeros(p) for name, p in self.parameters().items()}
-        second_moment = {name: _zeros(p) for name, p in self.parameters().items()}
-        losses = []
-        for chunk_losses, gradients in self._chunks(batch):
-            losses.append(chunk_losses)
-            for name, rows in gradients.items():
-                rows = rows.to(mean[name].dtype)
-                mean[name] += rows.sum(0) / batch.size
-                second_moment[name] += rows.square().sum(0) / batch.size
-        parameters = self.parameters()
-        return Moments(
-            losses=self._finite(torch.cat(losses), batch),
-            mean={name: value.to(parameters[name].dtype) for name, value in mean.items()},
-            second_moment={name: value.to(parameters[name].dtype) for name, value in second_moment.items()},
-        )
+        moments = moments_of_chunks(self._chunks(batch), self.parameters(), batch.size)
+        return replace(moments, losses=self._finite(moments.losses, batch))
 
-    def _chunks(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _chunks(self, batch: Batch) -> Iterator[Chunk]:
         """Yield losses and gradients, `(b,)` and `(b, *p.shape)`, of one chunk of b samples after the other."""
         size = self.chunk_size or batch.size
         before = random_state(self.model)
@@ -244,7 +229,3 @@ def _places(root: nn.Module, registry: Literal["_parameters", "_buffers"]) -> It
         for name, tensor in getattr(module, registry).items():
             if tensor is not None:
                 yield (f"{path}.{name}" if path else name), tensor
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, requires_grad=False, dtype=torch.promote_types(parameter.dtype, torch.float32))
