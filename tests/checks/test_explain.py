@@ -394,7 +394,7 @@ def test_as_text() -> None:
         "  0.bias    served   Linear in '0'\n"
         "  1.weight  refused  PReLU in '1'\n"
         "                     PReLU '1' has parameters of its own, and backend 'hooks' has no rule for it. Use backend "
-        "'fused' or 'loop'.\n"
+        "'fused', or 'vjp', which serves every model.\n"
         "  2.weight  frozen\n"
         "  2.bias    frozen"
     )

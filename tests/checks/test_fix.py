@@ -83,8 +83,8 @@ def test_what_was_refused_is_served_exactly_afterwards(
     fixed.train()
     source = persample.make_source(backend, fixed, loss_fn)
     serves = {
-        "group_norm": ("loop", "hooks", "fused", "vmap", "opacus"),
-        "frozen": ("loop", "hooks", "fused", "vmap", "backpack"),
+        "group_norm": ("loop", "hooks", "fused", "vmap", "vjp", "opacus"),
+        "frozen": ("loop", "hooks", "fused", "vmap", "vjp", "backpack"),
     }
     truth = per_sample_truth(fixed, loss_fn, inputs, None).gradients
     if backend.partition(" ")[0] not in serves[batch_norm] and affine_parameters(fixed):

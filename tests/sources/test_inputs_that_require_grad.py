@@ -12,7 +12,7 @@ import persample
 from persample.errors import UnsupportedModelError
 
 #: The backends that serve what differentiates by its inputs.
-SERVING = ("loop", "vmap")
+SERVING = ("loop", "vmap", "vjp")
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from persample import batched, losses, one_per_sample, shared
 from persample.errors import BatchError, UnsupportedModelError, UsageError
 from persample.sources.batch import arguments, as_batch
 
-EVERY = frozenset({"loop", "fused", "vmap", "hooks", "backpack", "opacus"})
-BY_OPERATIONS = frozenset({"loop", "fused", "vmap"})
+EVERY = frozenset({"loop", "vjp", "fused", "vmap", "hooks", "backpack", "opacus"})
+BY_OPERATIONS = frozenset({"loop", "vjp", "fused", "vmap"})
 
 
 class Net(nn.Module):
@@ -204,7 +204,7 @@ def sets(lengths: tuple[int, ...] = (5, 2, 3, 1), wrap: Wrap = as_it_is) -> Situ
         (wrap(entries),),
         y,
         lambda i: ((entries[i : i + 1],), y[i : i + 1]),
-        BY_OPERATIONS if len(set(lengths)) == 1 else frozenset({"loop", "fused"}),
+        BY_OPERATIONS if len(set(lengths)) == 1 else frozenset({"loop", "vjp", "fused"}),
         in_block(lengths, wrap),
     )
 
@@ -223,7 +223,7 @@ def sums_of_sets() -> Situation:
         (entries,),
         y,
         lambda i: ((entries[i : i + 1],), y[i : i + 1]),
-        frozenset({"loop", "fused"}),
+        frozenset({"loop", "vjp", "fused"}),
     )
 
 
@@ -264,7 +264,7 @@ def lengths_as_a_list() -> Situation:
         (x, lengths),
         y,
         lambda i: ((x[i : i + 1], lengths[i : i + 1]), y[i : i + 1]),
-        frozenset({"loop", "fused"}),
+        frozenset({"loop", "vjp", "fused"}),
     )
 
 
@@ -277,7 +277,7 @@ def packed() -> Situation:
         (pack_sequence(entries, enforce_sorted=False),),
         y,
         lambda i: ((pack_sequence(entries[i : i + 1]),), y[i : i + 1]),
-        frozenset({"loop", "fused"}),
+        frozenset({"loop", "vjp", "fused"}),
     )
 
 
@@ -298,7 +298,7 @@ def packed_with_targets_of_steps() -> Situation:
         (inputs,),
         targets.data,
         lambda i: ((pack_sequence(entries[i : i + 1]),), marks[i]),
-        frozenset({"loop", "fused"}),
+        frozenset({"loop", "vjp", "fused"}),
         frozenset({"fused"}),
     )
 

@@ -184,7 +184,7 @@ def test_refusals_name_the_module_and_the_reason(method: str, function: Any, rea
     model, (inputs, targets) = mlp(Applied(function)), batch()
     source = persample.make_source("vmap", model, losses.cross_entropy)
     with (
-        pytest.raises(UnsupportedModelError, match=f"(?s)Applied '2'.*{reason}.*'loop'") as refusal,
+        pytest.raises(UnsupportedModelError, match=f"(?s)Applied '2'.*{reason}.*'vjp'") as refusal,
         no_trace(model, inputs, targets),
     ):
         getattr(source, method)(inputs, targets)
