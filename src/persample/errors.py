@@ -49,3 +49,16 @@ class UsageError(PersampleError, RuntimeError):
 
 class DataError(PersampleError, RuntimeError):
     """A data set is missing, damaged, or cannot be downloaded."""
+
+
+#: The classes of the errors that PyTorch raises. Subclasses are somebody's own.
+RAW_ERRORS = (
+    RuntimeError,
+    NotImplementedError,
+    AssertionError,
+    TypeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,18 +138,20 @@ class TestInOnePass:
             def __init__(self) -> None:
                 super().__init__()
                 self.weight = nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
-                self.calls, self.fails = 0, ()
+                self.memory = SimpleNamespace(calls=0, fails=())  # no part of the state that is put back
 
             def forward(self, x: Tensor) -> Tensor:
-                self.calls += 1
-                if self.calls in self.fails:
+                self.memory.calls += 1
+                if self.memory.calls in self.memory.fails:
                     raise torch.OutOfMemoryError
                 return x @ self.weight
 
         small = Small()
         posterior = broad_posterior(small)
         expected = outputs_by_hand(small, posterior, batch[0], 9)
-        small.calls, small.fails = 0, (3, 4)  # after the ordinary pass and the comparison: 8 draws, then 4
+        small.memory = SimpleNamespace(
+            calls=0, fails=(3, 4)
+        )  # after the ordinary pass and the comparison: 8 draws, then 4
         parts = collect(small, posterior, batch[0], samples=9, draws_at_once=8)
         assert [len(part) for part in parts] == [1, 2, 2, 4]
         np.testing.assert_allclose(torch.cat(parts).numpy(), expected, rtol=1e-12)

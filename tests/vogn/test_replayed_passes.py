@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,17 +107,40 @@ class TestRandomNumbers:
 
 @pytest.mark.parametrize("check", ["first", "never"])
 class TestWhatIsAnotherPassTheSecondTime:
-    def test_a_model_that_keeps_something(self, check: str, batch: Batch) -> None:
+    def test_a_model_that_keeps_something_where_nobody_looks(self, check: str, batch: Batch) -> None:
         class Growing(nn.Linear):
-            calls = 0
+            memory = SimpleNamespace(calls=0)
 
             def forward(self, x: Tensor) -> Tensor:
-                self.calls += 1
-                return super().forward(x * self.calls)
+                self.memory.calls += 1
+                return super().forward(x * self.memory.calls)
 
         optimizer = make(backend="loop", model=Growing(3, 2).double(), backend_options={"check": check})
         with pytest.raises(UnsupportedModelError):
             by_context(optimizer, *batch)
+
+    @pytest.mark.parametrize("backend", REPLAYING)
+    def test_a_model_that_counts_its_passes(self, backend: str, check: str, batch: Batch) -> None:
+        """The second pass of the backend counts as the first one did."""
+
+        class Growing(nn.Module):
+            def __init__(self, counting: bool) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.net, self.calls, self.counting = network(), 0, counting
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                return self.net(x * (self.calls if self.counting else 1))
+
+        found = []
+        for counting in (True, False):
+            optimizer = make(backend=backend, model=Growing(counting).double(), backend_options={"check": check})
+            torch.manual_seed(1)
+            by_context(optimizer, *batch)
+            found.append([*optimizer.model.parameters()])
+            assert optimizer.model.calls == 1
+        torch.testing.assert_close(*found)
 
     @pytest.mark.parametrize("backend", REPLAYING)
     def test_inputs_that_were_changed(self, backend: str, check: str, batch: Batch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -21,23 +21,16 @@ from persample.sources.graph import nodes_behind, variables_of
 from persample.sources.last_resort import in_words
 from persample.sources.lock import Lock
 from persample.sources.modules import modules_of
+from persample.sources.random_state import RandomState, random_state, random_state_restored
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.reference import losses_of_part, refuse_backward_in_forward, refuse_hidden_uses
 from persample.sources.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.replay import ReplayRecorder
 from persample.sources.returned import moments_of, per_sample_of, uses_of
 from persample.sources.second_look import only_rounded
-from persample.sources.selfcheck import verify, verify_unmixed
+from persample.sources.selfcheck import refuse_slight_mixing, verify, verify_unmixed
 from persample.sources.uncompiled import uncompiled
-from persample.sources.untouched import (
-    RandomState,
-    buffer_snapshot,
-    buffers_restored,
-    parameters_guarded,
-    random_state,
-    random_state_restored,
-    untouched,
-)
+from persample.sources.untouched import State, parameters_counted, parameters_guarded, state_restored, untouched
 from persample.sources.use import Use
 
 Check = Literal["first", "always", "never"]
@@ -75,6 +68,10 @@ class PerSampleGradSource(ABC):
     #: Whether the model's random numbers (dropout) are those of one ordinary forward pass over the batch.
     ordinary_random_stream: ClassVar[bool] = True
 
+    #: Whether the state that is left on the model (buffers, attributes) is that of one ordinary forward pass over the
+    #: batch. If not, such a pass is run for it wherever the state has changed.
+    ordinary_state: bool = False
+
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Any], *, check: Check = "first") -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(f"model is of type {type(model).__name__}: pass a torch.nn.Module.")
@@ -84,6 +81,7 @@ class PerSampleGradSource(ABC):
         self.loss_fn = as_per_sample(loss_fn)
         self.check = check
         self._checked: set[tuple[Any, ...]] = set()
+        self._moving: set[str] | None = None  # the frozen parameters that the forward pass moves, where that is known
 
     # What users call.
 
@@ -147,13 +145,13 @@ class PerSampleGradSource(ABC):
                 with (
                     batch.doubted(),
                     _one_at_a_time.held(),
-                    untouched(self.model),
+                    untouched(self.model) as state,
                     parameters_guarded(self.model),
-                    buffers_restored(self.model),
+                    state_restored(self.state()),
                     random_state_restored(self.model, start),
                     torch.enable_grad(),
                     uncompiled(),
-                    in_words(self, batch),
+                    in_words(self, batch, state),
                 ):
                     found += uses_of(self, batch)
                     verify_unmixed(self, batch, start)
@@ -255,8 +253,10 @@ class PerSampleGradSource(ABC):
         """
         if not self.check_is_due(batch):
             return
+        self._moving = None
         with self.with_loss(loss_fn, random_state(self.model)) as checked:
-            checked._compute_and_check(batch, moments_of)
+            checked._compute_and_look(batch, moments_of, checked.state(), checking=True)
+        self._moving = checked._moving
         if batch.size > 1:
             self._checked.add(self._kind(batch, "recording"))
 
@@ -271,7 +271,7 @@ class PerSampleGradSource(ABC):
         with (
             _one_at_a_time.held(),
             untouched(self.model),
-            buffers_restored(self.model),
+            state_restored(self.state()),
             random_state_restored(self.model, start),
             torch.enable_grad(),
         ):
@@ -290,15 +290,20 @@ class PerSampleGradSource(ABC):
         self.refuse_unsupported()
         kind = self._kind(batch, compute.__name__) if self.check == "first" else ()
         checking = self.check == "always" or (self.check == "first" and kind not in self._checked)
+        if checking:
+            self._moving = None
         with (
             batch.doubted(),
             _one_at_a_time.held(),
-            untouched(self.model),
+            untouched(self.model, self._frozen()) as state,
             torch.enable_grad(),
             uncompiled(),
-            in_words(self, batch),
+            in_words(self, batch, state),
         ):
-            result = self._compute_and_check(batch, compute) if checking else compute(self, batch)
+            if checking or not self.ordinary_state or self._moving is None:
+                result = self._compute_and_look(batch, compute, state, checking)
+            else:
+                result = compute(self, batch)
             if batch.size > 1:  # a batch of one cannot show that samples are mixed
                 self._checked.add(kind)
             return result
@@ -308,20 +313,36 @@ class PerSampleGradSource(ABC):
         if not self.runs_parameter_hooks:
             refuse_hooked_parameters(self.model)
 
-    def _compute_and_check(self, batch: Batch, compute: _Compute) -> Any:
+    def _compute_and_look(self, batch: Batch, compute: _Compute, state: State, checking: bool) -> Any:
+        """Compute, see to the state, and check the result, if it is to be checked.
+
+        Args:
+            batch: the batch.
+            compute: what is asked for.
+            state: that of the model before.
+            checking: whether the self-check is due.
+        """
         before = random_state(self.model)
-        buffers_before = buffer_snapshot(self.model)
-        with parameters_guarded(self.model):
+        with parameters_counted(self.model), parameters_guarded(self.model) if checking else nullcontext():
             result = compute(self, batch)
-        with buffers_restored(self.model):
-            buffers_before()  # the check repeats the forward pass from where it began
-            try:
-                verify(self, batch, result, before)
-            except DisagreementError as disagreement:
-                if not only_rounded(self, batch, compute, result, before):
-                    with random_state_restored(self.model, before):
-                        self._refuse_uses(batch, disagreement)
-                    raise
+            if not self.ordinary_state and self.state_changed(state):
+                state.put_back()
+                with random_state_restored(self.model, before):
+                    self.losses(batch)
+        if self._moving is None:
+            moved = {id(p) for p in state.moved()}
+            self._moving = {name for name, p in self.model.named_parameters() if id(p) in moved}
+        if checking:
+            with state_restored(self.state()):
+                state.put_back()  # the check repeats the forward pass from where it began
+                try:
+                    verify(self, batch, result, before)
+                except DisagreementError as disagreement:
+                    if not only_rounded(self, batch, compute, result, before):
+                        refuse_slight_mixing(self, batch, before)
+                        with random_state_restored(self.model, before):
+                            self._refuse_uses(batch, disagreement)
+                        raise
         return result
 
     def _refuse_uses(self, batch: Batch, disagreement: DisagreementError) -> None:
@@ -332,6 +353,23 @@ class PerSampleGradSource(ABC):
         for use in uses_of(self, batch):
             if use.kind == "refused":
                 raise UnsupportedModelError(use.why) from disagreement
+
+    def state_changed(self, state: State) -> bool:
+        """Whether the model's state is another one than `state`, or would be after an ordinary forward pass."""
+        return state.changed()
+
+    def state(self) -> State:
+        """Return what the model keeps from one forward pass to the next, as it is now."""
+        return State(self.model, self._frozen())
+
+    def _frozen(self) -> list[nn.Parameter]:
+        """Return the frozen parameters that the forward pass moves, or may move as far as is known."""
+        if self._moving is not None and not self._moving:
+            return []
+        wanted = self._moving
+        return [
+            p for name, p in self.model.named_parameters() if not p.requires_grad and (wanted is None or name in wanted)
+        ]
 
     def _kind(self, batch: Batch, method: str) -> tuple[Any, ...]:
         """What must change for `check="first"` to check once more: modes, modules, hooks, parameters, kind of batch."""

@@ -75,6 +75,7 @@ class CallRecorder(Recorder):
     def begin(self, forward_pass: ForwardPass) -> None:
         refuse_impossible(self.model)
         self.source.refuse_hooks()
+        self.remember_state(self.source, forward_pass)
         refuse_lists(forward_pass.batch)
         self.calls = {forward_pass: []}
 

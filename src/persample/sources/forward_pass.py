@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from persample.sources.batch import Batch
 from persample.sources.splits.objects import tensors_held
+from persample.sources.untouched import State
 
 
 @dataclass(eq=False)
@@ -23,6 +24,7 @@ class ForwardPass:
     Attributes:
         batch: what it was called with; the targets are the numbers of the samples.
         autocast: the dtypes of `torch.autocast` then, by kinds of device.
+        state: that of the model when it began, where the self-check needs it.
         edges: where the tensors that it returned stand in the graph, those of them that do.
         outputs: which of the tensors that it returned have a number, or more, for each sample.
         done: whether a backward pass has gone through it.
@@ -33,6 +35,7 @@ class ForwardPass:
 
     batch: Batch
     autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    state: State | None = None
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
     done: bool = False

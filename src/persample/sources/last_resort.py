@@ -10,38 +10,31 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from persample.errors import NonFiniteLossError, UnsupportedModelError
+from persample.errors import RAW_ERRORS, NonFiniteLossError, UnsupportedModelError
 from persample.sources.modules import modules_of
+from persample.sources.random_state import random_state, random_state_restored
 from persample.sources.reference import gradient
 from persample.sources.refusals import describe
 from persample.sources.returned import ADVICE, name_of
-from persample.sources.untouched import parameters_guarded, random_state, random_state_restored
+from persample.sources.untouched import State, parameters_guarded
 
 if TYPE_CHECKING:
     from persample.sources.base import PerSampleGradSource
     from persample.sources.batch import Batch
 
 
-#: The classes of the errors that PyTorch raises. Subclasses are somebody's own.
-_RAW = (
-    RuntimeError,
-    NotImplementedError,
-    AssertionError,
-    TypeError,
-    ValueError,
-    IndexError,
-    KeyError,
-    AttributeError,
-)
-
-
 @contextmanager
-def in_words(source: PerSampleGradSource, batch: Batch) -> Iterator[None]:
+def in_words(source: PerSampleGradSource, batch: Batch, state: State) -> Iterator[None]:
     """Say what failed, and where, if an error of Python's or PyTorch's classes comes out of the context.
 
     The model is then run as PyTorch runs it without any backend. What fails there, too, is the user's own: an error in
     the forward pass is raised as it is, as are all of other classes. A refusal whose true reason is a loss that is not
     finite becomes that error.
+
+    Args:
+        source: the backend.
+        batch: what it was given.
+        state: that of the model before, from which it is run again.
 
     Raises:
         UnsupportedModelError: the backend failed on a model that runs, or the model's own backward pass fails.
@@ -49,6 +42,7 @@ def in_words(source: PerSampleGradSource, batch: Batch) -> Iterator[None]:
     try:
         yield
     except UnsupportedModelError as refusal:
+        state.put_back()
         not_finite = _not_finite(source, batch)
         if not_finite is not None:
             raise not_finite from refusal
@@ -56,6 +50,7 @@ def in_words(source: PerSampleGradSource, batch: Batch) -> Iterator[None]:
     except Exception as error:
         if not is_raw(error):
             raise
+        state.put_back()
         with _without_trace(source.model):
             losses = source.losses(batch)
             try:
@@ -75,7 +70,7 @@ def in_words(source: PerSampleGradSource, batch: Batch) -> Iterator[None]:
 
 def is_raw(error: Exception) -> bool:
     """Whether an error is one of PyTorch's or Python's own classes, and not for want of memory."""
-    return type(error) in _RAW and "allocate memory" not in str(error)
+    return type(error) in RAW_ERRORS and "allocate memory" not in str(error)
 
 
 def _not_finite(source: PerSampleGradSource, batch: Batch) -> NonFiniteLossError | None:

@@ -21,7 +21,7 @@ from persample.sources.module_calls import (
 )
 from persample.sources.reference import losses_of_part
 from persample.sources.refusals import FUSED_OR_VJP, describe
-from persample.sources.untouched import buffers_restored
+from persample.sources.untouched import state_restored
 from persample.sources.use import Kind, Use
 
 
@@ -86,7 +86,7 @@ def _reasons_in_another_batch(
     fewer = batch.rows(slice(0, batch.size - 1))
     reasons: dict[str, str] = {}
     if fewer.size:
-        with buffers_restored(source.model), recorded_calls(layers) as calls:
+        with state_restored(source.state()), recorded_calls(layers) as calls:
             losses_of_part(source, fewer)
         for call in calls:
             try:

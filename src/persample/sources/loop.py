@@ -26,6 +26,8 @@ class LoopSource(PerSampleGradSource):
 
     runs_parameter_hooks: ClassVar[bool] = True
 
+    ordinary_state = True
+
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, rows = self._gradients(batch)
         gradients = {name: p.new_zeros((batch.size, *p.shape)) for name, p in self.parameters().items()}

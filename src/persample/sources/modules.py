@@ -1,6 +1,10 @@
-"""The modules of a model, at the cost of one loop: every call walks through them more than once."""
+"""The modules of a model, and what they hold, at little cost: every call walks through them more than once."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from itertools import compress
+from typing import Any
 
 from torch import nn
 
@@ -19,3 +23,19 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
             prefix = f"{path}." if path else ""
             waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
     return found
+
+
+class Types(dict[type, bool]):
+    """Whether something holds for a type; each is asked once, so that many values are sorted quickly."""
+
+    def __init__(self, holds: Callable[[type], bool]) -> None:
+        super().__init__()
+        self._holds = holds
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = self._holds(kind)
+        return self[kind]
+
+    def select(self, values: Collection[Any]) -> list[Any]:
+        """Return those of `values` for whose type it holds."""
+        return list(compress(values, map(self.__getitem__, map(type, values))))

@@ -7,6 +7,7 @@ is known to make their results wrong is refused before the backward pass.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -31,11 +32,12 @@ from persample.sources.module_calls import (
 )
 from persample.sources.modules import modules_of
 from persample.sources.quiet import without_warnings
+from persample.sources.random_state import random_state, set_random_state
 from persample.sources.recorder import Recorder
 from persample.sources.reference import gradient, gradients_at
 from persample.sources.refusals import describe
 from persample.sources.stand_in import Copies, stand_in
-from persample.sources.untouched import buffer_snapshot, buffers_restored, random_state, set_random_state
+from persample.sources.untouched import State, state_restored
 from persample.sources.use import Use
 
 Result = TypeVar("Result")
@@ -46,6 +48,10 @@ _OF_HOOKS = (
     "For backward hooks to be called, module output should be a Tensor or a tuple of Tensors",
     "Extension saving to",  # BackPACK has none for a module; it says so of every module with modules inside
 )
+
+
+#: What Opacus and BackPACK keep in attributes of modules.
+_OF_PACKAGES = re.compile(r"activations|max_batch_len|ft_compute_sample_grad|input\d+|output\w*|training")
 
 
 class UnfitError(UnsupportedModelError):
@@ -68,6 +74,9 @@ class PeerMachinerySource(PerSampleGradSource):
 
     #: What it keeps on parameters.
     attributes: ClassVar[tuple[str, ...]]
+
+    #: Whether the last forward pass gave modules of the stand-in other attributes, which the user's model lacks.
+    moved_attributes = False
 
     # What a package implements.
 
@@ -104,8 +113,10 @@ class PeerMachinerySource(PerSampleGradSource):
         with stand_in(self.model) as copies, without_warnings(*_OF_HOOKS), self.prepared(copies) as model:
             copied = {path: copies[layer] for path, layer in self.layers.items()}
             found = _watched(copied)
+            before = [(copy, dict(vars(copy))) for copy in copies.values()]
             with recorded_calls(copied) as calls:
                 losses = self.losses(batch, model)
+            self.moved_attributes = any(_has_moved(copy, attributes) for copy, attributes in before)
             for reason in found:
                 raise UnfitError(reason)
             refuse_unseen_uses(losses, calls, self.parameters())
@@ -172,6 +183,9 @@ class PeerMachinerySource(PerSampleGradSource):
         for reason in self.known_reasons():
             raise UnfitError(reason)
 
+    def state_changed(self, state: State) -> bool:
+        return self.moved_attributes or super().state_changed(state)
+
     def find_uses(self, batch: Batch | None) -> Iterator[Use]:
         if batch is None:
             for path, layer in self.layers.items():
@@ -185,9 +199,9 @@ class PeerMachinerySource(PerSampleGradSource):
         fewer = batch.rows(slice(0, batch.size - 1))
         if fewer.size:
             # There another dimension that is as long as the batch by chance does not pass for the samples.
-            with buffers_restored(self.model), self.forward(fewer):
+            with state_restored(self.state()), self.forward(fewer):
                 pass
-        with buffers_restored(self.model):
+        with state_restored(self.state()):
             self.compute_moments(batch.rows(slice(0, 2)))
 
     def attempt(self, batch: Batch, compute: Callable[[PerSampleGradSource], Result]) -> Result:
@@ -196,10 +210,10 @@ class PeerMachinerySource(PerSampleGradSource):
         Raises:
             UnsupportedModelError: the machinery does not fit the model.
         """
-        start, put_back_buffers = random_state(self.model), buffer_snapshot(self.model)
+        start, state = random_state(self.model), self.state()
 
         def go_back() -> None:
-            put_back_buffers()
+            state.put_back()
             set_random_state(start)
 
         try:
@@ -231,6 +245,14 @@ class PeerMachinerySource(PerSampleGradSource):
         for p in layer.parameters():
             if id(p) in names:
                 yield Use(names[id(p)], "rule", type(layer).__name__, path)
+
+
+def _has_moved(module: nn.Module, before: Mapping[str, Any]) -> bool:
+    """Whether an attribute of a module of the stand-in is another one, other than what packages keep there."""
+    return any(
+        value is not before.get(name, before) and not _OF_PACKAGES.fullmatch(name)
+        for name, value in vars(module).items()
+    )
 
 
 def _reason_against_copy(module: nn.Module) -> str | None:

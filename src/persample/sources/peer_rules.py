@@ -68,6 +68,8 @@ class PeerRulesSource(PerSampleGradSource):
     #: How errors name the package.
     package: ClassVar[str]
 
+    ordinary_state = True
+
     @abstractmethod
     def reason_against(self, layer: nn.Module) -> str | None:
         """Return why the package has no right rule for `layer`, as a sentence without its subject; None if it has."""

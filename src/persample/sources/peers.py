@@ -16,6 +16,7 @@ from persample.sources.peer_machinery import BusyError, PeerMachinerySource, Unf
 from persample.sources.peer_rules import PeerRulesSource
 from persample.sources.recording import LossReduction, Recorded
 from persample.sources.refusals import FUSED_OR_VJP
+from persample.sources.untouched import State
 from persample.sources.use import Use
 
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ class PeerSource(PerSampleGradSource):
             raise OptionError(f"machinery={machinery!r} is not known: use one of {', '.join(map(repr, known))}.")
         self.machinery = machinery
         self._found: dict[tuple[Any, ...], str] = {}
+        self._moved_attributes = False  # whether the stand-in of the last call has other attributes than the model
 
     def refuse_unsupported(self) -> None:
         if self.machinery == "rules" or self._known_reason():
@@ -78,6 +80,9 @@ class PeerSource(PerSampleGradSource):
         with recording as recorded:
             yield recorded
 
+    def state_changed(self, state: State) -> bool:
+        return self._moved_attributes or super().state_changed(state)
+
     # Inner workings.
 
     def _served(self, batch: Batch | None, compute: Callable[[PerSampleGradSource], Result]) -> Result:
@@ -87,14 +92,16 @@ class PeerSource(PerSampleGradSource):
             self.ran = self.own
             machinery = self._machinery()
             try:
-                return compute(machinery) if batch is None else machinery.attempt(batch, compute)
+                result = compute(machinery) if batch is None else machinery.attempt(batch, compute)
+                self._moved_attributes = machinery.moved_attributes
+                return result
             except UnsupportedModelError as refusal:
                 if self.machinery == self.own or not self._rules_serve():
                     raise self._advised(refusal) from refusal
                 self.ran_because = str(refusal)
                 if batch is not None and not isinstance(refusal, BusyError):
                     self._found[self._kind(batch, self.own)] = self.ran_because
-        self.ran = "rules"
+        self.ran, self._moved_attributes = "rules", False
         return compute(self._rules())
 
     def _known_reason(self) -> str:

@@ -26,6 +26,7 @@ from persample.sources.refusals import VMAP_OR_VJP
 from persample.sources.scalar_loss import divisor_of, refuse_joint_loss, refuse_other_reduction, refuse_weighted_mean
 from persample.sources.splits.found import unwrapped
 from persample.sources.uncompiled import uncompiled
+from persample.sources.untouched import state_restored
 from persample.warn import warn
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ class Recorder(TorchFunctionMode):
         torch.autograd.backward(*args, **kwargs)
 
     # What a backend can use.
+
+    def remember_state(self, source: PerSampleGradSource, forward_pass: ForwardPass) -> None:
+        """Keep the state of the model for the self-check of `source`, which repeats the pass that begins now."""
+        if source.check_is_due(forward_pass.batch):
+            forward_pass.state = source.state()
 
     def reach(self, forward_pass: ForwardPass) -> None:
         """Note that a backward pass goes through `forward_pass`.
@@ -410,10 +416,12 @@ class Recorder(TorchFunctionMode):
                 losses = losses + (finite * weights).reshape(len(numbers), -1).sum(1)
             return losses
 
-        batch = forward_pass.batch
+        batch, state = forward_pass.batch, forward_pass.state
         self.checking = True
         try:
-            with forward_pass.under_autocast():
+            with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
+                if state is not None:
+                    state.put_back()
                 source.check_once(batch.with_targets(batch.targets), loss_fn)
         finally:
             self.checking = False

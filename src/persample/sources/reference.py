@@ -12,8 +12,9 @@ from torch.autograd.function import BackwardCFunction
 
 from persample.errors import NonFiniteLossError, PersampleError, UnsupportedModelError
 from persample.sources.graph import nodes_behind, variables_of
+from persample.sources.random_state import random_state, same_random_state
 from persample.sources.tolerances import tolerance
-from persample.sources.untouched import buffers_restored, random_state, same_random_state
+from persample.sources.untouched import State, state_restored
 
 if TYPE_CHECKING:
     from persample.sources.base import PerSampleGradSource
@@ -40,17 +41,16 @@ def part_gradients(
     """Return the losses of `batch` with their graph, and what `differentiate` makes of the losses of each part of it.
 
     Where the forward pass draws no random numbers, each part goes alone through the model. Otherwise a part alone
-    would draw others than in the batch, so there the gradients start from the entries of the batch's losses. The
-    buffers of the model are left as they are.
+    would draw others than in the batch, so there the gradients start from the entries of the batch's losses. The state
+    of the model (buffers, attributes) is then that after one ordinary forward pass over the batch.
 
     Raises:
         UnsupportedModelError: the model mixes the samples.
     """
-    before = random_state(source.model)
-    with buffers_restored(source.model):
-        losses = source.losses(batch)
+    before, state = random_state(source.model), source.state()
+    losses = source.losses(batch)
     if same_random_state(before, random_state(source.model)):
-        return losses, _gradients_alone(source, batch, losses.detach(), tolerance(losses), parts, differentiate)
+        return losses, _gradients_alone(source, batch, losses.detach(), tolerance(losses), parts, differentiate, state)
     return losses, (differentiate(losses[part]) for part in parts)
 
 
@@ -61,22 +61,50 @@ def _gradients_alone(
     allowed: float,
     parts: Iterable[list[int]],
     differentiate: Callable[[Tensor], dict[str, Tensor]],
+    state: State,
 ) -> Iterator[dict[str, Tensor]]:
-    """∇ℓ_i of the model applied to each part alone, whose losses may be other ones by the relative error `allowed`."""
+    """∇ℓ_i of the model applied to each part alone, whose losses may be other ones by the relative error `allowed`.
+
+    Each begins in `state`, that before the pass over the batch.
+    """
+    after = source.state()
     for part in parts:
-        with buffers_restored(source.model):
-            alone = losses_of_part(source, batch.rows(part))
-            rows = differentiate(alone)
+        try:
+            with state_restored(after):
+                state.put_back()
+                alone = losses_of_part(source, batch.rows(part))
+                rows = differentiate(alone)
+        except UnsupportedModelError as refusal:
+            raise _of_state(state, batch.size, refusal) from refusal
         for i, loss, in_batch in zip(part, alone.tolist(), losses[part].tolist(), strict=True):
             if abs(loss - in_batch) > allowed * (1 + abs(in_batch)):
                 others = "alone" if len(part) == 1 else f"among {len(part)} samples"
-                raise UnsupportedModelError(
+                mixing = UnsupportedModelError(
                     f"The loss of sample {i} is {in_batch:.6g} in the batch and {loss:.6g} {others}: the model or the "
                     "loss mixes the samples (statistics over the batch, a softmax over dim 0, a division by the batch "
                     "size, an inner layout that is not batch-first), so the gradient of a single sample does not "
                     "exist. Make every sample's loss depend on that sample alone."
                 )
+                raise _of_state(state, batch.size, mixing)
         yield rows
+
+
+def _of_state(state: State, size: int, refusal: UnsupportedModelError) -> UnsupportedModelError:
+    """Return what to say where a sample does not go through the model alone: `refusal`, or that it keeps a state.
+
+    Args:
+        state: that before the pass over the batch, after which the model is.
+        size: B.
+        refusal: what is said otherwise.
+    """
+    kept = state.rows_kept(size)
+    if not kept:
+        return refusal
+    return UnsupportedModelError(
+        f"The model keeps {', '.join(map(repr, kept))} from call to call, with an entry for each sample of the batch, "
+        "so that no sample can go through it alone: reset it before each call, give it to the model as an argument, "
+        "or use backend 'fused', which runs the batch as a whole."
+    )
 
 
 REENTRANT = (

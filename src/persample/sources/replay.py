@@ -26,6 +26,7 @@ from persample.errors import DisagreementError, UnsupportedModelError, UsageErro
 from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.forward_pass import ForwardPass, tensors_of
+from persample.sources.random_state import random_state, same_random_state
 from persample.sources.recorder import Recorder
 from persample.sources.recording import LossReduction, Sums
 from persample.sources.reference import gradient, reentrant_refused
@@ -35,7 +36,6 @@ from persample.sources.scalar_loss import refuse_uses_past_outputs
 from persample.sources.second_look import only_rounded
 from persample.sources.selfcheck import replayed, require_close
 from persample.sources.tolerances import Allowance
-from persample.sources.untouched import buffer_snapshot, random_state, same_random_state
 
 if TYPE_CHECKING:
     from persample.sources.base import PerSampleGradSource
@@ -52,7 +52,6 @@ class ReplayRecorder(Recorder):
     def __init__(self, source: PerSampleGradSource, reduction: LossReduction) -> None:
         super().__init__(source.model, source.parameters(), reduction)
         self.source = source
-        self._put_back_buffers: Callable[[], None] = lambda: None
         self._deltas: dict[int, Tensor] = {}
 
     def begin(self, forward_pass: ForwardPass) -> None:
@@ -60,7 +59,7 @@ class ReplayRecorder(Recorder):
         refuse_hooked_parameters(self.model, "use optimizer.observe(inputs, targets) with backend 'vjp' or 'loop'")
         self.source.refuse_unsupported()
         self._start = random_state(self.model)
-        self._put_back_buffers = buffer_snapshot(self.model)
+        self._state = forward_pass.state = self.source.state()
 
     def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
         self._drew = not same_random_state(self._start, random_state(self.model))
@@ -124,7 +123,7 @@ class ReplayRecorder(Recorder):
 
     def _repeated(self, source: PerSampleGradSource, batch: Batch, unit: float) -> Moments:
         """Return the moments of the repeated pass, and prove that it is the user's."""
-        self._put_back_buffers()
+        self._state.put_back()
         with replayed(source, self._start):
             losses = source.losses(batch)
             total = gradient(losses.sum(), source)
@@ -147,7 +146,7 @@ class ReplayRecorder(Recorder):
             mean = {name: g / batch.size for name, g in total.items()}
             require_close(source, "mean gradient", moments.mean, mean, allowance)
         except DisagreementError:
-            self._put_back_buffers()
+            self._state.put_back()
             if not only_rounded(source, batch, moments_of, moments, self._start):
                 raise
         return moments

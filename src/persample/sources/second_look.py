@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from persample.errors import PersampleError
 from persample.moments import Moments
 from persample.sources.batch import Batch
+from persample.sources.random_state import RandomState, random_state_restored
 from persample.sources.reference import gradient, sample_gradients
 from persample.sources.selfcheck import replayed, some_rows, verify
 from persample.sources.tolerances import MOVED, least_precise
-from persample.sources.untouched import RandomState, random_state_restored
 from persample.sources.vanishing import rounding_left
 
 if TYPE_CHECKING:

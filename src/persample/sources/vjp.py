@@ -14,6 +14,7 @@ from persample.sources.base import Check, PerSampleGradSource
 from persample.sources.batch import Batch
 from persample.sources.chunks import Chunk, moments_of_chunks, per_sample_of_chunks, refuse_chunk_size
 from persample.sources.products import batched_grad
+from persample.sources.random_state import random_state, random_state_restored
 from persample.sources.reference import (
     gradient,
     other_leaves,
@@ -23,7 +24,6 @@ from persample.sources.reference import (
 )
 from persample.sources.selfcheck import require_close
 from persample.sources.tolerances import Allowance
-from persample.sources.untouched import random_state, random_state_restored
 
 Result = TypeVar("Result")
 _PutTogether = Callable[[Iterable[Chunk], Mapping[str, nn.Parameter], int], Result]
@@ -55,6 +55,8 @@ class VjpSource(PerSampleGradSource):
 
     runs_parameter_hooks: ClassVar[bool] = True
 
+    ordinary_state = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,7 +83,7 @@ class VjpSource(PerSampleGradSource):
         makes something else of a gradient than a linear function. Then the products are taken one by one.
         """
         mapped = at_once
-        before = random_state(self.model)
+        before, state = random_state(self.model), self.state()
         parameters = self.parameters()
 
         def differentiate(losses: Tensor) -> dict[str, Tensor]:
@@ -109,6 +111,7 @@ class VjpSource(PerSampleGradSource):
         try:
             require_close(self, "weighted sum", sums, expected, allowance, batch.size)
         except DisagreementError:
+            state.put_back()
             with random_state_restored(self.model, before):
                 return self._compute(batch, put_together, at_once=False)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from operator import is_
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -21,10 +22,16 @@ from persample.sources.batch import Batch
 from persample.sources.chunks import Chunk, moments_of_chunks, per_sample_of_chunks, refuse_chunk_size
 from persample.sources.entering import changeable, entering
 from persample.sources.products import batched_grad
+from persample.sources.random_state import (
+    other_random_state,
+    random_state,
+    same_random_state,
+    set_random_state,
+)
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.refusals import FUSED_OR_VJP, describe
 from persample.sources.splits.tree import Columns
-from persample.sources.untouched import random_state, set_random_state
+from persample.sources.untouched import State
 
 Randomness = Literal["error", "different", "same"]
 
@@ -34,7 +41,7 @@ class VmapSource(PerSampleGradSource):
 
     Exact wherever `torch.func` can run the model, whatever its layers. It cannot run `.item()`, control flow that
     depends on values, buffers that collect values of the samples, and some kernels (`nn.RNN`, `nn.GRU`): these are
-    refused. The buffers of the model keep the values that they had before.
+    refused. Where the state of the model changes, one ordinary forward pass is run for it.
 
     Args:
         model: the network.
@@ -69,6 +76,7 @@ class VmapSource(PerSampleGradSource):
             raise OptionError(f"randomness={randomness!r} is not known: use one of {known}.")
         self.chunk_size = chunk_size
         self.randomness = randomness
+        self._stateful = False  # whether the last pass changed the state of the model
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, gradients = per_sample_of_chunks(self._chunks(batch), self.parameters(), batch.size)
@@ -81,13 +89,19 @@ class VmapSource(PerSampleGradSource):
     def _chunks(self, batch: Batch) -> Iterator[Chunk]:
         """Yield losses and gradients, `(b,)` and `(b, *p.shape)`, of one chunk of b samples after the other."""
         size = self.chunk_size or batch.size
-        before = random_state(self.model)
+        state, before = self.state(), random_state(self.model) if self.randomness == "same" else []
+        self._stateful = False
         for start in range(0, batch.size, size):
-            if self.randomness == "same":
-                set_random_state(before)
-            yield self._gradients(batch.rows(slice(start, start + size)))
+            set_random_state(before)
+            gradients = self._gradients(batch.rows(slice(start, start + size)), state)
+            self._stateful |= state.changed()
+            state.put_back()  # what was kept under the map is of no use, and the next chunk begins from the same
+            yield gradients
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def state_changed(self, state: State) -> bool:
+        return self._stateful
+
+    def _gradients(self, batch: Batch, state: State) -> tuple[Tensor, dict[str, Tensor]]:
         try:
             columns = batch.columns()
         except UnsupportedModelError:
@@ -95,16 +109,24 @@ class VmapSource(PerSampleGradSource):
                 raise
             losses = self.losses(batch)
             return losses.detach(), {name: g.unsqueeze(0) for name, g in gradient(losses.sum(), self).items()}
+        before = other_random_state(self.model)
         try:
             gradients, losses = self._mapped(columns)
         except torch.OutOfMemoryError:
             raise
         except (LossError, RuntimeError, ValueError, IndexError, TypeError) as error:
             # An error that the plain model raises too is the user's own, and is the one to show.
+            state.put_back()
             gradient(self.losses(batch).sum(), self)
             losses_of_part(self, batch.rows([0]))
             raise self._unsupported(error) from error
         self._refuse_unseen_uses(losses)
+        if self.randomness != "same" and not same_random_state(before, other_random_state(self.model)):
+            raise UnsupportedModelError(
+                "The model draws random numbers from Python's random, from NumPy or from a generator of its own, which "
+                "torch.func draws once for all samples: choose randomness='same' if that is what you want, draw them "
+                "by PyTorch's default generator, or use another backend."
+            )
         return losses.detach(), {name: rows.detach() for name, rows in gradients.items()}
 
     def _finite(self, losses: Tensor, batch: Batch) -> Tensor:
@@ -123,11 +145,12 @@ class VmapSource(PerSampleGradSource):
         names: dict[Tensor, str] = {p: name for name, p in self.parameters().items()}
         places = {place: names[p] for place, p in _places(model_loss, "_parameters") if p in names}
         # Copies, because an update in place would otherwise reach the model.
-        copies = {buffer: buffer.detach().clone() for buffer in model_loss.buffers()}
-        buffers = {place: copies[buffer] for place, buffer in _places(model_loss, "_buffers")}
+        kept = {t: t.detach().clone() for t in (*model_loss.buffers(), *self._frozen()) if t not in names}
+        others = [*_places(model_loss, "_buffers"), *_places(model_loss, "_parameters")]
+        state = {place: kept[tensor] for place, tensor in others if tensor in kept}
 
-        def sample_loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], entries: list[Tensor]) -> Tensor:
-            state = buffers | {place: parameters[name] for place, name in places.items()}
+        def sample_loss(parameters: dict[str, Tensor], state: dict[str, Tensor], entries: list[Tensor]) -> Tensor:
+            state = state | {place: parameters[name] for place, name in places.items()}
             with _Differentiating():
                 entered = {
                     key: _entered(column.tensor, entry)
@@ -140,7 +163,8 @@ class VmapSource(PerSampleGradSource):
         dims = [column.dim for column in distinct.values()]
         mapped = vmap(grad_and_value(sample_loss), in_dims=(None, None, dims), randomness=self.randomness)
         values = [column.values.detach() for column in distinct.values()]
-        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, buffers, values)
+        gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, state, values)
+        self._stateful |= model_loss.rebinds or any(copy._version > 0 for copy in kept.values())
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:
@@ -211,9 +235,12 @@ class _ModelLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+        self.rebinds = False  # whether the forward pass puts other tensors in the place of buffers
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Tensor:
+        held = [(registry, list(registry.values())) for registry in (m._buffers for m in self.modules())]
         losses = self.loss_fn(self.model(*args, **kwargs), targets)
+        self.rebinds = any(len(r) != len(before) or not all(map(is_, r.values(), before)) for r, before in held)
         if not isinstance(losses, Tensor) or losses.shape != (1,) or not losses.is_floating_point():
             check_losses(losses, 1)  # raises; that the value is finite can be seen only after the map
         loss: Tensor = losses[0]

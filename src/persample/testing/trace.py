@@ -97,4 +97,8 @@ def _bytes(value: Any) -> Any:
         return type(value)
     value = value.detach()
     value = value.to_dense() if value.is_sparse else value
-    return (value.dtype, tuple(value.shape), value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return (
+        value.dtype,
+        tuple(value.shape),
+        value.cpu().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+    )

@@ -15,7 +15,7 @@ from persample.errors import OptionError, UsageError
 from persample.sources.batch import arguments, split_batch
 from persample.sources.splits.tree import plain
 from persample.sources.tolerances import tolerance
-from persample.sources.untouched import buffers_restored
+from persample.sources.untouched import State, state_restored
 from persample.vogn.sampling import draw, restored
 from persample.vogn.settings import check_count, check_generator
 
@@ -195,6 +195,6 @@ def _at_once(model: nn.Module, forward: Forward, chunk: list[Weights], consume: 
 
 def _mapped(model: nn.Module, forward: Forward, chunk: list[Weights]) -> Tensor:
     stacked = {name: torch.stack([weights[name] for weights in chunk]) for name in chunk[0]}
-    with buffers_restored(model):
+    with state_restored(State(model)):
         outputs: Tensor = vmap(forward)(stacked)
     return outputs

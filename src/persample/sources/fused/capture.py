@@ -59,6 +59,7 @@ class Capture(TorchFunctionMode):
         self.passed_by = ""  # a parameter of which a backward pass inside of the backward pass went by
         self.in_outer_backward: Callable[[], bool] = lambda: True
         self.without_gradient = False  # whether a parameter was used where autograd does not look
+        self.rounds_otherwise = False  # whether the results of an operation may differ in their last bits
         self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
         self.layouts = Layouts()
         self.constants = Seen()  # in what activation checkpointing repeats

@@ -53,6 +53,7 @@ class FusedRecorder(Recorder):
     def begin(self, forward_pass: ForwardPass) -> None:
         refuse_impossible(self.model)
         self.source.refuse_hooks()
+        self.remember_state(self.source, forward_pass)
         self.capture = None
         self._mixed.clear()
         if forward_pass.batch.size == 1:  # the gradient of a single sample is the ordinary one

@@ -119,6 +119,7 @@ class FusedSource(PerSampleGradSource):
                 sink.finish()
             if capture.without_gradient:
                 refuse_accumulated(parameters)
+        self.ordinary_state = not capture.rounds_otherwise
         return losses.detach()
 
     def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:

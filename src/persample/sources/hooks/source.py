@@ -52,6 +52,8 @@ class HooksSource(PerSampleGradSource):
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 
+    ordinary_state = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -121,6 +121,7 @@ def recurrent(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mappin
     if capture.expression(x) is not None:
         raise ValueError("its input is computed from parameters")
     layout = capture.layout(x, name)
+    capture.rounds_otherwise = True
     if packed:
         sequences = Sequences(x, args[1].tolist(), layout)
         of_state, place = _of_first_rows(layout, sequences.sizes[0]), Place(1)
