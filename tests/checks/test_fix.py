@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import persample
@@ -47,6 +48,60 @@ class WithActivation(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class WithChildren(nn.BatchNorm2d):
+    """Has a dropout and an activation behind its batch norm, as BatchNormAct2d of timm, whose forward this is."""
+
+    def __init__(self, channels: int, **kwargs: Any) -> None:
+        super().__init__(channels, **kwargs)
+        self.drop, self.act = nn.Identity(), nn.LeakyReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected 4D input")
+        factor = self.momentum or 0.0
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        x = F.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            factor,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+class OfTheBase(nn.SyncBatchNorm):
+    """Leaves the batch norm to its base, and calls what it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return self.act(x) if hasattr(self, "act") else x
+
+
+class OfVectors(nn.BatchNorm1d):
+    """Takes sequences only, has children that hold parameters, and calls the last first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.norm, self.second, self.none = nn.Conv1d(channels, 3, 2), nn.Conv1d(channels, channels, 1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, channels, positions = x.shape
+        assert (channels, positions > 1) == (self.num_features, True)
+        return self.norm(self.second(super().forward(x)))
+
+
+def of_the_base() -> nn.Module:
+    norm = OfTheBase(8)
+    norm.act = nn.Tanh()
+    return norm
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d": (lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), (3,)),
     "1d on a sequence": (lambda: nn.Sequential(nn.Conv1d(3, 8, 2), nn.BatchNorm1d(8), nn.Conv1d(8, 2, 2)), (3, 5)),
@@ -54,6 +109,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3d": (lambda: nn.Sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.ReLU()), (3, 3, 3, 3)),
     "synchronised": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), nn.SyncBatchNorm(8)), (3, 4, 4)),
     "subclass": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), Subclass(8)), (3, 4, 4)),
+    "children behind": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), WithChildren(8), nn.Conv2d(8, 2, 2)), (3, 4, 4)),
+    "one child behind": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), of_the_base()), (3, 4, 4)),
+    "no child behind": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), OfTheBase(8)), (3, 4, 4)),
+    "parameters behind": (lambda: nn.Sequential(nn.Conv1d(3, 8, 2), OfVectors(8)), (3, 5)),
     "without scale and shift": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8, affine=False)), (3, 4, 4)),
     "the model itself": (lambda: nn.BatchNorm2d(8), (8, 3, 3)),
     "nested": (
@@ -105,8 +164,9 @@ def test_frozen_computes_what_eval_mode_computes(name: str) -> None:
     state = copy.deepcopy(fixed.state_dict())
     torch.testing.assert_close(fixed(inputs), model.eval()(inputs), rtol=0, atol=0)
     assert all(torch.equal(value, state[key]) for key, value in fixed.state_dict().items())
-    model.load_state_dict(state)
-    fixed.load_state_dict(model.state_dict())
+    if "behind" not in name or name.startswith("no "):
+        model.load_state_dict(state)
+        fixed.load_state_dict(model.state_dict())
 
 
 def test_group_norm_normalises_each_sample_with_the_scales_and_shifts_of_the_model() -> None:
@@ -155,6 +215,96 @@ def test_one_module_at_two_places_stays_one(batch_norm: Any) -> None:
     assert fixed["second"] is not fixed["other"]
     assert [change.paths for change in changes] == [("first.0", "second"), ("other",)]
     assert model["second"] is norm
+
+
+@pytest.mark.parametrize("batch_norm", ["group_norm", "frozen"])
+def test_children_stand_behind_the_replacement_as_they_were(batch_norm: Any) -> None:
+    norm, calls = WithChildren(8, eps=0.1), []
+    norm.drop = nn.Dropout(0.5)
+    norm.drop.register_forward_hook(lambda module, args, output: calls.append("drop"))
+    norm.register_forward_hook(lambda module, args, output: output + 1)
+    norm.act.eval()
+    fixed, changes = persample.fix(nn.Sequential(norm), batch_norm)
+    assert calls == []
+    row = fixed[0]
+    assert [name for name, _ in row.named_children()] == ["norm", "drop", "act"]
+    assert [m.training for m in row.modules()] == [True, batch_norm == "group_norm", True, False]
+    assert changes[0].paths == ("0",)
+    assert "LeakyReLU" in changes[0].after
+    inputs = torch.randn(4, 8, 3, 3)
+    torch.manual_seed(1)
+    found = fixed(inputs)
+    torch.manual_seed(1)
+    normalised = F.group_norm(inputs, 2, eps=0.1) if batch_norm == "group_norm" else inputs / 1.1**0.5
+    torch.testing.assert_close(found, F.leaky_relu(F.dropout(normalised, 0.5)) + 1)
+    assert calls == ["drop"]
+    assert fixed.train()[0].drop.training
+    assert not fixed.eval()[0].drop.training
+
+
+def behind(then: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> nn.Module:
+    """A BatchNorm with a child `act`; `then` makes its output of itself, its input and the result of the batch norm."""
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return then(self, x, super().forward(x))
+
+    norm = Own(8)
+    norm.act = nn.ReLU()
+    return norm
+
+
+def without_gradient(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return norm.act(y)
+
+
+def other_scale(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight + 1, norm.bias, norm.training, 0.1, norm.eps)
+    return norm.act(y)
+
+
+def other_eps(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, 0.1, 0.5)
+    return norm.act(y)
+
+
+def always_of_the_batch(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    return norm.act(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True))
+
+
+UNKNOWN: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "clamped, of which a small batch would tell nothing": lambda norm, x, y: norm.act(y.clamp(max=1e4)),
+    "clamped in place": lambda norm, x, y: norm.act(y.clamp_(max=1e4)),
+    "clamped afterwards": lambda norm, x, y: norm.act(y).clamp_(max=1e4),
+    "beside": lambda norm, x, y: norm.act(y) + 0 * x,
+    "before": lambda norm, x, y: type(norm).__base__.forward(norm, norm.act(x)),  # type: ignore[misc, union-attr]
+    "in training mode only": lambda norm, x, y: norm.act(y) if norm.training else y,
+    "twice": lambda norm, x, y: norm.act(norm.act(y)),
+    "not at all": lambda norm, x, y: y,
+    "called with more": lambda norm, x, y: norm.act(y, x),
+    "a pair": lambda norm, x, y: (norm.act(y), y),  # type: ignore[return-value, dict-item]
+    "detached": lambda norm, x, y: norm.act(y.detach()),
+    "without gradient": without_gradient,
+    "of another scale": other_scale,
+    "of another eps": other_eps,
+    "of the batch in eval mode": always_of_the_batch,
+}
+
+
+@pytest.mark.parametrize("batch_norm", ["group_norm", "frozen"])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_other_forwards_are_refused(name: str, batch_norm: Any, no_trace: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), behind(UNKNOWN[name]))
+    with pytest.raises(UnsupportedModelError, match=r"Own '1' has a forward of its own.*by hand"), no_trace(model):
+        persample.fix(model, batch_norm)
+
+
+def test_children_of_a_plain_batch_norm_are_not_dropped() -> None:
+    norm = nn.BatchNorm2d(8)
+    norm.extra = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match="has a forward of its own"):
+        persample.fix(norm)
 
 
 def test_the_changes_can_be_read() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from persample.checks.behind_batch_norm import children_behind, hooks_of, without_hooks
 from persample.checks.copies import copy_of
 from persample.errors import OptionError, UnsupportedModelError
 from persample.frozen_batch_norm import FrozenBatchNorm
@@ -65,7 +67,9 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
             `"group_norm"` is `nn.GroupNorm` (Wu and He, 2018, arXiv:1803.08494), which normalises each sample by
             itself: another function, with which the model is to be trained. `"frozen"` is
             `persample.FrozenBatchNorm`, which keeps using the running statistics, also in training mode: what a
-            trained model computes in eval mode.
+            trained model computes in eval mode. Where a subclass calls its child modules behind its batch norm, as
+            timm's BatchNormAct2d calls a dropout and an activation, they stand behind the replacement (`norm`) in an
+            `nn.Sequential`, under their names.
         groups: number of groups of each GroupNorm. If None, the largest number up to 32 that divides the channels
             and leaves at least 4 of them in each group; one group if there is none.
 
@@ -74,9 +78,9 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
 
     Raises:
         OptionError: `groups` does not divide the channels of a BatchNorm, or an option is not known.
-        UnsupportedModelError: a BatchNorm cannot be replaced: it is not initialised yet, has a forward or parameters
-            of its own, has no running statistics to freeze, or has a single feature, of which GroupNorm would make a
-            constant; or the model cannot be copied.
+        UnsupportedModelError: a BatchNorm cannot be replaced: it is not initialised yet, has another forward or
+            parameters of its own, has no running statistics to freeze, or has a single feature, of which GroupNorm
+            would make a constant; or the model cannot be copied.
 
     Example:
         >>> import persample
@@ -96,7 +100,10 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
     changes = []
     for module, paths in _batch_norms(fixed).items():
         before = repr(module)
-        new = _frozen(module, paths[0]) if batch_norm == "frozen" else _group_norm(module, paths[0], groups)
+        children = children_behind(module) if module._modules else None
+        new: nn.Module = _frozen(module, paths[0]) if batch_norm == "frozen" else _group_norm(module, paths[0], groups)
+        if children:
+            new = _in_a_row(new, {name: getattr(module, name) for name in children}, module.training)
         for path in paths:
             fixed = _put(fixed, path, new)
         changes.append(Change(tuple(paths), before, repr(new)))
@@ -117,15 +124,17 @@ def _refuse_unknown(module: _BatchNorm, path: str) -> None:
     name = describe(path, module)
     if isinstance(module, _LazyNormBase):
         raise UnsupportedModelError(f"{name} is not initialised yet: run one forward pass of the model first.")
-    if type(module).forward not in _KNOWN_FORWARDS or "forward" in vars(module):
-        raise UnsupportedModelError(
-            f"{name} has a forward of its own, which its replacement would not have: replace it by hand, or call "
-            ".eval() on it."
-        )
     if module._parameters.keys() != {"weight", "bias"}:
         raise UnsupportedModelError(
             f"{name} holds other parameters than its class says ({', '.join(sorted(module._parameters))}), as after "
             "weight_norm or pruning: remove that first, or call .eval() on it."
+        )
+    plain = type(module).forward in _KNOWN_FORWARDS and not module._modules
+    if "forward" in vars(module) or not (plain or children_behind(module) is not None):
+        raise UnsupportedModelError(
+            f"{name} has a forward of its own, which its replacement would not have (known is a batch norm whose "
+            "result goes through each of the child modules, as an activation): replace it by hand, or call .eval() "
+            "on it."
         )
 
 
@@ -148,7 +157,7 @@ def _group_norm(module: _BatchNorm, path: str, groups: int | None) -> nn.GroupNo
     new = nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine)
     new.weight, new.bias = module.weight, module.bias
     new.training = module.training
-    vars(new).update({name: value for name, value in vars(module).items() if "_hook" in name})
+    vars(new).update(hooks_of(module))
     return new
 
 
@@ -159,8 +168,20 @@ def _frozen(module: _BatchNorm, path: str) -> FrozenBatchNorm:
             "use batch_norm='group_norm'."
         )
     new = FrozenBatchNorm.__new__(FrozenBatchNorm)
-    vars(new).update(vars(module))
+    vars(new).update(vars(module), _modules={})
     return new.train()
+
+
+def _in_a_row(norm: nn.Module, children: dict[str, nn.Module], training: bool) -> nn.Sequential:
+    """Return `norm` and behind it `children`; what hooked the norm sees them, too."""
+    name = "norm"
+    while name in children:
+        name += "_"
+    row = nn.Sequential(OrderedDict({name: norm, **children}))
+    row.training = training
+    vars(row).update(hooks_of(norm))
+    without_hooks(norm)
+    return row
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
