@@ -220,5 +220,31 @@ def test_reads_the_real_data(real_data, name, train, test, first_labels) -> None
     assert dataset.train_inputs.isfinite().all()
 
 
+@pytest.mark.parametrize("spelling", ["-idx", ".idx"])
+def test_reads_files_that_were_unpacked(tiny_mnist, mnist_files, cache, monkeypatch, tmp_path, spelling) -> None:
+    unpacked = {name: gzip.decompress(content) for name, content in mnist_files.items()}
+    checksums = {name: f"md5:{hashlib.md5(content).hexdigest()}" for name, content in unpacked.items()}
+    files = tuple(replace(file, unpacked=checksums[file.name]) for file in tiny_mnist.files)
+    monkeypatch.setitem(PUBLISHED, "mnist", replace(tiny_mnist, files=files))
+    names = {name: name.removesuffix(".gz").replace("-idx", spelling) for name in unpacked}
+    put(tmp_path / "packed" / "mnist", mnist_files)
+    folder = put(tmp_path / "data" / "mnist", {names[name]: content for name, content in unpacked.items()})
+
+    found = load_dataset("mnist", tmp_path / "data")
+
+    assert found.train_inputs.equal(load_dataset("mnist", tmp_path / "packed").train_inputs)
+    damaged = folder / names["train-labels-idx1-ubyte.gz"]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{damaged} is not the published file.*unpacked it has"):
+        load_dataset("mnist", tmp_path / "data")
+
+
+def test_the_checksums_of_unpacked_files_are_those_of_the_real_data(real_data) -> None:
+    for dataset in (PUBLISHED["mnist"], PUBLISHED["fashion-mnist"]):
+        for file in dataset.files:
+            content = gzip.decompress((real_data / dataset.folder / file.name).read_bytes())
+            assert file.unpacked == f"md5:{hashlib.md5(content).hexdigest()}"
+
+
 def test_every_name_has_a_data_set() -> None:
     assert DATASET_NAMES == ("mnist-5k", "mnist", "fashion-mnist", "cifar10")

@@ -25,8 +25,14 @@ def find(dataset: PublishedFiles, root: Path) -> Path | None:
 
 
 def missing_files(dataset: PublishedFiles, folder: Path) -> tuple[PublishedFile, ...]:
-    """Return those of the data set's files that do not exist in `folder`."""
-    return tuple(file for file in dataset.files if not (folder / file.name).exists())
+    """Return those of the data set's files that do not exist in `folder`, neither as published nor unpacked."""
+    return tuple(file for file in dataset.files if not _path_of(file, folder).exists())
+
+
+def _path_of(file: PublishedFile, folder: Path) -> Path:
+    """Return where `file` lies in `folder`, perhaps unpacked; where it should lie if it does not."""
+    paths = [folder / name for name in file.names()]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_verified(dataset: PublishedFiles, folder: Path) -> dict[str, bytes]:
@@ -42,7 +48,7 @@ def read_verified(dataset: PublishedFiles, folder: Path) -> dict[str, bytes]:
     Raises:
         DataError: A file is missing, unreadable, or not the published one.
     """
-    return {file.name: _read_verified_file(dataset, file, folder / file.name) for file in dataset.files}
+    return {file.name: _read_verified_file(dataset, file, _path_of(file, folder)) for file in dataset.files}
 
 
 def _read_verified_file(dataset: PublishedFiles, file: PublishedFile, path: Path) -> bytes:
@@ -56,16 +62,21 @@ def _read_verified_file(dataset: PublishedFiles, file: PublishedFile, path: Path
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; make it a readable file") from error
-    algorithm, expected = file.checksum.split(":")
+    published = file.checksum if file.unpacked is None or path.name == file.name else file.unpacked
+    algorithm, expected = published.split(":")
     found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
     if found != expected:
         raise DataError(
             f"{path} is not the published file of {dataset.title}: it has {len(content):,} bytes and the "
-            f"{algorithm} {found}, published are {file.size:,} bytes and {expected}"
+            f"{algorithm} {found}, {_published(file, path)} {expected}"
             f"{_whose(f'{algorithm}:{found}')}; delete it and run again, or point --data-dir "
             "(argument data_dir) at another folder"
         )
     return content
+
+
+def _published(file: PublishedFile, path: Path) -> str:
+    return f"published are {file.size:,} bytes and" if path.name == file.name else "unpacked it has"
 
 
 def _whose(checksum: str) -> str:

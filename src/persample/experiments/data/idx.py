@@ -29,7 +29,7 @@ def read_idx(content: bytes, dimensions: int, source: str) -> Bytes:
     """Read an IDX file of unsigned bytes.
 
     Args:
-        content: The file's bytes, gzip-compressed.
+        content: The file's bytes, gzip-compressed or unpacked.
         dimensions: How many dimensions the file has to have.
         source: The file's name, for errors.
 
@@ -40,7 +40,7 @@ def read_idx(content: bytes, dimensions: int, source: str) -> Bytes:
         DataError: The file is not gzip, not IDX, or of another length than its header states.
     """
     try:
-        raw = gzip.decompress(content)
+        raw = content if content[:2] == b"\0\0" else gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(source, f"it cannot be decompressed: {error}") from error
     magic = bytes([0, 0, _UNSIGNED_BYTES, dimensions])

@@ -17,11 +17,20 @@ class PublishedFile:
         name: Its name.
         size: Its length in bytes.
         checksum: Algorithm and hexadecimal digest, as in "md5:f68b3c2d…".
+        unpacked: That of its content, if it is compressed and may lie there unpacked, too.
     """
 
     name: str
     size: int
     checksum: str
+    unpacked: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names under which it is looked for: its own, and those that people unpack it to."""
+        if self.unpacked is None:
+            return (self.name,)
+        plain = self.name.removesuffix(".gz")
+        return self.name, plain, plain.replace("-idx", ".idx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +84,18 @@ MNIST = PublishedDataset(
     title="MNIST",
     folder="mnist",
     files=(
-        PublishedFile(idx.TRAIN_IMAGES, 9_912_422, "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-        PublishedFile(idx.TRAIN_LABELS, 28_881, "md5:d53e105ee54ea40749a09fcbcd1e9432"),
-        PublishedFile(idx.TEST_IMAGES, 1_648_877, "md5:9fb629c4189551a2d022fa330f9573f3"),
-        PublishedFile(idx.TEST_LABELS, 4_542, "md5:ec29112dd5afa0611ce80d1b7f02629c"),
+        PublishedFile(
+            idx.TRAIN_IMAGES, 9_912_422, "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873", "md5:6bbc9ace898e44ae57da46a324031adb"
+        ),
+        PublishedFile(
+            idx.TRAIN_LABELS, 28_881, "md5:d53e105ee54ea40749a09fcbcd1e9432", "md5:a25bea736e30d166cdddb491f175f624"
+        ),
+        PublishedFile(
+            idx.TEST_IMAGES, 1_648_877, "md5:9fb629c4189551a2d022fa330f9573f3", "md5:2646ac647ad5339dbf082846283269ea"
+        ),
+        PublishedFile(
+            idx.TEST_LABELS, 4_542, "md5:ec29112dd5afa0611ce80d1b7f02629c", "md5:27ae3e4e09519cfbb04c329615203637"
+        ),
     ),
     # The publisher's own page no longer serves the files; this mirror of them is the one in common use.
     url="https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -90,10 +107,18 @@ FASHION_MNIST = PublishedDataset(
     title="Fashion-MNIST",
     folder="fashion_mnist",
     files=(
-        PublishedFile(idx.TRAIN_IMAGES, 26_421_880, "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-        PublishedFile(idx.TRAIN_LABELS, 29_515, "md5:25c81989df183df01b3e8a0aad5dffbe"),
-        PublishedFile(idx.TEST_IMAGES, 4_422_102, "md5:bef4ecab320f06d8554ea6380940ec79"),
-        PublishedFile(idx.TEST_LABELS, 5_148, "md5:bb300cfdad3c16e7a12a480ee83cd310"),
+        PublishedFile(
+            idx.TRAIN_IMAGES, 26_421_880, "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d", "md5:f4a8712d7a061bf5bd6d2ca38dc4d50a"
+        ),
+        PublishedFile(
+            idx.TRAIN_LABELS, 29_515, "md5:25c81989df183df01b3e8a0aad5dffbe", "md5:9018921c3c673c538a1fc5bad174d6f9"
+        ),
+        PublishedFile(
+            idx.TEST_IMAGES, 4_422_102, "md5:bef4ecab320f06d8554ea6380940ec79", "md5:8181f5470baa50b63fa0f6fddb340f0a"
+        ),
+        PublishedFile(
+            idx.TEST_LABELS, 5_148, "md5:bb300cfdad3c16e7a12a480ee83cd310", "md5:15d484375f8d13e6eb1aabb0c3f46965"
+        ),
     ),
     url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     read=idx.read_idx_dataset,
