@@ -36,7 +36,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet": lambda: ResNet(BasicBlock, **_BLOCKS),
     "ResNet with GroupNorm": lambda: ResNet(BasicBlock, norm_layer=partial(GroupNorm, num_groups=4), **_BLOCKS),
     "ViT": lambda: VisionTransformer(img_size=32, patch_size=16, embed_dim=8, depth=2, num_heads=2, num_classes=3),
-    "ConvNeXt": lambda: ConvNeXt(depths=(1, 1), dims=(4, 8), num_classes=3),
+    "ConvNeXt": lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(4, 8, 8, 8), num_classes=3),
 }
 #: Shipped by name, with all their options: the largest that is still tested in seconds.
 BY_NAME = ("resnet10t",)
