@@ -18,6 +18,7 @@ def test_reads_what_was_written(shape: list[int], seed: int) -> None:
     raw = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + array.astype(np.uint8).tobytes()
 
     np.testing.assert_array_equal(read_idx(gzip.compress(raw), len(shape), "file"), array)
+    np.testing.assert_array_equal(read_idx(raw, len(shape), "file"), array)
 
 
 GOOD = struct.pack(">BBBBII", 0, 0, 8, 2, 2, 3) + bytes(range(6))
@@ -36,6 +37,9 @@ GOOD = struct.pack(">BBBBII", 0, 0, 8, 2, 2, 3) + bytes(range(6))
         (gzip.compress(GOOD[:9]), "header has 9 bytes instead of 12"),
         (gzip.compress(GOOD[:-1]), r"17 bytes where its header \(2, 3\) asks for 18"),
         (gzip.compress(GOOD + b"\0"), "19 bytes"),
+        (GOOD + b"\0", "19 bytes"),
+        (GOOD[:9], "header has 9 bytes instead of 12"),
+        (b"\0\0\x0d\x02" + GOOD[4:], "starts with 00 00 0d 02 where IDX has 00 00 08 02"),
         (gzip.compress(struct.pack(">BBBBII", 0, 0, 8, 2, 2**32 - 1, 2**32 - 1)), "12 bytes"),
     ],
 )

