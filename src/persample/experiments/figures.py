@@ -55,7 +55,7 @@ def figure2(records: Sequence[Record], path: Path, title: str) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
     with writing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=300)  # that of print
 
 
 def _draw(axes: Axes, records: Sequence[Record], metric: str) -> None:
