@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import persample
 from persample.errors import DataError
 from persample.experiments import processes
 from persample.experiments.checkpoint import restore
@@ -29,7 +30,7 @@ from persample.experiments.seeds import make_generator
 from persample.experiments.tensorboard import write_tensorboard
 from persample.experiments.train import Watcher, train
 
-_PACKAGES = ("persample", "torch", "numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
+_PACKAGES = ("numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def describe(configs: Sequence[TrainConfig]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    installed = {}
+    # As these two say it: metadata lack the build of PyTorch (+cpu, +cu130), and there are none for sources on a path.
+    installed = {"persample": persample.__version__, "torch": str(torch.__version__)}
     for package in _PACKAGES:
         try:
             installed[package] = metadata.version(package)
