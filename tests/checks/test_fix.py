@@ -307,6 +307,17 @@ def test_children_of_a_plain_batch_norm_are_not_dropped() -> None:
         persample.fix(norm)
 
 
+@pytest.mark.parametrize("batch_norm", ["group_norm", "frozen"])
+@pytest.mark.parametrize("around", [lambda m: m, nn.Sequential])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, WithChildren])
+def test_a_batch_norm_that_was_compiled_itself_is_replaced(
+    norm: Callable[..., nn.Module], around: Callable[..., nn.Module], batch_norm: Any
+) -> None:
+    fixed = persample.fix(around(torch.compile(norm(8), backend="eager")), batch_norm).model
+    inputs = torch.randn(4, 8, 3, 3)
+    torch.testing.assert_close(fixed(inputs.clone())[:1], fixed(inputs[:1].clone()))
+
+
 def test_the_changes_can_be_read() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8))
     fixed = persample.fix(model)

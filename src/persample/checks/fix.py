@@ -188,6 +188,9 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """Return `model` with `module` at `path`."""
     if not path:
         return module
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    above, _, name = path.rpartition(".")
+    parent = model.get_submodule(above)
+    setattr(parent, name, module)
+    if name == "_orig_mod":  # of torch.compile: its forward is bound to the module it was made of, until restored
+        parent.__setstate__(parent.__getstate__())
     return model
