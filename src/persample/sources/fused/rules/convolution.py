@@ -41,8 +41,9 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
         strides, dilations = _each(stride, dimensions), _each(dilation, dimensions)
         sizes = padding if isinstance(padding, str) else _each(padding, dimensions)
         pairs = padding_pairs(sizes, kernel, dilations)
-        if set(kernel) == {1} and set(strides) != {1} and not any(map(any, pairs)):
-            # A pointwise convolution that jumps is one without jumps on every so many-th pixel, and cheaper so.
+        if set(kernel) == {1} and set(strides) != {1} and not any(map(any, pairs)) and input.is_contiguous():
+            # A pointwise convolution that jumps is one without jumps on every so many-th pixel, and cheaper so. Were
+            # the channels last in memory, the result might lie otherwise.
             jumps = tuple(slice(None, None, s) for s in strides)
             input = input[(slice(None), slice(None), *jumps)].contiguous()
             stride, strides = 1, (1,) * dimensions

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from persample.sources.fused.layout import Layout
 from persample.sources.fused.places import Place
@@ -29,7 +30,7 @@ def in_order(rule: Rule) -> Rule:
         if place is None or place.dim != 0 or (place.before == 1 and layout.owners is None):
             return rule(capture, input, *args, **kwargs)
         rows = layout.by_sample(input.flatten(1) if input.dim() > 1 else input.unsqueeze(1), place)
-        images = rows.flatten(0, 1).unflatten(1, input.shape[1:])
+        images = _as(input, rows.flatten(0, 1).unflatten(1, input.shape[1:]))
         capture.follow_as(images, Layout(1, layout.batch, images.numel() // layout.batch))
         result = rule(capture, images, *args, **kwargs)
         return capture.follow_as(_back(result, layout, place), layout.at(place, (len(input), *result.shape[1:])))
@@ -37,11 +38,17 @@ def in_order(rule: Rule) -> Rule:
     return for_any_order
 
 
-def _back(result: Tensor, layout: Layout, place: Place) -> Tensor:
+def _as(given: Tensor, x: Tensor) -> Tensor:
+    """Return `x` with its channels where they are in the memory of `given`."""
+    return x.contiguous(memory_format=suggest_memory_format(given))
+
+
+def _back(images: Tensor, layout: Layout, place: Place) -> Tensor:
+    result = images
     if layout.owners is not None:
         result = result.unflatten(0, (-1, place.folded))[layout.owners.slots].flatten(0, 1)
         rows = layout.rows
     else:
         rows = layout.batch
     parts: Tensor = result.unflatten(0, (rows, place.before, place.after))
-    return parts.transpose(0, 1).flatten(0, 2)
+    return _as(images, parts.transpose(0, 1).flatten(0, 2))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from persample.errors import UnsupportedModelError
 from persample.sources.contributions import Terms
@@ -77,7 +78,8 @@ def _by_kernel(
     gamma, beta = capture.value(weight), capture.value(bias)
 
     def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x = x.contiguous()
+        # The result lies in memory as PyTorch's own does: dropout draws its random numbers in that order.
+        x = x.contiguous(memory_format=suggest_memory_format(x) if x.is_cpu else torch.contiguous_format)
         result, mean, rstd = torch.native_group_norm(x, gamma, beta, images, channels, pixels, groups, eps)
         return result, (x, mean, rstd)
 
@@ -88,7 +90,7 @@ def _by_kernel(
         gradient, scale, shift = torch.ops.aten.native_group_norm_backward.default(
             # Contiguous, because the kernel reads what it is given by the address alone.
             delta.reshape(side_by_side).contiguous(),
-            x.view(side_by_side),
+            x.reshape(side_by_side),
             mean.view(1, -1),
             rstd.view(1, -1),
             None if gamma is None else gamma.expand(images, -1).reshape(-1).contiguous(),

@@ -36,7 +36,7 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
 def masked_fill(capture: Capture, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     """The parameter where the mask is, x elsewhere."""
     with capture:
-        return torch.where(mask, value, input)
+        return torch.where(mask, value, input).contiguous()
 
 
 def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
         if in_front and first.dim() == 1:
             return (second.mT @ first.unsqueeze(1)).squeeze(-1)
         if in_front and first.dim() == 2 and second.dim() > 2:
-            return (second.mT @ first.mT).mT
+            return (second.mT @ first.mT).mT.contiguous()
         if not in_front and second.dim() == 1:
             return (first @ second.unsqueeze(1)).squeeze(-1)
         if not in_front and second.dim() == 2 and second.numel() == 0:
