@@ -24,11 +24,12 @@ from persample.sources.contributions import Contribution
 from persample.sources.fused import families, operations
 from persample.sources.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.fused.expressions import Expression, express
-from persample.sources.fused.following import Call, Lost, Where, after, outputs_of
+from persample.sources.fused.following import Call, Lost, Unknown, Where, after, bound, outputs_of, without_owner
 from persample.sources.fused.kernels import Kernel, Results, is_kernel
 from persample.sources.fused.layout import Layout, batch_first, layout_of
 from persample.sources.fused.layouts import Layouts, Seen, saved_tensors_are_intercepted
 from persample.sources.fused.opened import opened
+from persample.sources.fused.owners import Owners
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules import in_place
 from persample.sources.fused.rules.copies import copied, own_of_one_sample
@@ -241,6 +242,16 @@ class Capture(TorchFunctionMode):
         """
         return self.known(self.layouts.get(tensor), operation, tensor.shape)
 
+    def layout_of_rows(self, tensor: Tensor, operation: str) -> Layout:
+        """Return the same for operations on single rows; some may have no owner until the result meets samples.
+
+        States that a step begins with are zeros of nobody beside those of sequences that began before.
+        """
+        where = self.layouts.get(tensor)
+        if isinstance(where, Layout) and where.owners is not None and not where.complete:
+            return where._replace(owners=Owners(where.owners.labels, where.batch))
+        return self.layout(tensor, operation)
+
     def known(self, where: Where, operation: str, shape: torch.Size) -> Layout:
         """Return `where` if it is a layout.
 
@@ -249,7 +260,7 @@ class Capture(TorchFunctionMode):
         """
         reason = "which backend 'fused' did not see come into being"
         if isinstance(where, Layout):
-            if where.owners is None or where.owners.complete:
+            if where.complete:
                 return where
             reason = "some entries of which belong to no sample"
         elif where is not None:
@@ -294,8 +305,8 @@ class Capture(TorchFunctionMode):
         return batch_first(tensor, self.batch_size)
 
     def follow_as(self, tensor: Tensor, layout: Layout) -> Tensor:
-        """Follow `tensor` with the given layout, and return it."""
-        self.layouts[tensor] = layout
+        """Follow `tensor`, which may be made of parameters, with the given layout, and return it."""
+        self.layouts[tensor] = layout if layout.complete else without_owner(layout)
         return tensor
 
     # What rules use: running operations.
@@ -499,6 +510,7 @@ class Capture(TorchFunctionMode):
         """Run an operation on parameters and mixed samples, which is right as long as no gradient comes back."""
         arguments = (args, dict(kwargs))
         operand = next(t for t in tensors_in(arguments) if self.layouts.get(t) == where)
+        where = where._replace(pending=None)
         refusal = _not_known(_name(func), operand.shape, _lost_track(where))
         if families.is_in_place(func) or families.asked_in_place(func, args, kwargs):
             raise refusal
@@ -541,15 +553,18 @@ class Capture(TorchFunctionMode):
     def _after(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], outputs: list[Tensor]
     ) -> Sequence[Where]:
-        samples, lost = {}, None
-        for operand in followed:
-            where = self.layouts.get(operand)
-            if isinstance(where, Layout):
-                samples[id(operand)] = where
-            elif lost is None or not lost.mixed:
-                lost = where
+        places = {id(t): self.layouts.get(t) for t in followed}
+        samples = {key: where for key, where in places.items() if isinstance(where, Layout)}
+        losses = [where for where in places.values() if isinstance(where, Lost)]
+        lost = next((where for where in losses if where.mixed), losses[0] if losses else None)
         if func in families.RESHAPES_IN_PLACE:
             lost = Lost(f"{_name(func)} gives a tensor another shape in place")
+        elif lost is not None and lost.pending is not None:
+            pending = {key: where.pending for key, where in places.items() if isinstance(where, Lost)}
+            try:
+                return bound(Call(func, args, kwargs, samples, self.batch_size, outputs), pending)
+            except Unknown:
+                lost = lost._replace(pending=None)
         elif samples and (lost is None or not lost.mixed):
             try:
                 return after(Call(func, args, kwargs, samples, self.batch_size, outputs))

@@ -9,6 +9,7 @@ values of constants (indices, masks, lengths), for these values; and not at all 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -31,10 +32,13 @@ class Lost(NamedTuple):
         reason: why, for the error message.
         mixed: whether samples met there, rather than that a single number was made from all of them (a maximum, which
             is subtracted from everything), or no trace was left.
+        pending: where the samples are, if all that is missing is to whom some rows belong that parameters and constants
+            made: that is known once they meet those of a sample.
     """
 
     reason: str
     mixed: bool = False
+    pending: Layout | None = None
 
 
 Where = Layout | Lost | None
@@ -109,6 +113,49 @@ def after(call: Call) -> list[Where]:
                 key = (shapes, _values(call))
             _found[key] = found
     return found
+
+
+def without_owner(layout: Layout) -> Lost:
+    """Return where the samples are in what parameters made of rows of which some belong to no sample."""
+    return Lost("some rows were made of parameters alone and met those of no sample", mixed=True, pending=layout)
+
+
+def bound(call: Call, pending: Mapping[int, Layout | None]) -> list[Where]:
+    """Return where the samples are after `call`, in which rows that await an owner may meet those of samples.
+
+    Args:
+        call: the operation.
+        pending: the layouts of operands of which some rows have no owner yet, by their id; None for what is lost.
+
+    Raises:
+        Unknown: it does not tell who the owners are.
+    """
+    operands = [t for t in tensors_in((call.args, dict(call.kwargs))) if id(t) in pending]
+    waits = {key: layout for key, layout in pending.items() if layout is not None}
+    first = waits[id(operands[0])] if len(waits) == len(pending) else None
+    if first is None or first.owners is None or any(each.owners is not first.owners for each in waits.values()):
+        raise Unknown
+    if not call.samples:
+        if call.func in _PARTS and len(operands) == 1 and first.outer == 1:
+            size, shapes = len(operands[0]), call.shapes()
+            if first.rows == size and all(shape[:1] == (size,) for shape in shapes):  # the rows stay whole
+                return [without_owner(first._replace(inner=math.prod(shape[1:]))) for shape in shapes]
+        raise Unknown
+    if call.func not in families.SHAPE_KEEPING:
+        raise Unknown
+    (shape,) = call.shapes()
+    layout = agreed(call.samples, call.operands(), shape, aligned)
+    waiting = agreed(waits, operands, shape, aligned)
+    if layout._replace(owners=None) != waiting._replace(owners=None) or layout.rows != waiting.rows:
+        raise Unknown
+    labels, known = layout.row_labels(first.owners.labels.device), first.owners.labels
+    if not bool(((known == labels) | (known == NOBODY)).all()) or bool((labels == NOBODY).any()):
+        raise Unknown
+    first.owners.bind(labels)
+    return [layout]
+
+
+_PARTS = families.functions("chunk split split_with_sizes unsafe_chunk unsafe_split narrow")
 
 
 def outputs_of(func: Any, args: tuple[Any, ...], result: Any) -> list[Tensor]:

@@ -45,6 +45,11 @@ class Layout(NamedTuple):
         """How many rows there are."""
         return self.batch if self.owners is None else len(self.owners.labels)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every row belongs to a sample."""
+        return self.owners is None or self.owners.complete
+
     def sample_first(self, x: Tensor, features: int) -> Tensor:
         """Return `x` as `(B, L, F)`, with F = `features` trailing entries and all else of a sample as positions.
 
@@ -101,9 +106,13 @@ class Layout(NamedTuple):
             rows = parts.transpose(0, 1).flatten(1, 2)
         return rows if self.owners is None else self.owners.gather(rows)
 
+    def row_labels(self, device: torch.device) -> Tensor:
+        """Return whose each row is, shape `(rows,)`."""
+        return torch.arange(self.batch, device=device) if self.owners is None else self.owners.labels
+
     def labels(self, shape: Sequence[int], device: torch.device, write: Write = lambda rows: rows) -> Tensor:
         """Return whose each entry of a tensor of `shape` is, as a tensor of that shape, in the numbers of `write`."""
-        rows = write(torch.arange(self.batch, device=device) if self.owners is None else self.owners.labels)
+        rows = write(self.row_labels(device))
         place = self.place(shape)
         if place is None:
             return rows.view(1, -1, 1).expand(self.outer, -1, self.inner).reshape(tuple(shape))

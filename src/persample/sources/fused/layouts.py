@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from persample.sources.fused.following import Where
+from persample.sources.fused.following import Lost, Where
 
 
 class Layouts:
@@ -36,6 +36,12 @@ class Layouts:
 
     def get(self, tensor: Tensor) -> Where:
         """Return where the samples are in `tensor`; None if it is not followed."""
+        where = self._noted(tensor)
+        if isinstance(where, Lost) and where.pending is not None and where.pending.complete:
+            return where.pending
+        return where
+
+    def _noted(self, tensor: Tensor) -> Where:
         entry = self._entries.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
             return entry[1]

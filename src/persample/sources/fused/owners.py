@@ -32,6 +32,12 @@ class Owners:
     def __hash__(self) -> int:
         return hash((self.batch, len(self.labels)))
 
+    def bind(self, labels: Tensor) -> None:
+        """Let the rows belong to `labels`, with which those that belonged to a sample agree."""
+        self.labels = labels
+        for name in ("complete", "one", "most", "slots"):
+            self.__dict__.pop(name, None)
+
     @cached_property
     def complete(self) -> bool:
         """Whether every row belongs to a sample."""

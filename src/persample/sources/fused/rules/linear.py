@@ -24,7 +24,7 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
     if weight.shape[1] == 0:  # nothing of the samples enters, only the bias is left
         shape = (*input.shape[:-1], weight.shape[0])
         return input.new_zeros(shape) if bias is None else capture.again(Tensor.expand, (bias, shape), {}, {})
-    layout = capture.layout(input, "F.linear")
+    layout = capture.layout_of_rows(input, "F.linear")
     outputs, inputs = weight.shape
     layout.require_features(inputs, outputs)
     after = layout.with_features(inputs, outputs)
@@ -63,7 +63,7 @@ def matmul(capture: Capture, x: Tensor, other: Tensor) -> Any:
     of_matrix = other.dim() == 2 and x.dim() >= 2 and other.numel() > 0
     if capture.expression(other) is None or capture.expression(x) is not None or not of_matrix:
         return rewritten.matmul(capture, x, other)
-    layout = capture.layout(x, "matmul")
+    layout = capture.layout_of_rows(x, "matmul")
     inputs, outputs = other.shape
     layout.require_features(inputs, outputs)
     after = layout.with_features(inputs, outputs)
