@@ -106,3 +106,31 @@ def test_refused_in_the_users_own_backward_pass(side: Side) -> None:
 def test_explain_refuses_only_what_the_losses_depend_on(loss_fn: Any, served: bool) -> None:
     model, inputs = problem(statistic)
     assert persample.explain(model, inputs, None, loss_fn, backend="fused").supported == served
+
+
+class Frames(nn.Module):
+    """Reads a class token, the same for all, from the first rows of frames, which belong to other samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner, self.out = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, n, c = x.shape
+        h = torch.cat([self.token.expand(b * t, 1, c), self.inner(x.reshape(b * t, n, c))], 1)
+        return self.out(torch.cat([h[:b, :1], h[:, 1:].reshape(b, t * n, c)], 1))
+
+
+def test_equal_entries_of_other_samples_are_refused_as_such() -> None:
+    torch.manual_seed(0)
+    model, x = Frames().double(), torch.randn(3, 2, 4, 4).double()
+
+    def loss_fn(outputs: Tensor, targets: Any) -> Tensor:
+        return outputs.flatten(1).sin().sum(1)
+
+    with pytest.raises(UnsupportedModelError, match=r"same for all of them.*'vmap', 'vjp' or 'loop'"):
+        persample.make_source("fused", model, loss_fn, check="never").moments(x, None)
+    losses = torch.stack([loss_fn(model(x[i : i + 1]), None)[0] for i in range(3)])
+    for backend in ("vmap", "vjp", "loop"):
+        found = persample.make_source(backend, model, loss_fn).moments(x, None)
+        torch.testing.assert_close(found.losses, losses)

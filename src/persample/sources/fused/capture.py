@@ -62,6 +62,7 @@ class Capture(TorchFunctionMode):
         self.without_gradient = False  # whether a parameter was used where autograd does not look
         self.rounds_otherwise = False  # whether the results of an operation may differ in their last bits
         self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
+        self.parameters_repeated = False  # whether parameters stand beside samples, an entry for each
         self.layouts = Layouts()
         self.constants = Seen()  # in what activation checkpointing repeats
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
@@ -103,6 +104,13 @@ class Capture(TorchFunctionMode):
             return copied(self, losses, 1, due, Place(0))
         where = self.layouts.get(losses)
         mixed = where.mixed if isinstance(where, Lost) else where not in (None, due)
+        if isinstance(where, Lost) and where.picked and self.parameters_repeated:
+            raise UnsupportedModelError(
+                f"The losses of a sample depend on rows of other samples ({where.reason}). If what is read there is "
+                "the same for all of them, as a class token is, backend 'fused' cannot see it: use backend 'vmap', "
+                "'vjp' or 'loop', or read it from the sample's own rows. Else the gradient of a single sample does not "
+                "exist."
+            )
         if mixed:
             reason = where.reason if isinstance(where, Lost) else "its losses are not in the order of the samples"
             raise UnsupportedModelError(
@@ -410,6 +418,7 @@ class Capture(TorchFunctionMode):
             build: makes the contribution from δ.
         """
         self._expect([expression])
+        self.parameters_repeated = True
         copies: Tensor = Copies.apply(values, self.anchor, self, expression, build)  # type: ignore[no-untyped-call]
         return self.follow_as(copies, layout)
 

@@ -34,11 +34,13 @@ class Lost(NamedTuple):
             is subtracted from everything), or no trace was left.
         pending: where the samples are, if all that is missing is to whom some rows belong that parameters and constants
             made: that is known once they meet those of a sample.
+        picked: whether they met because rows had been picked, so that one sample's met those of another.
     """
 
     reason: str
     mixed: bool = False
     pending: Layout | None = None
+    picked: bool = False
 
 
 Where = Layout | Lost | None
@@ -484,7 +486,7 @@ def _where(
     rows = read(rows)
     picked = any(layout.owners is not None for layout in call.samples.values())
     if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and (picked or len(call.operands()) > 1)):
-        return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True)
+        return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True, picked=picked)
     if bool((rows == ALL).any()):
         return _of_all(call, labels.shape)
     if not bool((rows != NOBODY).any()):
