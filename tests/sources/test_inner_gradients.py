@@ -206,11 +206,22 @@ def cotangents(model: Any, x: Tensor) -> Any:
 # In a hook.
 
 
-def equilibrium(model: Any, x: Tensor, tolerance: float | None = None, inside: bool = False) -> Tensor:
-    """A deep equilibrium model: the gradient is solved for in a hook, by backward passes through the same layers."""
+def equilibrium(
+    model: Any, x: Tensor, tolerance: float | None = None, once: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """A deep equilibrium model: the gradient is solved for in a hook, by backward passes through the same layers.
+
+    Args:
+        model: it has the layers.
+        x: its inputs.
+        tolerance: the change at which the solver ends, so that its steps depend on values.
+        once: whether the hook removes itself when it is called, as that of the original code.
+        dropout: of the state, the same in all steps.
+    """
+    kept = F.dropout(torch.ones_like(x), dropout) if dropout else 1
 
     def layer(z: Tensor) -> Tensor:
-        return (model.inner(z) + model.outer(x)).tanh()
+        return (kept * model.inner(z) + model.outer(x)).tanh()
 
     def fixed_point(step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         for _ in range(60):
@@ -228,14 +239,20 @@ def equilibrium(model: Any, x: Tensor, tolerance: float | None = None, inside: b
         image = layer(point)
 
         def solve(delta: Tensor) -> Tensor:
+            if once:
+                handle.remove()
             return fixed_point(lambda v: delta + torch.autograd.grad(image, point, v, retain_graph=True)[0], delta)
 
-        z.register_hook(solve)
+        handle = z.register_hook(solve)
     return z
 
 
 def equilibrium_by_tolerance(model: Any, x: Tensor) -> Tensor:
     return equilibrium(model, x, tolerance=1e-13)
+
+
+def equilibrium_by_a_hook_for_once(model: Any, x: Tensor) -> Tensor:
+    return equilibrium(model, x, tolerance=1e-13, once=True)
 
 
 @dataclass
@@ -303,6 +320,12 @@ SITUATIONS = [
         ((4,),),
         ("fused", "hooks"),
     ),
+    Situation(
+        equilibrium_by_a_hook_for_once,
+        lambda: {"inner": nn.Linear(4, 4), "outer": nn.Linear(4, 4)},
+        ((4,),),
+        ("fused", "hooks"),
+    ),
 ]
 
 
@@ -364,6 +387,50 @@ def test_recorded_exactly_or_refused(backend: str, situation: Situation, per_sam
         return
     second_moment = {name: g.square().mean(0) for name, g in truth.items()}
     torch.testing.assert_close(dict(recorded.moments().second_moment), second_moment, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("check", ["first", "never"])
+@pytest.mark.parametrize("tolerance", [None, 1e-13])
+@pytest.mark.parametrize("backend", ["loop", "vjp", "fused", "hooks"])
+def test_hooks_for_once_in_passes_that_draw_random_numbers(backend: str, tolerance: float | None, check: Any) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return equilibrium(model, x, tolerance=tolerance, once=True, dropout=0.3)
+
+    model = Net(forward, inner=nn.Linear(4, 4), outer=nn.Linear(4, 4)).double()
+    model.inner.weight.data *= 0.5
+    x = torch.randn(11, 4).double()  # more than a chunk of vjp
+    parameters, rows = dict(model.named_parameters()), []
+    for i in range(len(x)):
+        torch.manual_seed(1)
+        rows.append(torch.autograd.grad(loss_fn(model(x), None)[i], list(parameters.values())))
+    drawn = torch.get_rng_state()
+    torch.manual_seed(1)
+    found = persample.make_source(backend, model, loss_fn, check=check).per_sample(x, None)
+    assert torch.equal(torch.get_rng_state(), drawn), "as after one pass"
+    for name, expected in zip(parameters, zip(*rows, strict=True), strict=True):
+        torch.testing.assert_close(found[name], torch.stack(expected))
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("tolerance", [None, 1e-13])
+@pytest.mark.parametrize("backend", ["loop", "vjp", "fused", "hooks"])
+def test_hooks_of_the_model_on_its_outputs_while_recording(
+    backend: str, tolerance: float | None, once: bool, per_sample_truth: Any
+) -> None:
+    """What looks at the loss before the backward pass leaves them as they are."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return equilibrium(model, x, tolerance=tolerance, once=once)
+
+    model, x = Net(forward, inner=nn.Linear(4, 4), outer=nn.Linear(4, 4)).double(), torch.randn(4, 4).double()
+    model.inner.weight.data *= 0.5
+    truth = per_sample_truth(model, loss_fn, x, None).gradients
+    with persample.make_source(backend, model, loss_fn).recording() as recorded:
+        loss_fn(model(x), None).sum().div(4).backward()
+    moments = recorded.moments()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, truth[name].mean(0), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(moments.second_moment[name], truth[name].square().mean(0), rtol=1e-8, atol=1e-10)
 
 
 # Backward passes that are not torch.autograd.grad.

@@ -26,6 +26,7 @@ class ForwardPass:
         autocast: the dtypes of `torch.autocast` then, by kinds of device.
         state: that of the model when it began, where the self-check needs it.
         edges: where the tensors that it returned stand in the graph, those of them that do.
+        hooks: those that the model put on these tensors (`Tensor.register_hook`), as the tensors hold them.
         outputs: which of the tensors that it returned have a number, or more, for each sample.
         done: whether a backward pass has gone through it.
         divisor: by what number the loss was divided last.
@@ -37,11 +38,27 @@ class ForwardPass:
     autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
     state: State | None = None
     edges: dict[int, GradientEdge] = field(default_factory=dict)
+    hooks: list[dict[int, Any]] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     done: bool = False
     divisor: float = 1.0
     added: bool = False
     covered: Tensor | None = None
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Let gradients arrive at the outputs as the loss gives them, past the model's own hooks on them.
+
+        Such a hook belongs to the gradient of the model, and may act only once, as in deep equilibrium models.
+        """
+        held = [dict(hooks) for hooks in self.hooks]
+        for hooks in self.hooks:
+            hooks.clear()
+        try:
+            yield
+        finally:
+            for hooks, before in zip(self.hooks, held, strict=True):
+                hooks.update(before)
 
     @contextmanager
     def under_autocast(self) -> Iterator[None]:

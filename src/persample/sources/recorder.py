@@ -253,6 +253,7 @@ class Recorder(TorchFunctionMode):
         tensors = tensors_of(outputs)
         with torch._C.DisableTorchFunction():
             forward_pass.edges = {i: get_gradient_edge(t) for i, t in enumerate(tensors) if t.requires_grad}
+            forward_pass.hooks = [t._backward_hooks for t in tensors if t._backward_hooks]
             forward_pass.outputs = [i for i, t in enumerate(tensors) if _is_of_samples(t, forward_pass.batch.size)]
             for edge in forward_pass.edges.values():
                 # On the node: a hook on the tensor itself could be one of the user's, which layers' backends refuse.
@@ -394,7 +395,7 @@ class Recorder(TorchFunctionMode):
         forward_pass = self.passes[-1]
         self.checking = True
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), forward_pass.without_hooks():
                 for loss in losses:
                     edges = [forward_pass.edges[index] for index in forward_pass.outputs]
                     if self.recorded.reduction == "mean":

@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 
 from persample.errors import NonFiniteLossError, PersampleError, UnsupportedModelError
 from persample.sources.graph import nodes_behind, variables_of
-from persample.sources.random_state import random_state, same_random_state
+from persample.sources.random_state import RandomState, random_state, random_state_restored, same_random_state
 from persample.sources.tolerances import tolerance
 from persample.sources.untouched import State, state_restored
 
@@ -41,8 +41,9 @@ def part_gradients(
     """Return the losses of `batch` with their graph, and what `differentiate` makes of the losses of each part of it.
 
     Where the forward pass draws no random numbers, each part goes alone through the model. Otherwise a part alone
-    would draw others than in the batch, so there the gradients start from the entries of the batch's losses. The state
-    of the model (buffers, attributes) is then that after one ordinary forward pass over the batch.
+    would draw others than in the batch, so there the gradients start from the entries of the batch's losses, of a
+    forward pass for each part that draws the same numbers. The state of the model (buffers, attributes) is then that
+    after one ordinary forward pass over the batch.
 
     Raises:
         UnsupportedModelError: the model mixes the samples.
@@ -51,7 +52,32 @@ def part_gradients(
     losses = source.losses(batch)
     if same_random_state(before, random_state(source.model)):
         return losses, _gradients_alone(source, batch, losses.detach(), tolerance(losses), parts, differentiate, state)
-    return losses, (differentiate(losses[part]) for part in parts)
+    return losses, _gradients_in_batch(source, batch, losses, parts, differentiate, state, before)
+
+
+def _gradients_in_batch(
+    source: PerSampleGradSource,
+    batch: Batch,
+    losses: Tensor,
+    parts: Iterable[list[int]],
+    differentiate: Callable[[Tensor], dict[str, Tensor]],
+    state: State,
+    before: RandomState,
+) -> Iterator[dict[str, Tensor]]:
+    """∇ℓ_i of the losses of the batch, with the random numbers of the pass that gave `losses`.
+
+    Each part has a graph of its own, for a backward pass may change what the next would find there: in deep equilibrium
+    models a hook removes itself. Only where the pass cannot be repeated (it draws from a generator that nobody knows)
+    all parts share the graph of `losses`.
+    """
+    after, allowed = source.state(), tolerance(losses)
+    for part in parts:
+        with state_restored(after), random_state_restored(source.model, before):
+            state.put_back()
+            again = source.losses(batch)
+            same = torch.allclose(again, losses, rtol=allowed, atol=allowed)
+            rows = differentiate((again if same else losses)[part])
+        yield rows
 
 
 def _gradients_alone(

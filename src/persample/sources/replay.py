@@ -77,7 +77,8 @@ class ReplayRecorder(Recorder):
 
     def run_backward(self, losses: Any, gradient: Any = None, *, retain_graph: bool | None = None) -> None:
         if self.passes and not self.passes[-1].done and self.passes[-1].outputs:
-            self._deltas = gradients_by_the_loss(losses, gradient, _outputs(self.passes[-1]))
+            with self.passes[-1].without_hooks():
+                self._deltas = gradients_by_the_loss(losses, gradient, _outputs(self.passes[-1]))
         super().run_backward(losses, gradient, retain_graph=retain_graph)
 
     def after_backward(self, forward_pass: ForwardPass) -> Sums:

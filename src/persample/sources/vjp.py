@@ -21,6 +21,7 @@ from persample.sources.reference import (
     part_gradients,
     reentrant_refused,
     refuse_accumulated,
+    sample_gradients,
 )
 from persample.sources.selfcheck import require_close
 from persample.sources.tolerances import Allowance
@@ -35,7 +36,8 @@ class VjpSource(PerSampleGradSource):
     Model and loss run as they are, so whatever `"loop"` serves is served here: derivatives inside of the model, control
     flow that depends on values, recurrent layers, hooks. The backward pass alone is mapped, by `torch.func.vmap`, and a
     sum of what it gives is compared with an ordinary backward pass, each time. Where it cannot be mapped (custom
-    functions with kernels of their own, sparse gradients), or that comes out wrong, the products are taken one by one.
+    functions with kernels of their own, sparse gradients), or that comes out wrong, each sample goes alone through the
+    model, as with `"loop"`.
 
     The products of c samples go through the graph of c samples, so the arithmetic of the backward pass grows with c,
     and the overhead of autograd falls with it: small models gain from large chunks, large models lose.
@@ -75,28 +77,34 @@ class VjpSource(PerSampleGradSource):
     def compute_moments(self, batch: Batch) -> Moments:
         return self._compute(batch, moments_of_chunks)
 
-    def _compute(self, batch: Batch, put_together: _PutTogether[Result], at_once: bool = True) -> Result:
-        """Return what `put_together` makes of the chunks of `batch`; `at_once` says whether to try the mapped pass.
+    def _compute(self, batch: Batch, put_together: _PutTogether[Result]) -> Result:
+        before, state = random_state(self.model), self.state()
+        try:
+            return self._at_once(batch, put_together)
+        except (_UnmappedError, DisagreementError):
+            state.put_back()
+        with random_state_restored(self.model, before):
+            losses, rows = sample_gradients(self, batch, range(batch.size))
+            losses = losses.detach()
+            chunks = ((losses[i : i + 1], _as_rows(row)) for i, row in enumerate(rows))
+            return put_together(chunks, self.parameters(), batch.size)
+
+    def _at_once(self, batch: Batch, put_together: _PutTogether[Result]) -> Result:
+        """Return what `put_together` makes of the chunks of `batch`, of which each is one mapped backward pass.
 
         A sum of the rows, with random weights, must be the ordinary gradient of that sum of the losses. It is not
         where PyTorch's rule for mapping an operation is wrong (that of `torch.cdist` is, in 2.13), or where a hook
-        makes something else of a gradient than a linear function. Then the products are taken one by one.
+        makes something else of a gradient than a linear function.
+
+        Raises:
+            _UnmappedError: a backward pass cannot be mapped.
+            DisagreementError: the sum is another one.
         """
-        mapped = at_once
-        before, state = random_state(self.model), self.state()
-        parameters = self.parameters()
-
-        def differentiate(losses: Tensor) -> dict[str, Tensor]:
-            nonlocal mapped
-            rows = self._rows_at_once(losses) if mapped and len(losses) > 1 else None
-            mapped = rows is not None
-            return self._rows_one_by_one(losses) if rows is None else rows
-
         size = self.chunk_size or batch.size
         parts = [list(range(start, min(start + size, batch.size))) for start in range(0, batch.size, size)]
-        losses, chunks = part_gradients(self, batch, parts, differentiate)
+        losses, chunks = part_gradients(self, batch, parts, self._rows)
         weights = 0.5 + torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
-        expected = gradient((weights * losses).sum(), self) if at_once else {}
+        expected = gradient((weights * losses).sum(), self)
         allowance = Allowance.of(losses)
         losses = losses.detach()
         sums = {name: torch.zeros_like(g) for name, g in expected.items()}
@@ -107,17 +115,18 @@ class VjpSource(PerSampleGradSource):
                     sums[name] += torch.einsum("b,b...->...", weights[part].to(rows[name].dtype), rows[name])
                 yield losses[part], rows
 
-        result = put_together(added_up(), parameters, batch.size)
-        try:
-            require_close(self, "weighted sum", sums, expected, allowance, batch.size)
-        except DisagreementError:
-            state.put_back()
-            with random_state_restored(self.model, before):
-                return self._compute(batch, put_together, at_once=False)
+        result = put_together(added_up(), self.parameters(), batch.size)
+        require_close(self, "weighted sum", sums, expected, allowance, batch.size)
         return result
 
-    def _rows_at_once(self, losses: Tensor) -> dict[str, Tensor] | None:
-        """Return ∇ℓ_i for each entry of `losses` by one mapped backward pass; None if it cannot be mapped."""
+    def _rows(self, losses: Tensor) -> dict[str, Tensor]:
+        """Return ∇ℓ_i for each entry of `losses` by one mapped backward pass.
+
+        Raises:
+            _UnmappedError: it cannot be mapped.
+        """
+        if len(losses) == 1:
+            return _as_rows(gradient(losses[0], self))
         parameters = self.parameters()
         if not parameters or not losses.requires_grad:
             return {name: p.new_zeros((len(losses), *p.shape)) for name, p in parameters.items()}
@@ -129,18 +138,23 @@ class VjpSource(PerSampleGradSource):
                 found = batched_grad(losses, targets, unit_vectors, retain_graph=True, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
-        except _UNMAPPED:  # an error of the user's own comes again, one by one
-            return None
+        except _ERRORS as error:  # one of the user's own comes again, one by one
+            raise _UnmappedError from error
         refuse_accumulated(parameters)
         return {
             name: p.new_zeros((len(losses), *p.shape)) if g is None else g
             for (name, p), g in zip(parameters.items(), found, strict=False)
         }
 
-    def _rows_one_by_one(self, losses: Tensor) -> dict[str, Tensor]:
-        rows = [gradient(loss, self) for loss in losses]
-        return {name: torch.stack([row[name] for row in rows]) for name in self.parameters()}
+
+def _as_rows(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of one sample as those of a chunk."""
+    return {name: g.unsqueeze(0) for name, g in gradients.items()}
+
+
+class _UnmappedError(Exception):
+    """The backward pass of some samples at once failed."""
 
 
 #: What comes of a backward pass that `torch.func` cannot map, be it PyTorch's or the user's own.
-_UNMAPPED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
