@@ -330,6 +330,11 @@ def _joined(call: Call) -> DimAfter:
 
 # By indices, by labels, and by trial.
 
+_BY_MEMORY = families.functions("as_strided")
+_BETWEEN_ENTRIES = Lost(
+    "as_strided may read memory that is not the tensor's own: call .contiguous() before", mixed=True
+)
+
 
 def _by_indices(call: Call) -> list[Where]:
     """Constants are looked up by the numbers of samples: an entry of the result belongs to whom its index belongs."""
@@ -456,9 +461,13 @@ def _reduced(labels: Tensor, dim: int, index: Tensor, added: Tensor, reduction: 
 
 
 def _by_nan(call: Call) -> list[Where]:
+    if call.func in _BY_MEMORY and any(torch.empty_like(t).stride() != t.stride() for t in call.operands()):
+        return [_BETWEEN_ENTRIES for _ in call.shapes()]
     try:
         owners = touched(call.run, (call.args, dict(call.kwargs)), _labels(call), call.batch)
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        if call.func in _BY_MEMORY:
+            return [_BETWEEN_ENTRIES for _ in call.shapes()]
         raise Unknown from error
     # Indices that come with values (topk, max) belong to the samples of the values.
     by_shape = {owner.shape: owner for owner in owners if owner is not None}

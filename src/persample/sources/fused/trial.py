@@ -83,8 +83,10 @@ def touched(run: Run, arguments: Arguments, labels: Mapping[int, Tensor], batch:
         for key in holders:
             t = tensors[key] if _holds_nan(tensors[key]) else tensors[key].double()
             owner = labels[key]
-            where = (owner >= 0) & hit.to(owner.device)[owner.clamp(min=0)] if hit is not None else None
-            replaced[key] = t.masked_fill(where, math.nan) if where is not None else t
+            if hit is not None:
+                where = (owner >= 0) & hit.to(owner.device)[owner.clamp(min=0)]
+                t = t.clone().masked_fill_(where, math.nan)  # it lies in memory as before, which `as_strided` goes by
+            replaced[key] = t
         return on_copies(run, substitute(arguments, replaced))
 
     plain = results(None)
