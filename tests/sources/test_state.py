@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao import quantization
 
 import persample
 from persample import losses
@@ -385,6 +386,130 @@ def test_layers_that_the_forward_pass_makes_are_refused(backend: str, no_trace: 
     model = Late()
     with no_trace(model), pytest.raises(UnsupportedModelError):
         make(backend, model).moments(batch()[0].float(), batch()[1])
+
+
+class Replacing(nn.Module):
+    """Clamps its weight by a parameter in the place of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.weight = nn.Parameter(self.last.weight.detach().clamp(-0.1, 0.1))
+        output: Tensor = self.last(torch.tanh(self.first(x)))
+        return output
+
+
+@pytest.mark.parametrize("check", ["first", "never"])
+def test_parameters_that_the_forward_pass_replaces_are_refused(backend: str, check: str, no_trace: Any) -> None:
+    model = Replacing()
+    with no_trace(model):
+        with pytest.raises(UnsupportedModelError, match=r"a new nn.Parameter in the place of .*'last.weight'.*copy_"):
+            make(backend, model, check=check).moments(*batch())
+        explained = str(persample.explain(model, batch()[0], backend=backend))
+        assert "in the place of its parameter 'last.weight'" in explained
+
+
+# Passes that cannot be repeated.
+
+
+class Unrepeatable(nn.Module):
+    """Multiplies its hidden layer by something that is another number in each call."""
+
+    def __init__(self, factor: Callable[[], float]) -> None:
+        super().__init__()
+        self.first, self.last, self.factor = nn.Linear(3, 4), nn.Linear(4, 2), factor
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(torch.tanh(self.first(x)) * self.factor())
+        return output
+
+
+def counting() -> Callable[[], float]:
+    counter = Counter()
+
+    def factor() -> float:
+        counter.calls += 1
+        return 1 + counter.calls / 10
+
+    return factor
+
+
+def drawing() -> Callable[[], float]:
+    generator = np.random.default_rng(0)
+    return lambda: float(generator.random())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [counting, drawing])
+def test_a_pass_that_cannot_be_repeated_is_the_reason(
+    backend: str, kind: Callable[[], Any], method: str, no_trace: Any
+) -> None:
+    model, (inputs, targets) = Unrepeatable(kind()), batch()
+    with no_trace(model, inputs, targets):
+        with pytest.raises(UnsupportedModelError, match=r"others when the forward pass is repeated.* closure"):
+            getattr(make(backend, model), method)(inputs, targets)
+        assert "others when the forward pass is repeated" in str(persample.explain(model, inputs, backend=backend))
+
+
+def test_a_pass_that_cannot_be_repeated_is_served_without_a_check(per_sample_truth: Any) -> None:
+    inputs, targets = batch()
+    found = make("fused", Unrepeatable(counting()), check="never")
+    model = found.model
+    fixed = Unrepeatable(lambda: 1.1)
+    fixed.load_state_dict(model.state_dict())
+    truth = per_sample_truth(fixed, losses.cross_entropy, inputs, targets).gradients
+    assert_true(found.per_sample(inputs, targets), truth)
+
+
+# Fake quantisation.
+
+
+class Quantised(nn.Module):
+    """Rounds its hidden layer and a weight to grids, as training that knows of quantisation does."""
+
+    def __init__(self, hidden: nn.Module, weight: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last, self.hidden, self.weight = nn.Linear(3, 4), nn.Linear(4, 2), hidden, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(torch.tanh(self.first(x)))
+        return F.linear(h, self.weight(self.last.weight), self.last.bias)
+
+
+QUANTISATION = {
+    "of fused kernels": (quantization.default_fused_act_fake_quant, quantization.default_fused_wt_fake_quant),
+    "of tensors": (quantization.default_fake_quant, quantization.default_weight_fake_quant),
+    "of channels": (
+        quantization.default_per_channel_weight_fake_quant.with_args(ch_axis=1),
+        quantization.default_per_channel_weight_fake_quant,
+    ),
+}
+
+
+@pytest.mark.parametrize("observing", [False, True])
+@pytest.mark.parametrize("kind", QUANTISATION)
+def test_fake_quantisation(backend: str, kind: str, observing: bool, per_sample_truth: Any) -> None:
+    """Served where ranges are fixed; where they are those of the batch, its samples mix."""
+    torch.manual_seed(0)
+    model = Quantised(*(make_one() for make_one in QUANTISATION[kind]))
+    inputs, targets = torch.randn(6, 3), torch.arange(6) % 2
+    model(inputs / 2)
+    if not observing:
+        model.apply(quantization.disable_observer)
+    source = make(backend, model)
+    if observing or backend.partition(" ")[0] in ("hooks", "backpack", "opacus"):
+        with pytest.raises(UnsupportedModelError):
+            source.per_sample(inputs, targets)
+        return
+    truth = per_sample_truth(model, losses.cross_entropy, inputs, targets).gradients
+    try:
+        assert_true(source.per_sample(inputs, targets), truth, 1e-5)
+    except UnsupportedModelError:
+        assert (backend, kind) == ("vmap", "of fused kernels")
 
 
 # Random numbers.

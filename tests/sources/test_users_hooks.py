@@ -81,6 +81,29 @@ def test_hooks_on_outputs(backend: str, on_sequence: bool) -> None:
         torch.testing.assert_close(source.per_sample(inputs, targets), expected)
 
 
+class NormalisedBelow(nn.Sequential):
+    """Makes the gradient that reaches its first layer one of length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self[0](x).tanh()
+        if h.requires_grad:
+            h.register_hook(lambda gradient: gradient / gradient.norm())
+        output: Tensor = self[1](h)
+        return output
+
+
+@pytest.mark.parametrize("method", ["per_sample", "moments"])
+@pytest.mark.parametrize("backend", ["loop", "vjp", "fused", "hooks", "vmap"])
+def test_hooks_that_are_not_linear_are_the_reason(backend: str, method: str) -> None:
+    model = NormalisedBelow(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    with pytest.raises(UnsupportedModelError, match=r"not linear.* use backend 'vjp' with check='never'"):
+        getattr(persample.make_source(backend, model, loss_fn), method)(*batch())
+    inputs, targets = batch()
+    for serving in ("loop", "vjp"):
+        found = persample.make_source(serving, model, loss_fn, check="never").per_sample(inputs, targets)["0.weight"]
+        torch.testing.assert_close(found, gradients_one_by_one(model, inputs, targets))
+
+
 @pytest.mark.parametrize("recording_backend", ["fused", "hooks"])
 def test_hooks_on_parameters_while_recording(recording_backend: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()

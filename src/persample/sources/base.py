@@ -28,7 +28,7 @@ from persample.sources.refusals import refuse_hooked_parameters, refuse_impossib
 from persample.sources.replay import ReplayRecorder
 from persample.sources.returned import moments_of, per_sample_of, uses_of
 from persample.sources.second_look import only_rounded
-from persample.sources.selfcheck import refuse_slight_mixing, verify, verify_unmixed
+from persample.sources.selfcheck import refuse_nonlinear_backward, refuse_slight_mixing, verify, verify_unmixed
 from persample.sources.uncompiled import uncompiled
 from persample.sources.untouched import State, parameters_counted, parameters_guarded, state_restored, untouched
 from persample.sources.use import Use
@@ -148,6 +148,7 @@ class PerSampleGradSource(ABC):
                     untouched(self.model) as state,
                     parameters_guarded(self.model),
                     state_restored(self.state()),
+                    parameters_counted(self.model),
                     random_state_restored(self.model, start),
                     torch.enable_grad(),
                     uncompiled(),
@@ -339,6 +340,7 @@ class PerSampleGradSource(ABC):
                     verify(self, batch, result, before)
                 except DisagreementError as disagreement:
                     if not only_rounded(self, batch, compute, result, before):
+                        refuse_nonlinear_backward(self, batch, before)
                         refuse_slight_mixing(self, batch, before)
                         with random_state_restored(self.model, before):
                             self._refuse_uses(batch, disagreement)

@@ -101,7 +101,7 @@ def _gradients_alone(
                 alone = losses_of_part(source, batch.rows(part))
                 rows = differentiate(alone)
         except UnsupportedModelError as refusal:
-            raise _of_state(state, batch.size, refusal) from refusal
+            raise _of_state(source, batch, state, refusal) from refusal
         for i, loss, in_batch in zip(part, alone.tolist(), losses[part].tolist(), strict=True):
             if abs(loss - in_batch) > allowed * (1 + abs(in_batch)):
                 others = "alone" if len(part) == 1 else f"among {len(part)} samples"
@@ -111,26 +111,57 @@ def _gradients_alone(
                     "size, an inner layout that is not batch-first), so the gradient of a single sample does not "
                     "exist. Make every sample's loss depend on that sample alone."
                 )
-                raise _of_state(state, batch.size, mixing)
+                raise _of_state(source, batch, state, mixing)
         yield rows
 
 
-def _of_state(state: State, size: int, refusal: UnsupportedModelError) -> UnsupportedModelError:
+def _of_state(
+    source: PerSampleGradSource, batch: Batch, state: State, refusal: UnsupportedModelError
+) -> UnsupportedModelError:
     """Return what to say where a sample does not go through the model alone: `refusal`, or that it keeps a state.
 
     Args:
+        source: the backend.
+        batch: the batch.
         state: that before the pass over the batch, after which the model is.
-        size: B.
         refusal: what is said otherwise.
+
+    Raises:
+        UnsupportedModelError: the forward pass cannot be repeated.
     """
-    kept = state.rows_kept(size)
-    if not kept:
-        return refusal
-    return UnsupportedModelError(
-        f"The model keeps {', '.join(map(repr, kept))} from call to call, with an entry for each sample of the batch, "
-        "so that no sample can go through it alone: reset it before each call, give it to the model as an argument, "
-        "or use backend 'fused', which runs the batch as a whole."
-    )
+    kept = state.rows_kept(batch.size)
+    if kept:
+        return UnsupportedModelError(
+            f"The model keeps {', '.join(map(repr, kept))} from call to call, with an entry for each sample of the "
+            "batch, so that no sample can go through it alone: reset it before each call, give it to the model as an "
+            "argument, or use backend 'fused', which runs the batch as a whole."
+        )
+    with state_restored(source.state()):
+        state.put_back()
+        require_repeatable(source, batch, random_state(source.model))
+    return refusal
+
+
+def require_repeatable(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+    """Raise if the forward pass gives other losses when it is repeated from the same state and random numbers.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    first, again = (_repeated(source, batch, before) for _ in range(2))
+    allowed = tolerance(first)
+    if not torch.allclose(first, again, rtol=allowed, atol=allowed):
+        raise UnsupportedModelError(
+            "The losses of the same batch are others when the forward pass is repeated: the model or the loss keeps a "
+            "state, or a generator of random numbers, where it is not restored (in an object that is no module, in a "
+            "closure or a global variable), so single samples cannot be compared with the batch. Keep it in a buffer "
+            "or an attribute of a module, or use check='never' with backend 'fused', which runs the batch once."
+        )
+
+
+def _repeated(source: PerSampleGradSource, batch: Batch, before: RandomState) -> Tensor:
+    with state_restored(source.state()), random_state_restored(source.model, before):
+        return source.losses(batch).detach()
 
 
 REENTRANT = (

@@ -25,7 +25,13 @@ from persample.sources.random_state import (
     random_state_restored,
     same_random_state,
 )
-from persample.sources.reference import gradient, losses_of_part, sample_gradients
+from persample.sources.reference import (
+    gradient,
+    losses_of_part,
+    part_gradients,
+    require_repeatable,
+    sample_gradients,
+)
 from persample.sources.returned import ADVICE, moments_of, name_of
 from persample.sources.tolerances import Allowance, tolerance
 from persample.sources.untouched import state_restored
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from persample.sources.base import PerSampleGradSource
 
 _SAMPLES = 4  # as many samples as are compared with the loop
+_PARTS = 64  # as many parts of a batch as are looked at, each alone, to tell why a result is wrong
 
 
 def verify(
@@ -58,19 +65,20 @@ def verify(
         DisagreementError: the result is not what ordinary gradients say.
         UnsupportedModelError: the model or the loss mixes the samples.
     """
-    with replayed(source, before):
-        losses = source.losses(batch)
-        total = gradient(losses.sum(), source)
-        after = random_state(source.model)
-    _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
-    allowance = Allowance.of(losses, rounding, left)
-    if not (source.ordinary_random_stream or same_random_state(before, after)):
-        return  # its random numbers are other ones than these, so there is nothing to compare
-    with replayed(source, before):
-        if isinstance(result, Moments):
-            _verify_moments(source, batch, result, losses.detach(), total, before, allowance)
-        else:
-            _verify_rows(source, batch, result, losses.detach(), total, allowance)
+    with _of_repeated_passes(source, batch, before):
+        with replayed(source, before):
+            losses = source.losses(batch)
+            total = gradient(losses.sum(), source)
+            after = random_state(source.model)
+        _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
+        allowance = Allowance.of(losses, rounding, left)
+        if not (source.ordinary_random_stream or same_random_state(before, after)):
+            return  # its random numbers are other ones than these, so there is nothing to compare
+        with replayed(source, before):
+            if isinstance(result, Moments):
+                _verify_moments(source, batch, result, losses.detach(), total, before, allowance)
+            else:
+                _verify_rows(source, batch, result, losses.detach(), total, allowance)
 
 
 def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
@@ -79,10 +87,21 @@ def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomStat
     Raises:
         UnsupportedModelError: the model or the loss mixes the samples.
     """
-    with replayed(source, before):
-        losses = source.losses(batch)
-        after = random_state(source.model)
-    _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
+    with _of_repeated_passes(source, batch, before):
+        with replayed(source, before):
+            losses = source.losses(batch)
+            after = random_state(source.model)
+        _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
+
+
+@contextmanager
+def _of_repeated_passes(source: PerSampleGradSource, batch: Batch, before: RandomState) -> Iterator[None]:
+    """Where something is found, make sure that it is not for a forward pass that cannot be repeated."""
+    try:
+        yield
+    except (DisagreementError, UnsupportedModelError):
+        require_repeatable(source, batch, before)
+        raise
 
 
 def _verify_no_mixing(
@@ -100,7 +119,7 @@ def _verify_no_mixing(
     """
     if batch.size == 1:
         return
-    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size)).tolist()
+    order = _order(batch)
     with replayed(source, before):
         _verify_exchange(source, batch, losses, after, order, rounding)
     if same_random_state(before, after):
@@ -169,9 +188,30 @@ def _require_unmixed(values: Tensor, expected: Tensor, rounding: float, when: st
         raise UnsupportedModelError(
             f"The losses of other samples change {when}: the model or the loss mixes the samples (statistics over "
             "the batch, a softmax over dim 0, a division by the batch size, an inner layout that is not batch-first), "
-            "so the gradient of a single sample does not exist; or it draws random numbers from a generator of its "
-            "own. Make every sample's loss depend on that sample alone."
+            "so the gradient of a single sample does not exist. Make every sample's loss depend on that sample alone."
         )
+
+
+def refuse_nonlinear_backward(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+    """Raise if four times the losses have another gradient than four times that of the losses.
+
+    Raises:
+        UnsupportedModelError: they have.
+    """
+    with replayed(source, before):
+        once = gradient(source.losses(batch).sum(), source)
+    with replayed(source, before):
+        losses = source.losses(batch)
+        scaled = gradient(4 * losses.sum(), source)
+    try:
+        require_close(source, "gradient", {name: g / 4 for name, g in scaled.items()}, once, Allowance.of(losses))
+    except DisagreementError as difference:
+        raise UnsupportedModelError(
+            "Something in the backward pass (a hook, a custom torch.autograd.Function) clips, normalises or rounds "
+            "gradients, or changes them otherwise by a function that is not linear, so that the gradient of the batch "
+            "is not the sum of those of its samples. Leave it away, or make it linear. If what it makes of each sample "
+            "alone is wanted, use backend 'vjp' with check='never'."
+        ) from difference
 
 
 def refuse_slight_mixing(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
@@ -184,21 +224,41 @@ def refuse_slight_mixing(source: PerSampleGradSource, batch: Batch, before: Rand
         losses = source.losses(batch)
         if not same_random_state(before, random_state(source.model)):
             return
-        few = some_rows(batch)
-        allowance = Allowance.of(losses)
-        _, rows = sample_gradients(source, batch, few)
-        for i, alone in zip(few, rows, strict=True):
-            with state_restored(source.state()):
-                inside = gradient(source.losses(batch)[i], source)
-            try:
-                require_close(source, "gradient", inside, alone, allowance)
-            except DisagreementError as difference:
-                raise UnsupportedModelError(
-                    f"The gradient of sample {i} in the batch differs from that of the sample alone by more than "
-                    "rounding: the model mixes the samples by a little (a step size or a scale chosen for the whole "
-                    "batch, a tolerance that an inner solver meets for all), so the gradient of a single sample is not "
-                    "exact. Choose such numbers for each sample, or by settings."
-                ) from difference
+        together, allowance = gradient(losses.sum(), source), Allowance.of(losses)
+    few, order, count = some_rows(batch), _order(batch), min(batch.size, _PARTS)
+    for i in few:
+        with replayed(source, before):
+            inside = gradient(source.losses(batch)[i], source)
+        with replayed(source, before):
+            alone = next(sample_gradients(source, batch, [i])[1])
+        _require_same_alone(source, f"sample {i}", inside, alone, allowance)
+    with replayed(source, before):
+        parts = [order[k::count] for k in range(count)]
+        _, of_parts = part_gradients(source, batch, parts, lambda losses: gradient(losses.sum(), source))
+        added = {name: torch.zeros_like(g) for name, g in together.items()}
+        for part in of_parts:
+            for name, g in part.items():
+                added[name] += g
+    _require_same_alone(source, "the samples, added up,", together, added, allowance, batch.size)
+
+
+def _require_same_alone(
+    source: PerSampleGradSource,
+    what: str,
+    inside: Mapping[str, Tensor],
+    alone: Mapping[str, Tensor],
+    allowance: Allowance,
+    samples: int = 1,
+) -> None:
+    try:
+        require_close(source, "gradient", inside, alone, allowance, samples)
+    except DisagreementError as difference:
+        raise UnsupportedModelError(
+            f"The gradient of {what} in the batch differs from that alone by more than rounding: the model mixes the "
+            "samples by a little (a step size or a scale chosen for the whole batch, a tolerance that an inner solver "
+            "meets for all), so the gradient of a single sample is not exact. Choose such numbers for each sample, or "
+            "by settings."
+        ) from difference
 
 
 def _verify_moments(
@@ -260,8 +320,12 @@ def signed_root(second_moment: Tensor) -> Tensor:
 
 def some_rows(batch: Batch) -> list[int]:
     """Return the numbers of the samples that are compared with the loop."""
-    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size))
-    return sorted(order[:_SAMPLES].tolist())
+    return sorted(_order(batch)[:_SAMPLES])
+
+
+def _order(batch: Batch) -> list[int]:
+    order: list[int] = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size)).tolist()
+    return order
 
 
 def require_close(

@@ -155,7 +155,7 @@ class State:
             inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
             met.update(map(id, (*inside, *besides)))
         self._containers = _Snapshot(dicts, others)
-        self._tensors = [_Values(t) for t in (*tensors, *self._frozen) if _has_values(t)]
+        self._tensors = [_Values(t) for t in (*tensors, *self._frozen) if has_values(t)]
 
     def put_back(self) -> None:
         """Let the model hold what it held."""
@@ -269,7 +269,8 @@ def _is_of_a_package(module: nn.Module) -> bool:
     return any((getattr(hook, "__module__", None) or "").partition(".")[0] in ("backpack", "opacus") for hook in hooks)
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's entries can be read and compared."""
     return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
 
 
@@ -288,7 +289,7 @@ def _carried_on(container: Any, held: Any) -> Any:
 def _equal(now: Any, before: Any) -> bool:
     if now is before:
         return True
-    alike = type(now) is type(before) and _TENSORS[type(now)] and _has_values(now) and _has_values(before)
+    alike = type(now) is type(before) and _TENSORS[type(now)] and has_values(now) and has_values(before)
     return alike and now.device == before.device and now.dtype == before.dtype and torch.equal(now, before)
 
 
@@ -366,16 +367,22 @@ def parameters_counted(model: nn.Module) -> Iterator[None]:
     """Refuse a model whose forward pass makes parameters.
 
     Raises:
-        UnsupportedModelError: there is one more than before.
+        UnsupportedModelError: there is one more than before, or another one in the place of one.
     """
-    before = dict(model.named_parameters()).keys()
+    before = dict(model.named_parameters())
 
     def refuse(cause: Exception | None = None) -> None:
-        for name in dict(model.named_parameters()).keys() - before:
-            raise UnsupportedModelError(
-                f"The model's forward pass makes the parameter {name!r}, which did not exist before: run one forward "
-                "pass of the model first, so that all parameters are there."
-            ) from cause
+        for name, parameter in model.named_parameters():
+            if name not in before:
+                raise UnsupportedModelError(
+                    f"The model's forward pass makes the parameter {name!r}, which did not exist before: run one "
+                    "forward pass of the model first, so that all parameters are there."
+                ) from cause
+            if parameter is not before[name]:
+                raise UnsupportedModelError(
+                    f"The model's forward pass puts a new nn.Parameter in the place of its parameter {name!r}: write "
+                    "the new values into the one that is there, by copy_ under torch.no_grad(), or make it a buffer."
+                ) from cause
 
     try:
         yield

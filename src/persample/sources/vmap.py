@@ -31,7 +31,7 @@ from persample.sources.random_state import (
 from persample.sources.reference import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.refusals import FUSED_OR_VJP, describe
 from persample.sources.splits.tree import Columns
-from persample.sources.untouched import State
+from persample.sources.untouched import State, has_values
 
 Randomness = Literal["error", "different", "same"]
 
@@ -164,7 +164,7 @@ class VmapSource(PerSampleGradSource):
         mapped = vmap(grad_and_value(sample_loss), in_dims=(None, None, dims), randomness=self.randomness)
         values = [column.values.detach() for column in distinct.values()]
         gradients, losses = mapped({name: p.detach() for name, p in self.parameters().items()}, state, values)
-        self._stateful |= model_loss.rebinds or any(copy._version > 0 for copy in kept.values())
+        self._stateful |= model_loss.rebinds or any(_written(copy, t) for t, copy in kept.items())
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:
@@ -235,16 +235,22 @@ class _ModelLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
-        self.rebinds = False  # whether the forward pass puts other tensors in the place of buffers
+        self.rebinds = False  # whether the forward pass puts other tensors in the place of buffers and parameters
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Tensor:
-        held = [(registry, list(registry.values())) for registry in (m._buffers for m in self.modules())]
+        tables = [table for m in self.modules() for table in (m._buffers, m._parameters)]
+        held = [(table, list(table.values())) for table in tables]
         losses = self.loss_fn(self.model(*args, **kwargs), targets)
-        self.rebinds = any(len(r) != len(before) or not all(map(is_, r.values(), before)) for r, before in held)
+        self.rebinds = any(len(t) != len(before) or not all(map(is_, t.values(), before)) for t, before in held)
         if not isinstance(losses, Tensor) or losses.shape != (1,) or not losses.is_floating_point():
             check_losses(losses, 1)  # raises; that the value is finite can be seen only after the map
         loss: Tensor = losses[0]
         return loss
+
+
+def _written(copy: Tensor, tensor: Tensor) -> bool:
+    # By values, too: some kernels of PyTorch (fake quantisation that observes ranges) leave the version as it is.
+    return copy._version > 0 or (has_values(copy) and not torch.equal(copy, tensor))
 
 
 def _places(root: nn.Module, registry: Literal["_parameters", "_buffers"]) -> Iterator[tuple[str, Tensor]]:

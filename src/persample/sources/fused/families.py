@@ -67,7 +67,7 @@ POINTWISE = functions(
     "clamp_max round floor ceil trunc fix frac sign sgn nan_to_num sinc xlog1py i0 i0e i1 i1e "
     "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power rsub maximum "
     "minimum fmax fmin atan2 arctan2 hypot lerp addcmul addcdiv where masked_fill xlogy logaddexp logaddexp2 copysign "
-    "copy heaviside ldexp broadcast_tensors "
+    "copy heaviside ldexp broadcast_tensors fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
     "__abs__ __neg__ __pos__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
     "__rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __floordiv__ __rfloordiv__ __ifloordiv__ __mod__ __rmod__ "
     "__imod__ __pow__ __rpow__ __ipow__"
@@ -80,6 +80,9 @@ COMPARISONS = functions(
     "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __rand__ __iand__ __or__ __ror__ __ior__ __xor__ __rxor__ "
     "__ixor__ __invert__"
 )
+
+#: Entry by entry on the first operand, unless they are told to observe the range of all its entries first.
+OBSERVING = functions("fused_moving_avg_obs_fake_quant")
 
 #: Operations that keep the row-major order of the first operand's entries.
 RESHAPES = functions("view reshape view_as reshape_as flatten unflatten squeeze unsqueeze ravel")

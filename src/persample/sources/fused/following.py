@@ -171,7 +171,7 @@ def _find(call: Call) -> tuple[list[Where], Dependence]:
         return _by_family(call), "shapes"
     except Unknown:
         pass
-    for way in (_by_indices, _by_places, _by_labels, _by_sums, _by_nan):
+    for way in (_unobserved, _by_indices, _by_places, _by_labels, _by_sums, _by_nan):
         try:
             return way(call), _dependence(call, way)
         except Unknown:
@@ -326,6 +326,14 @@ def _joined(call: Call) -> DimAfter:
         return dim + (new and joined % ndim <= dim)
 
     return dim_after
+
+
+def _unobserved(call: Call) -> list[Where]:
+    """Values are rounded to a grid, entry by entry, where the grid is not fitted to the samples before."""
+    observes = call.args[1] if len(call.args) > 1 else call.kwargs.get("observer_on")
+    if call.func not in families.OBSERVING or observes is None or bool(observes.any()):
+        raise Unknown
+    return _agreed(call, call.operands(), aligned)
 
 
 # By indices, by labels, and by trial.
