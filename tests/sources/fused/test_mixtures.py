@@ -109,7 +109,7 @@ def test_explain_refuses_only_what_the_losses_depend_on(loss_fn: Any, served: bo
 
 
 class Frames(nn.Module):
-    """Reads a class token, the same for all, from the first rows of frames, which belong to other samples."""
+    """Reads what a layer makes of a class token, the same for all, from rows of frames that belong to other samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Frames(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, n, c = x.shape
-        h = torch.cat([self.token.expand(b * t, 1, c), self.inner(x.reshape(b * t, n, c))], 1)
+        h = self.inner(torch.cat([self.token.expand(b * t, 1, c), x.reshape(b * t, n, c)], 1))
         return self.out(torch.cat([h[:b, :1], h[:, 1:].reshape(b, t * n, c)], 1))
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.batch import Batch
 from persample.sources.contributions import Contribution
-from persample.sources.fused import families, operations
+from persample.sources.fused import families, operations, parts
 from persample.sources.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.fused.expressions import Expression, express
 from persample.sources.fused.following import Call, Lost, Unknown, Where, after, bound, outputs_of, without_owner
@@ -64,6 +64,7 @@ class Capture(TorchFunctionMode):
         self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
         self.parameters_repeated = False  # whether parameters stand beside samples, an entry for each
         self.layouts = Layouts()
+        self.parts = parts.Seen()
         self.constants = Seen()  # in what activation checkpointing repeats
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
@@ -201,6 +202,7 @@ class Capture(TorchFunctionMode):
 
         Activation checkpointing does; so may a custom `torch.autograd.Function`, in which autograd does not look.
         """
+        self.parts.refuse_written()
         with self._kernels_served(), outer_backward(roots) as self.in_outer_backward:
             self.forward_pass = self.layouts.forward_pass = False
             if self.intercepted or self.without_gradient:
@@ -496,7 +498,9 @@ class Capture(TorchFunctionMode):
                 return in_place.write_samples(self, func, args, kwargs)
             own = own_of_one_sample(self, args, kwargs)
             if own:
-                return self.again(func, args, kwargs, own)
+                result = self.again(func, args, kwargs, own)
+                parts.follow(self, func, args, kwargs, result)
+                return result
             if rule is not None:
                 return rule(self, *args, **kwargs)
             return operations.fallback(self, func, args, kwargs)
@@ -533,6 +537,8 @@ class Capture(TorchFunctionMode):
     def _carry(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor]) -> Any:
         """Run an operation that uses no parameter, and follow the samples from its operands into its results."""
         result = operations.FASTER.get(func, func)(*args, **kwargs)
+        if self.parts:
+            parts.follow(self, func, args, kwargs, result)
         if families.gives_nothing_of_samples(func, args, kwargs):
             return result
         if func in families.SAME or func in families.RESHAPES:
@@ -551,6 +557,8 @@ class Capture(TorchFunctionMode):
         if not outputs:
             return result
         places = self._after(func, args, kwargs, followed, outputs)
+        if self.parts and _picked(places[0]) and (part := parts.read(self, result)) is not None:
+            return part
         for output, where in zip(outputs, places, strict=True):
             self._place(output, where, func)
         new = isinstance(result, Tensor) and not result._is_view() and all(result is not t for t in followed)
@@ -591,6 +599,11 @@ class Capture(TorchFunctionMode):
         if base is not None and families.is_in_place(func) and self.layouts.get(output) != where:
             self.layouts[base] = Lost(f"{_name(func)} writes samples into a part of a tensor")
         self.layouts[output] = where
+
+
+def _picked(where: Where) -> bool:
+    """Whether rows were picked, or samples meet."""
+    return isinstance(where, Lost) or (where is not None and where.owners is not None)
 
 
 def _not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedModelError:

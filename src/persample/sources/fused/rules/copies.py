@@ -20,6 +20,7 @@ from persample.sources.fused.following import Call, Unknown, after, agreed, alig
 from persample.sources.fused.layout import Layout
 from persample.sources.fused.own_rows import OwnRows, PickedRows
 from persample.sources.fused.owners import NOBODY
+from persample.sources.fused.parts import follow, put_beside
 from persample.sources.fused.places import Place
 from persample.sources.fused.rules.constants import as_samples
 
@@ -46,6 +47,8 @@ def entry_by_entry(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: M
     result = func(*replaced[0], **replaced[1])
     for output in tensors_in(result):
         capture.follow_as(output, layout)
+    if capture.parts:
+        follow(capture, func, args, kwargs, result)
     return result
 
 
@@ -61,7 +64,9 @@ def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs
     copies = {
         id(t): copied(capture, t, beside.dim(), layout, place) for t in tensors if capture.expression(t) is not None
     }
-    return capture.again(func, args, kwargs, copies)
+    joined: Tensor = capture.again(func, args, kwargs, copies)
+    put_beside(capture, func, tensors, dim % joined.dim(), joined)
+    return joined
 
 
 def batched(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
