@@ -319,6 +319,27 @@ def test_a_state_with_an_entry_for_each_sample_is_carried_on(backend: str, check
         assert torch.equal(model.state[1], ordinary.state[1])
 
 
+def test_crosscheck_lets_every_backend_begin_with_the_same_state() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = Stateful(), torch.randn(5, 6, 3).double(), torch.arange(5) % 2
+    agreements = persample.crosscheck(model, losses.cross_entropy, inputs, targets, backends=["loop", "fused", "vjp"])
+    assert [agreement.agrees for agreement in agreements] == [True, True, True]
+    assert model.state is None
+
+
+@pytest.mark.parametrize("look", [persample.crosscheck, persample.benchmark])
+def test_nothing_is_kept_of_a_look_at_all_backends(look: Callable[..., Any], no_trace: Any) -> None:
+    options: dict[str, Any] = {"rounds": 1} if look is persample.benchmark else {}
+    for keep in ("a buffer in place", "a number", "a list"):
+        model, (inputs, targets) = Keeping(KEEPING[keep]), batch()
+        model.add_module("drops", nn.Dropout(0.5))
+        model.register_forward_hook(lambda m, args, output: m.drops(output))
+        drawn = torch.get_rng_state()
+        with no_trace(model, inputs, targets):
+            look(model, losses.cross_entropy, inputs, targets, backends=["fused"], **options)
+        assert torch.equal(torch.get_rng_state(), drawn)
+
+
 # Frozen parameters.
 
 

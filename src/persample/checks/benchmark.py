@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from persample.checks.crosscheck import Agreement, crosscheck
+from persample.checks.crosscheck import Agreement, as_it_was, crosscheck
 from persample.checks.memory import peak_memory
 from persample.losses import as_per_sample
 from persample.sources.batch import as_batch
+from persample.sources.random_state import random_state, random_state_restored
 from persample.sources.registry import make_source, name_with, names_side_by_side
 
 #: The name under which the ordinary forward and backward pass stands in the results.
@@ -92,9 +93,10 @@ def benchmark(
         if agreement.agrees:
             source = make_source(agreement.backend, model, loss_fn, check="never", **options.get(agreement.backend, {}))
             calls[agreement.backend] = lambda source=source: source.moments(inputs, targets)  # type: ignore[misc]
-    seconds = _alternate(calls, rounds, _device(model))
     resident = _bytes((list(model.parameters()), list(model.buffers()), inputs, targets))
-    peaks = {name: resident + peak_memory(call, _device(model)) for name, call in calls.items()}
+    with as_it_was(model), random_state_restored(model, random_state(model)):
+        seconds = _alternate(calls, rounds, _device(model))
+        peaks = {name: resident + peak_memory(call, _device(model)) for name, call in calls.items()}
 
     costs = [_cost(PLAIN, seconds, peaks)]
     for agreement in agreements:

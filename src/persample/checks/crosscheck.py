@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from persample.sources.random_state import RandomState, random_state, random_sta
 from persample.sources.registry import make_source, name_with, names_side_by_side
 from persample.sources.selfcheck import signed_root
 from persample.sources.tolerances import MOVED
+from persample.sources.untouched import State, state_restored
 
 #: The largest relative error that rounding explains, by the dtype of the model's parameters.
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -103,7 +105,7 @@ def crosscheck(
     start = random_state(model)
     args, kwargs, targets = as_batch(inputs, targets, model).tree()
     problem = _Problem(model, loss_fn, kwargs or args, targets, start)
-    with random_state_restored(model, start):
+    with as_it_was(model), random_state_restored(model, start):
         make_source("loop", model, loss_fn).moments(problem.inputs, problem.targets)
         draws = not same_random_state(start, random_state(model))
     # A copy in float64 is the better oracle, but might draw other random numbers than the model itself.
@@ -136,7 +138,7 @@ def crosscheck(
 
 @dataclass(frozen=True)
 class _Problem:
-    """What all backends are asked: the gradients of one batch, each from the same random numbers."""
+    """What all backends are asked: the gradients of one batch, each from the same state and random numbers."""
 
     model: nn.Module
     loss_fn: Callable[[Any, Any], Any]
@@ -160,13 +162,18 @@ class _Problem:
         return source
 
     def results(self, source: PerSampleGradSource) -> _Results:
-        with random_state_restored(self.model, self.start):
+        with as_it_was(self.model), random_state_restored(self.model, self.start):
             moments = source.moments(self.inputs, self.targets)
-        with random_state_restored(self.model, self.start):
+        with as_it_was(self.model), random_state_restored(self.model, self.start):
             gradients = source.per_sample(self.inputs, self.targets)
         # The second moment as root mean squares, in the unit of the gradients.
         root = {name: signed_root(s) for name, s in moments.second_moment.items()}
         return moments.mean, root, gradients
+
+
+def as_it_was(model: nn.Module) -> AbstractContextManager[None]:
+    """Put the state of `model` back afterwards (buffers, attributes, frozen parameters that it moves)."""
+    return state_restored(State(model, [p for p in model.parameters() if not p.requires_grad]))
 
 
 _Results = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
