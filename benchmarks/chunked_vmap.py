@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import persample
-from persample.sources.vmap import VmapSource
+from persample.sources.backends.vmap import VmapSource
 
 
 class ChunkedVmap(VmapSource):

@@ -25,13 +25,13 @@ from torch import Tensor
 import persample
 from persample.checks.benchmark import plain_pass
 from persample.moments import Moments
+from persample.sources.backends.contributions import Contribution
+from persample.sources.backends.fused.accumulators import Moment
+from persample.sources.backends.fused.convolution import Convolution
+from persample.sources.backends.fused.expressions import Expression
+from persample.sources.backends.fused.linear import LinearProducts
+from persample.sources.backends.fused.source import FusedSource
 from persample.sources.batch import Batch
-from persample.sources.contributions import Contribution
-from persample.sources.fused.convolution import Convolution
-from persample.sources.fused.expressions import Expression
-from persample.sources.fused.linear import LinearProducts
-from persample.sources.fused.source import FusedSource
-from persample.sources.fused.uses import Moment
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gradients import OWN_BATCH, problem

@@ -18,7 +18,7 @@ import persample
 from persample.checks import Explanation
 from persample.errors import BatchError, DisagreementError, LossError, OptionError, UnsupportedModelError
 from persample.sources import registry
-from persample.sources.loop import LoopSource
+from persample.sources.backends.loop import LoopSource
 from persample.testing import ZOO, support
 from persample.testing.problem import Problem
 from persample.testing.zoo.case import Net, parameter

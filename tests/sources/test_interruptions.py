@@ -210,7 +210,7 @@ def interrupted_at(line: int) -> Iterator[list[int]]:
 
     def tracer(frame: FrameType, event: str, arg: Any) -> Any:
         code = frame.f_code
-        if not code.co_filename.startswith(SOURCES) or code.co_filename.endswith("untouched.py"):
+        if not code.co_filename.startswith(SOURCES) or code.co_filename.endswith("isolation.py"):
             return None
         if code.co_name in METHODS:
             return None

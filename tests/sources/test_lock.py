@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import losses
-from persample.sources.fused import choice
+from persample.sources.backends.fused import autotune
 from persample.sources.lock import Lock
 
 pytestmark = [
@@ -72,14 +72,14 @@ def test_forked_while_another_thread_times_the_forms_of_a_product() -> None:
         return (x,)
 
     thread = threading.Thread(
-        target=choice.choose, args=(choice.Key("waits", ()), lambda: {"a": form, "b": form}, torch.ones(1))
+        target=autotune.choose, args=(autotune.Key("waits", ()), lambda: {"a": form, "b": form}, torch.ones(1))
     )
     thread.start()
     inside.wait(30)
 
     def choose_another() -> None:
-        choice.choose(
-            choice.Key("does not wait", ()), lambda: {"a": lambda x: (x,), "b": lambda x: (x,)}, torch.ones(1)
+        autotune.choose(
+            autotune.Key("does not wait", ()), lambda: {"a": lambda x: (x,), "b": lambda x: (x,)}, torch.ones(1)
         )
 
     try:

@@ -12,7 +12,7 @@ import persample
 from persample.errors import DisagreementError
 from persample.moments import Moments
 from persample.sources import Batch
-from persample.sources.loop import LoopSource
+from persample.sources.backends.loop import LoopSource
 
 
 class NearTie(nn.Module):

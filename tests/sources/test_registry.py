@@ -15,7 +15,7 @@ from torch import nn
 import persample
 from persample.errors import MissingPackageError, OptionError, PersampleError, UnknownBackendError
 from persample.sources import registry
-from persample.sources.loop import LoopSource
+from persample.sources.backends.loop import LoopSource
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 
 
 def test_a_registered_backend_is_found_and_imported_when_it_is_chosen(importable: Path) -> None:
-    (importable / "third_party.py").write_text("from persample.sources.loop import LoopSource as Own")
+    (importable / "third_party.py").write_text("from persample.sources.backends.loop import LoopSource as Own")
     persample.register_backend("own", "third_party:Own")
     assert "third_party" not in sys.modules
     assert type(make("own")) is LoopSource
@@ -80,7 +80,7 @@ def test_a_location_that_is_none_is_refused(location: str) -> None:
 
 def test_an_entry_point_is_found_by_itself(importable: Path) -> None:
     """A package that was installed, as importlib.metadata sees it."""
-    (importable / "plugged_in.py").write_text("from persample.sources.loop import LoopSource as Plugged")
+    (importable / "plugged_in.py").write_text("from persample.sources.backends.loop import LoopSource as Plugged")
     plug_in(importable, "plugged = plugged_in:Plugged")
     assert type(make("plugged")) is LoopSource
     assert persample.backends()["plugged"].available
@@ -203,7 +203,7 @@ BROKEN = {
         r"'broken_module:X' does not implement compute_per_sample",
     ),
     "without check": (
-        "from persample.sources.loop import LoopSource\n"
+        "from persample.sources.backends.loop import LoopSource\n"
         "class X(LoopSource):\n    def __init__(self, model, loss_fn):\n        super().__init__(model, loss_fn)",
         OptionError,
         r"'broken_module:X' does not take the keyword argument 'check'",
@@ -256,14 +256,14 @@ def test_a_broken_backend_takes_nothing_else_down(broken: str) -> None:
 def test_a_damaged_list_of_entry_points_hides_no_other_one(importable: Path, content: bytes) -> None:
     damaged = plug_in(importable, "", "damaged")
     (damaged / "entry_points.txt").write_bytes(b"[persample.backends]\n" + content)
-    plug_in(importable, "whole = persample.sources.loop:LoopSource")
+    plug_in(importable, "whole = persample.sources.backends.loop:LoopSource")
     assert persample.backends()["whole"].available
     assert type(make("whole")) is LoopSource
 
 
 def test_an_entry_point_with_extras_and_a_nested_class(importable: Path) -> None:
     (importable / "nested_module.py").write_text(
-        "from persample.sources.loop import LoopSource\nclass Outer:\n    Inner = LoopSource\n"
+        "from persample.sources.backends.loop import LoopSource\nclass Outer:\n    Inner = LoopSource\n"
     )
     plug_in(importable, "nested = nested_module:Outer.Inner [extra]")
     assert type(make("nested")) is LoopSource
@@ -272,7 +272,7 @@ def test_an_entry_point_with_extras_and_a_nested_class(importable: Path) -> None
 
 def test_options_that_are_passed_on(importable: Path) -> None:
     (importable / "passing_on.py").write_text(
-        "from persample.sources.fused import FusedSource\n"
+        "from persample.sources.backends.fused import FusedSource\n"
         "class Named(FusedSource):\n"
         "    def __init__(self, model, loss_fn, depth=1, **options):\n"
         "        super().__init__(model, loss_fn, **options)\n"

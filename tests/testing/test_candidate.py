@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import persample
 from persample.errors import UnsupportedModelError
 from persample.sources import registry
-from persample.sources.hooks import HooksSource
-from persample.sources.loop import LoopSource
+from persample.sources.backends.hooks import HooksSource
+from persample.sources.backends.loop import LoopSource
 from persample.testing import ZOO, BackendSuite, Candidate, Problem
 
 

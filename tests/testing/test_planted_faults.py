@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import persample
 from persample.moments import Moments
 from persample.sources import registry
+from persample.sources.backends.loop import LoopSource
 from persample.sources.batch import Batch
-from persample.sources.loop import LoopSource
 from persample.testing import ZOO, BackendSuite
 
 Rows = dict[str, Tensor]

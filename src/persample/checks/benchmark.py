@@ -16,7 +16,7 @@ from persample.checks.crosscheck import Agreement, as_it_was, crosscheck
 from persample.checks.memory import peak_memory
 from persample.losses import as_per_sample
 from persample.sources.batch import as_batch
-from persample.sources.random_state import random_state, random_state_restored
+from persample.sources.model.random_state import random_state, random_state_restored
 from persample.sources.registry import make_source, name_with, names_side_by_side
 
 #: The name under which the ordinary forward and backward pass stands in the results.

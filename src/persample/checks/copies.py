@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from persample.errors import UnsupportedModelError
-from persample.sources.refusals import describe
+from persample.sources.model.refusals import describe
 
 Module = TypeVar("Module", bound=nn.Module)
 

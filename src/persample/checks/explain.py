@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from persample.checks.outputs_loss import weighted_sum_of_outputs
 from persample.sources.batch import as_batch
-from persample.sources.refusals import describe, impossible_modules
+from persample.sources.model.refusals import describe, impossible_modules
+from persample.sources.model.usage import Use
 from persample.sources.registry import make_source, name_with
-from persample.sources.use import Use
 
 Status = Literal["served", "depends", "unused", "frozen", "refused"]
 

@@ -13,7 +13,7 @@ from persample.checks.behind_batch_norm import children_behind, hooks_of, withou
 from persample.checks.copies import copy_of
 from persample.errors import OptionError, UnsupportedModelError
 from persample.frozen_batch_norm import FrozenBatchNorm
-from persample.sources.refusals import describe
+from persample.sources.model.refusals import describe
 
 Replacement = Literal["group_norm", "frozen"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import LossError
-from persample.sources.forward_pass import tensors_of
+from persample.sources.recording.forward_pass import tensors_of
 
 
 def weighted_sum_of_outputs() -> Callable[[Any, Tensor], Tensor]:

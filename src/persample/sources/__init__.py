@@ -1,7 +1,7 @@
 """Sources of per-sample gradients: one file per backend, and the registry that picks one by name."""
 
-from persample.sources.base import PerSampleGradSource as PerSampleGradSource
 from persample.sources.batch import Batch as Batch
+from persample.sources.contract import PerSampleGradSource as PerSampleGradSource
 from persample.sources.registry import Backend as Backend
 from persample.sources.registry import backends as backends
 from persample.sources.registry import make_source as make_source

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from persample.errors import BatchError, DisagreementError, LossError, PersampleError, UnsupportedModelError, UsageError
-from persample.sources.calling import fits
-from persample.sources.entering import changeable, entering
-from persample.sources.splits.found import with_splits
+from persample.sources.model.calling import fits
+from persample.sources.model.detached_inputs import changeable, entering
+from persample.sources.splits.detection import with_splits
 from persample.sources.splits.objects import holds_tensors, is_array
 from persample.sources.splits.parts import Entries, Fields
 from persample.sources.splits.tree import (

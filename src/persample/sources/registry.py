@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from persample.errors import MissingPackageError, OptionError, UnknownBackendError
-from persample.sources.base import PerSampleGradSource
+from persample.sources.contract import PerSampleGradSource
 
 _ENTRY_POINT_GROUP = "persample.backends"
 
@@ -48,23 +48,23 @@ class Backend:
 
 
 _BUILT_IN = (
-    Backend("loop", "persample.sources.loop:LoopSource"),
-    Backend("hooks", "persample.sources.hooks:HooksSource"),
-    Backend("fused", "persample.sources.fused:FusedSource"),
+    Backend("loop", "persample.sources.backends.loop:LoopSource"),
+    Backend("hooks", "persample.sources.backends.hooks:HooksSource"),
+    Backend("fused", "persample.sources.backends.fused:FusedSource"),
     Backend(
         "backpack",
-        "persample.sources.backpack:BackpackSource",
+        "persample.sources.backends.external.backpack:BackpackSource",
         install='pip install "persample[backpack]"',
         machineries=("extend", "rules"),
     ),
     Backend(
         "opacus",
-        "persample.sources.opacus:OpacusSource",
+        "persample.sources.backends.external.opacus:OpacusSource",
         install='pip install "persample[opacus]"',
         machineries=("module", "rules"),
     ),
-    Backend("vmap", "persample.sources.vmap:VmapSource"),
-    Backend("vjp", "persample.sources.vjp:VjpSource"),
+    Backend("vmap", "persample.sources.backends.vmap:VmapSource"),
+    Backend("vjp", "persample.sources.backends.vjp:VjpSource"),
 )
 _registered: dict[str, Backend] = {backend.name: backend for backend in _BUILT_IN}
 

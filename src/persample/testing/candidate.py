@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import ContractError, DisagreementError, UnsupportedModelError
-from persample.sources.base import Check
+from persample.sources.contract import Check
 from persample.testing.problem import Problem
 from persample.testing.trace import no_trace
 from persample.testing.truth import Stream, Truth, set_seed

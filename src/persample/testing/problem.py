@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.sources.vanishing import rounding_left
+from persample.sources.selfcheck.perturbation import rounding_left
 from persample.testing.truth import Stream, Truth, call, per_sample_truth, set_seed, unwrapped
 
 

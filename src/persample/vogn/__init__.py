@@ -1,7 +1,8 @@
 """Variational training of neural networks, as PyTorch optimizers: VOGN and its siblings, and their posterior."""
 
-from persample.sources.recorder import LossReductionWarning as LossReductionWarning
+from persample.sources.recording.recorder import LossReductionWarning as LossReductionWarning
 from persample.vogn.changed_gradients import UnusedGradientWarning as UnusedGradientWarning
+from persample.vogn.changed_parameters import UntrainedParameterWarning as UntrainedParameterWarning
 from persample.vogn.checks import DangerousFirstStepWarning as DangerousFirstStepWarning
 from persample.vogn.checks import NonFiniteError as NonFiniteError
 from persample.vogn.checks import SkippedStepWarning as SkippedStepWarning
@@ -9,6 +10,7 @@ from persample.vogn.diagnostics import Diagnostics as Diagnostics
 from persample.vogn.diagnostics import LayerDiagnostics as LayerDiagnostics
 from persample.vogn.diagnostics import PosteriorWidthWarning as PosteriorWidthWarning
 from persample.vogn.diagnostics import StuckCurvatureWarning as StuckCurvatureWarning
+from persample.vogn.distributed import SeparateProcessesWarning as SeparateProcessesWarning
 from persample.vogn.elbo import Elbo as Elbo
 from persample.vogn.loss import UntrainedLossWarning as UntrainedLossWarning
 from persample.vogn.optimizer import VariationalOptimizer as VariationalOptimizer
@@ -16,9 +18,7 @@ from persample.vogn.posterior import Posterior as Posterior
 from persample.vogn.prediction import ClassPrediction as ClassPrediction
 from persample.vogn.prediction import GaussianPrediction as GaussianPrediction
 from persample.vogn.prior import Prior as Prior
-from persample.vogn.processes import SeparateProcessesWarning as SeparateProcessesWarning
 from persample.vogn.rules.mean_field import MeanFieldVI as MeanFieldVI
 from persample.vogn.rules.ogn import OGN as OGN
 from persample.vogn.rules.vadam import Vadam as Vadam
 from persample.vogn.rules.vogn import VOGN as VOGN
-from persample.vogn.untrained import UntrainedParameterWarning as UntrainedParameterWarning

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from persample.losses import as_per_sample
 from persample.moments import Moments
 from persample.sources.batch import as_batch
-from persample.sources.batch_norm_nodes import read_right
-from persample.sources.calling import called, losses_of
-from persample.sources.forward_pass import ForwardPass
-from persample.sources.recorder import Recorder
-from persample.sources.recording import LossReduction, Recorded, Sums
-from persample.sources.untouched import untouched
+from persample.sources.model.batch_norm_nodes import read_right
+from persample.sources.model.calling import called, losses_of
+from persample.sources.model.isolation import untouched
+from persample.sources.recording.forward_pass import ForwardPass
+from persample.sources.recording.recorder import Recorder
+from persample.sources.recording.results import LossReduction, Recorded, Sums
 
 
 class BatchGradient:

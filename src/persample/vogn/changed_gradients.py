@@ -16,9 +16,9 @@ from torch import Tensor
 from persample.dtypes import at_least_float32
 from persample.errors import UsageError
 from persample.moments import Moments
-from persample.sources.p_grad import copied, gradients_in, is_changed
-from persample.sources.recording import Recorded
-from persample.vogn.observed import Observations, Observed
+from persample.sources.recording.p_grad import copied, gradients_in, is_changed
+from persample.sources.recording.results import Recorded
+from persample.vogn.observations import Observations, Observed
 from persample.warn import warn
 
 # How far the recorded sums may be from what is in p.grad, in units of rounding of its largest entry: both were added up

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from persample.losses import as_per_sample
-from persample.sources.calling import losses_of
+from persample.sources.model.calling import losses_of
 
 
 @dataclass(frozen=True, eq=False)

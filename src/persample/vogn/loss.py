@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from persample.errors import UsageError
 from persample.losses import PerSampleLoss, as_per_sample
-from persample.sources.graph import nodes_from, variables_of
+from persample.sources.model.autograd_graph import nodes_from, variables_of
 from persample.warn import warn
 
 

@@ -11,17 +11,24 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError, UsageError
-from persample.sources.recording import LossReduction
+from persample.sources.recording.results import LossReduction
 from persample.vogn import core
 from persample.vogn.changed_gradients import Left
+from persample.vogn.changed_parameters import (
+    fingerprint,
+    present_names,
+    refuse_resized,
+    refuse_shared_memory,
+    warn_of_untrained,
+)
 from persample.vogn.checks import check_positive, first_non_finite, skip_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import FIRST_LOOK, Diagnostics, LayerDiagnostics, layer_diagnostics, warn_of_width
-from persample.vogn.observed import Observations, Observed
-from persample.vogn.part import Part, make_part
+from persample.vogn.distributed import Processes, warn_of_separate_processes
+from persample.vogn.observations import Observations, Observed
+from persample.vogn.param_group import Part, make_part
 from persample.vogn.posterior import Posterior
 from persample.vogn.prior import Prior
-from persample.vogn.processes import Processes, warn_of_separate_processes
 from persample.vogn.settings import (
     OF_WEIGHTS,
     RUN,
@@ -34,14 +41,7 @@ from persample.vogn.settings import (
     refuse_unknown_settings,
     settings_of_run,
 )
-from persample.vogn.untrained import (
-    fingerprint,
-    present_names,
-    refuse_resized,
-    refuse_shared_memory,
-    warn_of_untrained,
-)
-from persample.vogn.whole_model import refuse_model
+from persample.vogn.supported_models import refuse_model
 from persample.vogn.with_draws import MomentSource, WithDraws
 from persample.vogn.with_posterior import WithPosterior
 from persample.vogn.with_saving import WithSaving

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from persample.errors import OptionError, UsageError
 from persample.sources.batch import arguments, split_batch
-from persample.vogn import core, posterior_file
-from persample.vogn.each_draw import DrawOptions, for_each_draw
+from persample.vogn import core
 from persample.vogn.elbo import Elbo, LikelihoodTable
+from persample.vogn.monte_carlo import DrawOptions, for_each_draw
 from persample.vogn.prediction import ClassPrediction, ClassSummary, GaussianPrediction, GaussianSummary, Likelihood
 from persample.vogn.prior import Prior, check_same_shapes
 from persample.vogn.sampling import draw
+from persample.vogn.saving import posterior_file
 from persample.vogn.settings import check_count, check_generator
 
 

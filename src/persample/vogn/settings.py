@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from persample.errors import OptionError
-from persample.sources.recording import LossReduction
+from persample.sources.recording.results import LossReduction
 
 
 def _is_number(value: object) -> bool:
@@ -64,7 +64,7 @@ _ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 #: Settings that may have a tensor for each parameter of a group.
 OF_WEIGHTS = ("prior_precision", "prior_mean")
 
-#: The entry of groups for what is of the whole optimizer, see `persample.vogn.checkpoint`.
+#: The entry of groups for what is of the whole optimizer, see `persample.vogn.saving.checkpoint`.
 RUN = "run"
 
 # What PyTorch and its schedulers put into groups beside settings, and the name that loggers show.

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
 from persample.moments import Moments
-from persample.sources.recorder import ModelNotCalledError
-from persample.sources.recording import LossReduction, Recorded
+from persample.sources.recording.recorder import ModelNotCalledError
+from persample.sources.recording.results import LossReduction, Recorded
 from persample.vogn import core
 from persample.vogn.changed_gradients import Left, warn_of_unused, with_changes, without_dropped
+from persample.vogn.distributed import Processes
 from persample.vogn.loss import require_loss
-from persample.vogn.observed import Observations, Observed
-from persample.vogn.processes import Processes
+from persample.vogn.observations import Observations, Observed
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
 from persample.vogn.settings import check_generator
-from persample.vogn.whole_model import refuse_replicas
+from persample.vogn.supported_models import refuse_replicas
 
 
 class MomentSource(Protocol):

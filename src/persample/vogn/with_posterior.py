@@ -10,9 +10,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from persample.vogn.each_draw import DrawOptions
 from persample.vogn.elbo import Elbo
 from persample.vogn.loss import require_loss
+from persample.vogn.monte_carlo import DrawOptions
 from persample.vogn.posterior import Posterior
 from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood, likelihood_of
 from persample.vogn.prior import Prior

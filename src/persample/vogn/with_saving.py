@@ -12,12 +12,12 @@ from torch import Tensor
 
 from persample.errors import UsageError
 from persample.vogn.changed_gradients import Left
-from persample.vogn.checkpoint import COUNTS, checked, pack_run
-from persample.vogn.observed import Observations
-from persample.vogn.processes import Processes
-from persample.vogn.saved_noise import generator_setter, pack_generator
+from persample.vogn.distributed import Processes
+from persample.vogn.observations import Observations
+from persample.vogn.saving.checkpoint import COUNTS, checked, pack_run
+from persample.vogn.saving.noise import generator_setter, pack_generator
+from persample.vogn.saving.state_schema import Kinds
 from persample.vogn.settings import OF_RUN, RUN
-from persample.vogn.state_kinds import Kinds
 
 
 class WithSaving(torch.optim.Optimizer):

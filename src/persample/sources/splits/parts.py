@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils import _pytree as pytree
 
 from persample.errors import UnsupportedModelError
-from persample.sources.entering import entering
-from persample.sources.refusals import FUSED_OR_VJP
+from persample.sources.model.detached_inputs import entering
+from persample.sources.model.refusals import FUSED_OR_VJP
 from persample.sources.splits.objects import with_fields
 from persample.sources.splits.tree import (
     Column,

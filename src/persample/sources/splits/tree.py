@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from persample.sources.entering import entering
+from persample.sources.model.detached_inputs import entering
 
 Index = slice | list[int]
 TensorFunction = Callable[[Tensor], Tensor]

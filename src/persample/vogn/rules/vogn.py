@@ -12,17 +12,17 @@ from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError
 from persample.sources import make_source
-from persample.sources.recording import LossReduction
+from persample.sources.recording.results import LossReduction
 from persample.vogn import core
 from persample.vogn.checks import warn_of_first_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import warn_of_stuck_curvature
 from persample.vogn.loss import loss_of
-from persample.vogn.observed import Observed
+from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
-from persample.vogn.part import Part
+from persample.vogn.param_group import Part
 from persample.vogn.prior import Prior
-from persample.vogn.state_kinds import FINITE, MASS, NOT_NEGATIVE, Kinds
+from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
 from persample.vogn.with_draws import MomentSource
 
 

@@ -1,0 +1,1 @@
+"""Backends that run the rules or the machinery of other packages."""

@@ -1,0 +1,58 @@
+"""What BackPACK knows of single layers, and what it gets wrong of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from persample.frozen_batch_norm import FrozenBatchNorm
+from persample.sources.backends.external.layer_rules import alteration
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS = (
+    nn.Linear,
+    nn.Embedding,
+    *_CONVOLUTIONS,
+    *_TRANSPOSED,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    FrozenBatchNorm,
+)
+#: What BackPACK knows a FrozenBatchNorm as, by the dimensions of its input.
+BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def reason_against(layer: nn.Module) -> str | None:
+    """Return why BackPACK has no right rule for `layer`, as a sentence without its subject; None if it has."""
+    if type(layer) not in _KINDS:
+        if isinstance(layer, _KINDS):
+            return "is a subclass of a layer that BackPACK knows, and may compute something else than that."
+        return "has parameters, and BackPACK has no rule for it, or none that holds in all its uses."
+    if isinstance(layer, _CONVOLUTIONS):
+        if layer.padding == "same":
+            return "has padding='same', which BackPACK takes wrongly: give it in numbers."
+        if layer.padding_mode != "zeros":
+            return f"has padding_mode={layer.padding_mode!r}, but BackPACK takes zeros: pad before the layer."
+    if isinstance(layer, _TRANSPOSED) and any(layer.output_padding):
+        return f"has output_padding={layer.output_padding}, which BackPACK does not know."
+    if isinstance(layer, nn.Embedding):
+        return _reason_against_embedding(layer) or alteration(layer)
+    return alteration(layer)
+
+
+def _reason_against_embedding(layer: nn.Embedding) -> str | None:
+    if layer.padding_idx is not None:
+        return f"has padding_idx={layer.padding_idx}, which BackPACK does not know."
+    if layer.sparse:
+        return "has sparse=True, which BackPACK does not know: set sparse=False."
+    precise = torch.promote_types(layer.weight.dtype, torch.float32)
+    if precise != torch.get_default_dtype():
+        return (
+            f"has a weight of {layer.weight.dtype}, but BackPACK computes embeddings in the default dtype only, which "
+            f"is {torch.get_default_dtype()}: change one of the two (torch.set_default_dtype)."
+        )
+    return None

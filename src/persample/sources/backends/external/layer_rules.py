@@ -1,0 +1,225 @@
+"""What the adapters of BackPACK and Opacus share: their rules for single layers, applied to the calls of one pass.
+
+Both packages know, for a layer with input a and the gradient δ of the summed loss at its output, the gradients of the
+single samples. Their machinery around these rules (hooks in both directions, attributes, counters, a global context)
+breaks on operations in place, in eval mode, on layers that are used twice, and between threads. So here one forward
+and one backward pass give a and δ of every call, and the package gives what its rule makes of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import UnsupportedModelError
+from persample.sources.backends.contributions import precise, without_autocast
+from persample.sources.backends.layer_usage import uses_of_layers
+from persample.sources.batch import Batch
+from persample.sources.contract import PerSampleGradSource
+from persample.sources.model.module_calls import (
+    ModuleCall,
+    recorded_calls,
+    refuse_changed_inputs,
+    refuse_lists,
+    refuse_unseen_uses,
+    require_batch_first,
+)
+from persample.sources.model.refusals import FUSED_OR_VJP, describe
+from persample.sources.model.usage import Use
+from persample.sources.recording.forward_pass import ForwardPass
+from persample.sources.recording.layer_recorder import CallRecorder
+from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.selfcheck.oracle import gradients_at
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One call of a layer that the losses depend on.
+
+    Attributes:
+        name: how errors name the layer.
+        layer: the module; it owns trainable parameters.
+        inputs: the tensors that it was given, detached; dim 0 is the sample.
+        delta: δ, the gradient of Σ_i loss_i at its output.
+    """
+
+    name: str
+    layer: nn.Module
+    inputs: tuple[Tensor, ...]
+    delta: Tensor
+
+
+#: What a package computes for the parameters of a layer from one use of it.
+Rule = Callable[[LayerUse], Mapping[nn.Parameter, Tensor]]
+
+
+class PeerRulesSource(PerSampleGradSource):
+    """Per-sample gradients by another package's rules for single layers.
+
+    A subclass names the package, says which layers it has no right rule for, and applies its rule to one use.
+    """
+
+    #: How errors name the package.
+    package: ClassVar[str]
+
+    ordinary_state = True
+
+    @abstractmethod
+    def reason_against(self, layer: nn.Module) -> str | None:
+        """Return why the package has no right rule for `layer`, as a sentence without its subject; None if it has."""
+
+    @abstractmethod
+    def rows(self, use: LayerUse) -> Mapping[nn.Parameter, Tensor]:
+        """Return what the package gives as per-sample gradients, `(B, *p.shape)`, for the layer's parameters."""
+
+    def refuse_unsupported(self) -> None:
+        self.layers()
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        def try_rule(call: ModuleCall, delta: Tensor) -> None:
+            few = slice(0, 2)
+            use = _use(call, delta)
+            self.by_rule(self.rows, replace(use, inputs=tuple(a[few] for a in use.inputs), delta=use.delta[few]))
+
+        return uses_of_layers(self, batch, self.reason_against, try_rule)
+
+    def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, _, uses = self.backward(batch)
+        rows = self.summed_rows(uses)
+        return losses, {
+            name: rows[p].to(p.dtype) if p in rows else p.new_zeros((batch.size, *p.shape))
+            for name, p in self.parameters().items()
+        }
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return, by path, the modules that own trainable parameters.
+
+        Raises:
+            UnsupportedModelError: the package has no right rule for one of them.
+        """
+        layers = {}
+        for path, module in self.model.named_modules():
+            if trainable(module):
+                reason = self.reason_against(module)
+                if reason:
+                    raise UnsupportedModelError(f"{describe(path, module)} {reason} {FUSED_OR_VJP.capitalize()}.")
+                layers[path] = module
+        return layers
+
+    def backward(
+        self, batch: Batch, parameters: Iterable[nn.Parameter] = ()
+    ) -> tuple[Tensor, list[Tensor | None], list[LayerUse]]:
+        """Run forward and backward once.
+
+        Returns:
+            The detached losses, the gradients of their sum for `parameters` (None where it does not depend on one),
+            and the uses of the layers.
+        """
+        refuse_lists(batch)
+        parameters = list(parameters)
+        with recorded_calls(self.layers()) as calls:
+            losses = self.losses(batch)
+        refuse_unseen_uses(losses, calls, self.parameters())
+        for call in calls:
+            require_batch_first(call, batch)
+        # δ is taken where the output stands in the graph, before anything that was done to it in place.
+        targets: list[Any] = [*parameters, *(call.edge for call in calls)]
+        gradients = gradients_at(targets, losses, self.parameters())
+        deltas = gradients[len(parameters) :]
+        uses = [_use(call, delta) for call, delta in zip(calls, deltas, strict=True) if delta is not None]
+        return losses.detach(), list(gradients[: len(parameters)]), uses
+
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        with PeerRecorder(self, loss_reduction) as recorder:
+            yield recorder.recorded
+
+    def square_sums(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+        """Return Σ_i g_i² of the parameters in use."""
+        return {p: g.square().sum(0) for p, g in self.summed_rows(uses).items()}
+
+    def summed_rows(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+        """Return the per-sample gradients, each the sum over all uses of its parameter."""
+        total: dict[nn.Parameter, Tensor] = {}
+        for use in uses:
+            for p, g in self.by_rule(self.rows, use).items():
+                total[p] = total[p] + g if p in total else g
+        return total
+
+    def by_rule(self, rule: Rule, use: LayerUse) -> dict[nn.Parameter, Tensor]:
+        """Return what `rule` gives for the trainable parameters of one layer.
+
+        Raises:
+            UnsupportedModelError: the package raised.
+        """
+        try:
+            with torch.no_grad(), without_autocast(use.delta.device):
+                results = rule(use)
+            results = {p: results[p] for p in trainable(use.layer)}
+        except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            shapes = ", ".join(str(tuple(a.shape)) for a in use.inputs)
+            raise UnsupportedModelError(
+                f"{self.package} cannot handle {use.name} with an input of shape {shapes} ({type(error).__name__}: "
+                f"{str(error).rstrip('.')}): {FUSED_OR_VJP}."
+            ) from error
+        # Some rules return δ itself, which layers side by side have in common.
+        shared = use.delta.untyped_storage().data_ptr()
+        return {p: g.clone() if g.untyped_storage().data_ptr() == shared else g for p, g in results.items()}
+
+
+class PeerRecorder(CallRecorder):
+    """Applies the package's rules once all gradients at the outputs of layers are known."""
+
+    source: PeerRulesSource
+
+    def __init__(self, source: PeerRulesSource, reduction: LossReduction) -> None:
+        super().__init__(source, source.layers(), reduction)
+        self._uses: dict[ForwardPass, list[LayerUse]] = {}
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        super().begin(forward_pass)
+        self._uses[forward_pass] = []
+
+    def receive(self, forward_pass: ForwardPass, call: ModuleCall, delta: Tensor) -> None:
+        self._uses[forward_pass].append(_use(call, delta))
+
+    def sums(self, forward_pass: ForwardPass) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        squares = self.source.square_sums(self._uses.pop(forward_pass))
+        return {}, {name: squares[p] for name, p in self.recorded.parameters.items() if p in squares}
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of `module` itself that require a gradient."""
+    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+
+
+def alteration(layer: nn.Module) -> str | None:
+    """Return in what `layer`, of a class of `torch.nn` with weight and bias, is not what its class says."""
+    if name := own_callable(layer):
+        return f"has a {name} of its own, put on the instance, which no rule knows."
+    parameters = layer._parameters
+    if parameters.keys() - {"weight", "bias"} or not isinstance(parameters.get("weight"), nn.Parameter):
+        return (
+            f"holds other parameters than its class says ({', '.join(sorted(parameters))}), as after weight_norm, "
+            "spectral_norm or pruning."
+        )
+    return None
+
+
+def own_callable(layer: nn.Module) -> str | None:
+    """Return the name of a method that was put on `layer` itself in place of that of its class, if any."""
+    return next((name for name in vars(layer) if callable(getattr(type(layer), name, None))), None)
+
+
+def _use(call: ModuleCall, delta: Tensor) -> LayerUse:
+    refuse_changed_inputs(call)
+    inputs = tuple(precise(a) for a in call.inputs)
+    return LayerUse(call.name, call.module, inputs, precise(delta.reshape(call.output.shape)))

@@ -1,0 +1,142 @@
+"""`PeerSource`: another package behind its name, by its own machinery or by its rules for single layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from persample.errors import OptionError, UnsupportedModelError
+from persample.moments import Moments
+from persample.sources.backends.external.layer_rules import PeerRulesSource
+from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
+from persample.sources.batch import Batch
+from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.model.isolation import State
+from persample.sources.model.refusals import FUSED_OR_VJP
+from persample.sources.model.usage import Use
+from persample.sources.recording.results import LossReduction, Recorded
+
+Result = TypeVar("Result")
+
+
+class PeerSource(PerSampleGradSource):
+    """Per-sample gradients by another package: by its own machinery, or by its rules for single layers.
+
+    Attributes:
+        machinery: the option: the name of the machinery, `"rules"`, or `"auto"`.
+        ran: which of the two served the last call, or the last `explain`; None before.
+        ran_because: with `"auto"`, why that was not the machinery; empty if it was.
+    """
+
+    #: What the option calls the machinery.
+    own: ClassVar[str]
+    by_machinery: ClassVar[type[PeerMachinerySource]]
+    by_rules: ClassVar[type[PeerRulesSource]]
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Callable[[Any, Any], Any], *, check: Check = "first", machinery: str = "auto"
+    ) -> None:
+        super().__init__(model, loss_fn, check=check)
+        known = ("auto", self.own, "rules")
+        if machinery not in known:
+            raise OptionError(f"machinery={machinery!r} is not known: use one of {', '.join(map(repr, known))}.")
+        self.machinery = machinery
+        self._found: dict[tuple[Any, ...], str] = {}
+        self._moved_attributes = False  # whether the stand-in of the last call has other attributes than the model
+
+    def refuse_unsupported(self) -> None:
+        if self.machinery == "rules" or self._known_reason():
+            self._rules().refuse_unsupported()
+
+    def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._served(batch, lambda source: source.compute_per_sample(batch))
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        return self._served(batch, lambda source: source.compute_moments(batch))
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        if self.machinery == self.own:
+            reasons = [str(self._advised(UnfitError(reason))) for reason in self._machinery().known_reasons()]
+            if reasons:
+                return [Use(None, "refused", "the model", "", reason) for reason in reasons]
+        return self._served(batch, lambda source: list(source.find_uses(batch)))
+
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        """Record the moments of passes that the user runs, see `PerSampleGradSource.recording`.
+
+        The rules are applied to the user's own pass. The machinery, whose hooks are not on the user's model, repeats
+        it; with `machinery="auto"` only where the rules do not serve the model.
+        """
+        if self.machinery == "rules" or (self.machinery == "auto" and self._rules_serve()):
+            self.ran = "rules"
+            recording = self._rules().recording(loss_reduction)
+        else:
+            self.ran = self.own
+            recording = super().recording(loss_reduction)
+        with recording as recorded:
+            yield recorded
+
+    def state_changed(self, state: State) -> bool:
+        return self._moved_attributes or super().state_changed(state)
+
+    # Inner workings.
+
+    def _served(self, batch: Batch | None, compute: Callable[[PerSampleGradSource], Result]) -> Result:
+        """Return what `compute` returns for the one of the two that is to serve `batch`."""
+        self.ran_because = self._known_reason() or self._found_reason(batch)
+        if self.machinery != "rules" and not self.ran_because:
+            self.ran = self.own
+            machinery = self._machinery()
+            try:
+                result = compute(machinery) if batch is None else machinery.attempt(batch, compute)
+                self._moved_attributes = machinery.moved_attributes
+                return result
+            except UnsupportedModelError as refusal:
+                if self.machinery == self.own or not self._rules_serve():
+                    raise self._advised(refusal) from refusal
+                self.ran_because = str(refusal)
+                if batch is not None and not isinstance(refusal, BusyError):
+                    self._found[self._kind(batch, self.own)] = self.ran_because
+        self.ran, self._moved_attributes = "rules", False
+        return compute(self._rules())
+
+    def _known_reason(self) -> str:
+        """Return what is known against the machinery before the model is run; empty if it may serve.
+
+        Raises:
+            UnsupportedModelError: something is, and no other may serve.
+        """
+        reason = "" if self.machinery == "rules" else next(self._machinery().known_reasons(), "")
+        if reason and self.machinery == self.own:
+            raise self._advised(UnfitError(reason))
+        return reason
+
+    def _found_reason(self, batch: Batch | None) -> str:
+        """Return what a forward pass on a batch of this kind has shown against it."""
+        return self._found.get(self._kind(batch, self.own), "") if self._found and batch is not None else ""
+
+    def _advised(self, refusal: UnsupportedModelError) -> UnsupportedModelError:
+        """Return `refusal` with the advice that it lacks."""
+        if not isinstance(refusal, UnfitError):
+            return refusal
+        rules = "use machinery='rules', or " if self._rules_serve() else ""
+        return UnsupportedModelError(f"{refusal} {(rules + FUSED_OR_VJP).capitalize()}.")
+
+    def _rules_serve(self) -> bool:
+        try:
+            self._rules().refuse_unsupported()
+        except UnsupportedModelError:
+            return False
+        return True
+
+    def _machinery(self) -> PeerMachinerySource:
+        return self.by_machinery(self.model, self.loss_fn, check=self.check)
+
+    def _rules(self) -> PeerRulesSource:
+        rules = self.by_rules(self.model, self.loss_fn, check=self.check)
+        rules._checked = self._checked  # a recording runs the self-check by itself
+        return rules

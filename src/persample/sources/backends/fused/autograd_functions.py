@@ -1,0 +1,101 @@
+"""Custom functions of autograd that take samples and parameters, as fused kernels do.
+
+Their forward pass was followed, so it is known where the samples are in their results. What autograd calls in the
+backward pass is linear in the gradient δ of the results, so it gives the gradient g_i of a parameter from the part of δ
+that belongs to sample i: one call for each sample, of this function alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from persample.errors import UnsupportedModelError
+from persample.sources.backends.contributions import Terms, precise
+from persample.sources.backends.fused.expressions import Expression
+from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.taps import Copies, Mixed, Operation, Tap
+from persample.sources.selfcheck.tolerances import tolerance
+
+_OWN = tuple(function._backward_cls for function in (Tap, Operation, Copies, Mixed))
+
+Results = dict[int, Layout]
+
+
+def is_kernel(node: Any) -> bool:
+    """Whether a node of autograd's graph is that of somebody else's custom function."""
+    return isinstance(node, BackwardCFunction) and not isinstance(node, _OWN)
+
+
+class Kernel:
+    """Gives the contributions of the parameters that a custom function took, when its backward pass is due.
+
+    Args:
+        capture: receives them.
+        node: that of the function in autograd's graph.
+        results: where the samples are in its results, by their number.
+        expressions: those of the parameters that it took, by the number of the edge that leads to them.
+    """
+
+    def __init__(self, capture: Any, node: Any, results: Results, expressions: Mapping[int, Expression]) -> None:
+        self.capture, self.results, self.expressions = capture, results, expressions
+        self.handles = [
+            node.register_prehook(lambda deltas: self._receive(node, deltas)),
+            node.register_hook(self._withheld),
+        ]
+
+    def _withheld(self, gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
+        """Return the gradients of samples alone, so that a gradient that reaches a parameter was one of unseen use."""
+        return tuple(None if place in self.expressions else g for place, g in enumerate(gradients))
+
+    def _receive(self, node: Any, deltas: tuple[Any, ...]) -> None:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            given = [
+                torch.zeros(like.shape, dtype=like.dtype, device=like.device) if d is None else d
+                for d, like in zip(deltas, node._input_metadata, strict=True)
+            ]
+            labels = [0 if d is None else self._labels(number, d) for number, d in enumerate(deltas)]
+            alone = [
+                self._gradients(
+                    node,
+                    [
+                        torch.where(torch.as_tensor(o == i, device=d.device), d, 0)
+                        for d, o in zip(given, labels, strict=True)
+                    ],
+                )
+                for i in range(self.capture.batch_size)
+            ]
+            together = self._gradients(node, given)
+            for place, total in together.items():
+                rows = [g.get(place) for g in alone]
+                if any(row is None for row in rows):
+                    raise self._refusal("gives a gradient for the batch that it does not give for each sample")
+                stacked = torch.stack([row for row in rows if row is not None])
+                summed, allowed = stacked.sum(0), tolerance(total)
+                if not torch.allclose(summed, total, allowed, allowed * float(total.abs().max()), equal_nan=True):
+                    raise self._refusal("is not linear in the gradient of its results, so it mixes the samples")
+                if place in self.expressions:
+                    self.capture.receive(self.expressions[place], Terms(precise(stacked).unsqueeze(1)))
+
+    def _labels(self, number: int, delta: Tensor) -> Any:
+        if number not in self.results:
+            raise self._refusal("has a result in which nobody saw where the samples are")
+        return self.results[number].labels(delta.shape, delta.device)
+
+    def _gradients(self, node: Any, deltas: list[Any]) -> dict[int, Tensor]:
+        """Return what the function's backward pass makes of the gradients of its results, by the edges they go to."""
+        found = node.apply(*deltas)
+        found = found if isinstance(found, tuple) else (found,)
+        wanted = [g for g, needed in zip(found, node.needs_input_grad, strict=False) if needed]
+        edges = [place for place, (following, _) in enumerate(node.next_functions) if following is not None]
+        return {place: g for place, g in zip(edges, wanted, strict=True) if isinstance(g, Tensor)}
+
+    def _refusal(self, reason: str) -> UnsupportedModelError:
+        names = [name for expression in self.expressions.values() for name in expression.names]
+        return UnsupportedModelError(
+            f"A custom torch.autograd.Function of parameter {', '.join(map(repr, names))} {reason}: use backend 'loop'."
+        )

@@ -1,0 +1,74 @@
+"""What an operand contributes that was computed from parameters and has an entry of its own for each sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from persample.sources.backends.fused.axis import Place
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """g_i is t_i in the entries of sample i, and zero in all others.
+
+    Attributes:
+        terms: t, of b samples: `(b, *shape of the operand in a batch of one)`.
+        place: where the operand has its entries for the samples.
+        count: B, as many samples as the operand has entries for.
+        first: which of them is the first of these b.
+    """
+
+    terms: Tensor
+    place: Place
+    count: int
+    first: int = 0
+
+    def rows(self, rows: slice) -> OwnRows:
+        start, _, _ = rows.indices(len(self.terms))
+        return OwnRows(self.terms[rows], self.place, self.count, self.first + start)
+
+    def per_sample(self) -> Tensor:
+        each = torch.arange(len(self.terms), device=self.terms.device)
+        g = self.terms.new_zeros(len(self.terms), self.count, *self.terms.shape[1:])
+        g[each, self.first + each] = self.terms
+        return torch.stack([self.place.put_back(parts) for parts in g])
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        total = self.terms.new_zeros(self.count, *self.terms.shape[1:])
+        total[self.first : self.first + len(self.terms)] = self.terms
+        total = self.place.put_back(total)
+        return total, total.square()
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return self.sums()[1]
+
+
+@dataclass(frozen=True)
+class PickedRows:
+    """The same where the samples' rows were picked or sorted.
+
+    Attributes:
+        delta: δ of the operand.
+        labels: whose each of its entries is.
+        samples: the samples that are asked for.
+    """
+
+    delta: Tensor
+    labels: Tensor
+    samples: Tensor
+
+    def rows(self, rows: slice) -> PickedRows:
+        return PickedRows(self.delta, self.labels, self.samples[rows])
+
+    def per_sample(self) -> Tensor:
+        own = self.labels == self.samples.view(-1, *[1] * self.delta.dim())
+        return torch.where(own, self.delta, 0)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.delta.clone(), self.delta.square()  # δ may be that of other parameters, too
+
+    def printed_second_moment_sum(self) -> Tensor:
+        return self.delta.square()

@@ -1,0 +1,175 @@
+"""Recording what the user runs: the same capture of operations, in his own forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from persample.errors import PersampleError, UnsupportedModelError
+from persample.sources.backends.contributions import without_autocast
+from persample.sources.backends.fused.accumulators import Moment
+from persample.sources.backends.fused.arguments import tensors_in
+from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.expressions import Expression
+from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.propagation import Lost
+from persample.sources.backends.fused.torch_function_bypass import opened
+from persample.sources.backends.fused.usage_recorder import unseen_use
+from persample.sources.contract import PerSampleGradSource
+from persample.sources.model.autograd_graph import nodes_behind
+from persample.sources.model.refusals import refuse_impossible
+from persample.sources.recording.forward_pass import ForwardPass
+from persample.sources.recording.recorder import Recorder
+from persample.sources.recording.reduction import refuse_uses_past_outputs, used_outside
+from persample.sources.recording.results import LossReduction, Sums
+from persample.sources.selfcheck.oracle import inner_backward_pass
+
+# The mode is active meanwhile, for activation checkpointing, but this call is not the model's.
+_backward: Callable[..., None] = opened(torch.autograd.backward) or torch.autograd.backward
+
+
+class FusedRecorder(Recorder):
+    """Sends the operations of a user's forward pass to the rules of this backend, and leaves the gradient in `p.grad`.
+
+    Autograd never computes the gradient of a parameter that is used in the forward pass. So if it accumulates one all
+    the same, the parameter was used by something unseen.
+    """
+
+    def __init__(self, source: PerSampleGradSource, reduction: LossReduction) -> None:
+        parameters = source.parameters()
+        super().__init__(source.model, parameters, reduction)
+        self.source = source
+        self.capture: Capture | None = None
+        self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
+        self._mixed: dict[Node, str] = {}
+        for name, p in parameters.items():
+            self.hold(p.register_post_accumulate_grad_hook(self._unseen(name)))
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        refuse_impossible(self.model)
+        self.source.refuse_hooks()
+        self.remember_state(self.source, forward_pass)
+        self.capture = None
+        self._mixed.clear()
+        if forward_pass.batch.size == 1:  # the gradient of a single sample is the ordinary one
+            return
+        recorder, size = self, forward_pass.batch.size
+
+        class Watched(Moment):
+            def receive(self, expression: Any, contribution: Any) -> None:
+                recorder.reach(forward_pass)
+                super().receive(expression, contribution)
+
+        class OutsideToo(Capture):
+            def mixed(
+                self, result: Tensor, where: Lost, expressions: Sequence[Expression], refusal: PersampleError
+            ) -> Tensor:
+                if recorder.current is None:
+                    refusal = UnsupportedModelError(used_outside(expressions[0].names[0]))
+                return super().mixed(result, where, expressions, refusal)
+
+        self.capture = OutsideToo(self.recorded.parameters, size, Watched(size))
+        self.capture.follow(forward_pass.batch)
+
+    def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
+        if self.capture is not None:
+            forward_pass.outputs = [i for i in forward_pass.outputs if self._is_batch_first(outputs[i])]
+
+    def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.capture is None:
+            return func(*args, **kwargs)
+        try:
+            result = self.capture.__torch_function__(func, types, args, kwargs)
+        except UnsupportedModelError as refusal:
+            expressions = (self.capture.expression(t) for t in tensors_in((args, dict(kwargs))))
+            names = [name for expression in expressions if expression is not None for name in expression.names]
+            if names and self.current is None:
+                raise UnsupportedModelError(used_outside(names[0])) from refusal
+            raise
+        for output in tensors_in((result,)):
+            if output.grad_fn is not None and output.dim() > 0:
+                where = self.capture.layouts.get(output)
+                if isinstance(where, Lost) and where.mixed:
+                    self._mixed[output.grad_fn] = where.reason
+        return result
+
+    def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        self._refuse_mixing(losses)
+        self.refuse_unseparable(losses, self.source)
+        with torch._C.DisableTorchFunction():
+            edges = [edge for p in self.passes[-1:] for edge in p.edges.values()]
+            for loss in losses:
+                refuse_uses_past_outputs(loss, edges, self.recorded.parameters)
+        return self._during_backward(losses)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> None:
+        _backward(*args, **kwargs)
+
+    @contextmanager
+    def _during_backward(self, losses: Sequence[Tensor]) -> Iterator[None]:
+        if self.capture is not None:
+            with self.capture.during_backward(losses):
+                yield
+        else:
+            with self.with_gradients():
+                yield
+
+    def after_backward(self, forward_pass: ForwardPass) -> Sums:
+        if self.capture is None:
+            self._check(forward_pass)
+            return Sums(1, self.gradients, {name: g.square() for name, g in self.gradients.items()})
+        for leaf, expression in self.capture.leaves().items():
+            if leaf.grad is not None:
+                raise UnsupportedModelError(unseen_use(expression.names[0]))
+        sink = self.capture.sink
+        device = next((p.device for p in self.recorded.parameters.values()), torch.device("cpu"))
+        self._finishing = True
+        with torch.enable_grad(), without_autocast(device):
+            sink.finish()
+        self._finishing = False
+        for name, total in sink.total.items():
+            p = self.recorded.parameters[name]
+            gradient = total.detach().to(p.dtype, copy=True)
+            p.grad = gradient if p.grad is None else p.grad + gradient
+        self.capture = None
+        for name in sink.total:  # as autograd does it, which has not accumulated these gradients
+            p = self.recorded.parameters[name]
+            for hook in list((p._post_accumulate_grad_hooks or {}).values()):
+                hook(p)
+        self._check(forward_pass)
+        return Sums(forward_pass.batch.size, sink.total, sink.squares)
+
+    def left_out(self) -> Iterable[str]:
+        return self.gradients
+
+    def _check(self, forward_pass: ForwardPass) -> None:
+        if forward_pass.outputs:  # else the model computes its loss itself, in one number
+            self.check(self.source, forward_pass)
+
+    def _unseen(self, name: str) -> Callable[[Tensor], None]:
+        def refuse(parameter: Tensor) -> None:
+            if self._finishing:
+                raise inner_backward_pass(name)
+            if self.in_backward and self.capture is not None:
+                raise UnsupportedModelError(unseen_use(name))
+
+        return refuse
+
+    def _is_batch_first(self, output: Tensor) -> bool:
+        where = self.capture.layouts.get(output) if self.capture is not None else None
+        place = where.place(output.shape) if isinstance(where, Layout) else None
+        return place is None or place.dim == 0
+
+    def _refuse_mixing(self, losses: Iterable[Tensor]) -> None:
+        """Raise if samples met in a tensor that the loss was computed from, before the losses were added up."""
+        for node in (node for loss in losses for node in nodes_behind(loss)) if self._mixed else ():
+            if node in self._mixed:
+                raise UnsupportedModelError(
+                    f"The model or the loss mixes the samples ({self._mixed[node]}), so the gradient of a single "
+                    "sample does not exist. Make every sample's loss depend on that sample alone."
+                )

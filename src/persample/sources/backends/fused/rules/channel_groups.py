@@ -1,0 +1,40 @@
+"""Convolutions of a single image, of which each group of channels is a sample, with its own copy of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.rules.expanded import copied
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+Rule = Callable[..., Any]
+
+
+def in_groups(function: Callable[..., Tensor], rule: Rule) -> Rule:
+    """Return `rule`, which serves `function` for samples in dim 0, for samples in the channels, too.
+
+    There the rows of weight and bias, `(B·O, …)`, are those of the samples, so that these operands are samples.
+    """
+
+    def for_groups(
+        capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        layout = capture.layouts.get(input)
+        place = layout.place(input.shape) if isinstance(layout, Layout) else None
+        if not isinstance(layout, Layout) or place is None or place.dim != 1 or len(input) > 1:
+            return rule(capture, input, weight, bias, *args, **kwargs)
+        copies = {}
+        for operand in (weight, bias):
+            if operand is not None and capture.expression(operand) is not None and len(operand) % layout.rows == 0:
+                rows = Place(0, after=len(operand) // layout.rows)
+                copies[id(operand)] = copied(capture, operand, operand.dim(), layout, rows)
+        return capture.again(function, (input, weight, bias, *args), kwargs, copies)
+
+    return for_groups

@@ -1,0 +1,105 @@
+"""Constants with an entry for each sample, such as positions looked up as `(B, T)`, or the token types of BERT.
+
+What is made of them and of parameters has entries for the samples, too, each of which depends on all parameters. So it
+is made once more where samples meet it, with the constants taken for samples. Then each parameter has the ordinary rule
+of its operation, at a cost that grows as B; as an expression it would cost B times as much.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from persample.errors import UnsupportedModelError
+from persample.sources.backends.fused.arguments import tensors_in
+from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.expressions import Made, version_of
+from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.propagation import Call, after
+from persample.sources.selfcheck.tolerances import tolerance
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+
+def as_samples(capture: Capture, operand: Tensor, where: Layout, place: Place) -> Tensor | None:
+    """Return `operand`, an expression with an entry for each sample, made of samples; None if it cannot be.
+
+    Args:
+        capture: sees the operation.
+        operand: the expression.
+        where: where it has its entries for the samples,
+        place: and in which dimension.
+    """
+    made = capture.expressions[id(operand)][1].made
+    if made is None or where.owners is not None or capture.intercepted or not capture.forward_pass:
+        return None
+    key = (id(operand), where)
+    if key not in capture.remade:
+        result = _remade(capture, made, operand, where, place)
+        capture.remade[key] = None if result is None else (result, version_of(result))
+    known = capture.remade[key]
+    return None if known is None or version_of(known[0]) != known[1] else known[0]
+
+
+def _remade(capture: Capture, made: Made, operand: Tensor, where: Layout, place: Place) -> Tensor | None:
+    from persample.sources.backends.fused.rules.expanded import copied
+
+    places = _places(capture, made, operand.dim(), where, place)
+    if not places:
+        return None
+    operands = {id(t): t for t in tensors_in((made.args, dict(made.kwargs)))}
+    layouts = {key: where.at(at, operands[key].shape) for key, at in places.items()}
+    if after(Call(made.func, made.args, made.kwargs, layouts, where.batch))[made.number or 0] != where:
+        return None
+    expression = capture.expressions[id(operand)][1]
+    devices = [operand.device] if operand.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices=devices):  # what is random is no longer the same, and so is left alone
+            samples = {
+                key: copied(capture, operands[key], operands[key].dim(), layouts[key], at)
+                if key in made.sources
+                else capture.follow_as(operands[key].detach(), layouts[key])
+                for key, at in places.items()
+            }
+            result = capture.again(made.func, made.args, made.kwargs, samples)
+    except UnsupportedModelError:
+        return None
+    if made.number is not None:
+        result = result[made.number]
+    allowed = tolerance(expression.value)
+    same = result.shape == operand.shape and capture.layouts.get(result) == where
+    if not same or not torch.allclose(result.detach(), expression.value, allowed, allowed, equal_nan=True):
+        return None
+    capture.bypassed.add(expression)
+    remade: Tensor = result
+    return remade
+
+
+def _places(capture: Capture, made: Made, ndim: int, where: Layout, place: Place) -> dict[int, Place]:
+    """Return where the operands have entries for the samples, by their id; none if one is not what it was any more."""
+    places = {}
+    for t in tensors_in((made.args, dict(made.kwargs))):
+        source = made.sources.get(id(t))
+        if source is None:
+            if t.requires_grad or t in capture.layouts or version_of(t) != made.versions[id(t)]:
+                return {}
+        elif source is not capture.expression(t):
+            return {}
+        if source is None or not source.is_parameter:
+            at = _place(t, ndim, where, place)
+            if at is not None:
+                places[id(t)] = at
+    return places
+
+
+def _place(t: Tensor, ndim: int, where: Layout, place: Place) -> Place | None:
+    """Return the likely dimension with entries for the samples: that of the result, counted from behind or before."""
+    likely = (place.dim - ndim + t.dim(), place.dim, *range(t.dim()))
+    for parts in (place, Place(0)):
+        for dim in likely:
+            if 0 <= dim < t.dim() and t.shape[dim] == where.rows * parts.folded:
+                return parts._replace(dim=dim)
+    return None

@@ -1,0 +1,160 @@
+"""Operations that are others in disguise: they are written out, and the rules of those do the work."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.sources.backends.fused.indexing import is_mask, read, selecting
+from persample.sources.backends.fused.rules.expanded import batched
+from persample.sources.backends.fused.torch_function_bypass import opened
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+
+def addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """β b + α (x @ P), for matrices, batches of matrices and vectors."""
+    with capture:
+        product = mat1 @ mat2
+        product = product if alpha == 1 else alpha * product
+        return product + (input if beta == 1 else beta * input)
+
+
+def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with a vector for weight."""
+    with capture:
+        product = input @ weight
+        result: Tensor = product if bias is None else product + bias
+        return result
+
+
+def masked_fill(capture: Capture, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """The parameter where the mask is, x elsewhere."""
+    with capture:
+        return torch.where(mask, value, input).contiguous()
+
+
+def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Tensor:
+    """X where it is positive, w ∘ x elsewhere; w has one entry, or one for each channel, dim 1."""
+    with capture:
+        if weight.numel() > 1 and input.dim() > 2:
+            weight = weight.view(-1, *[1] * (input.dim() - 2))
+        return torch.where(input > 0, input, weight * input)
+
+
+def bilinear(capture: Capture, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x₁ᵀ W_o x₂ for each output o: a linear layer on the products of the entries."""
+    with capture:
+        products = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+        return F.linear(products, weight.flatten(1), bias)
+
+
+def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
+    """Products with a vector or a matrix in front are products with a matrix behind: P x = (xᵀ Pᵀ)ᵀ."""
+    in_front = capture.expression(first) is not None
+    with capture:
+        if in_front and first.dim() == 1:
+            return (second.mT @ first.unsqueeze(1)).squeeze(-1)
+        if in_front and first.dim() == 2 and second.dim() > 2:
+            return (second.mT @ first.mT).mT.contiguous()
+        if not in_front and second.dim() == 1:
+            return (first @ second.unsqueeze(1)).squeeze(-1)
+        if not in_front and second.dim() == 2 and second.numel() == 0:
+            return first.new_zeros(*first.shape[:-1], second.shape[1])
+    return capture.fall_back(torch.matmul, (first, second), {})
+
+
+def looked_up(capture: Capture, table: Tensor, index: Any) -> Any:
+    """`parameter[:, i, j]`, with indices of samples, is an embedding by the number i · size + j."""
+    if capture.expression(table) is None:
+        return capture.fall_back(Tensor.__getitem__, (table, index), {})
+    with capture:
+        lookup = read(index, table.dim())
+        table = table[lookup.basic]
+        numbers = {d: n for dim, given in lookup.tensors.items() for d, n in enumerate(_numbers(given), dim)}
+        count, others = len(numbers), [d for d in range(table.dim()) if d not in numbers]
+        table = table.permute(*numbers, *others)
+        sizes, rest = table.shape[:count], table.shape[count:]
+        number: Any = 0
+        for n, size in zip(numbers.values(), sizes, strict=True):
+            if bool(((n < -size) | (n >= size)).any()):
+                raise IndexError("an index is out of range")
+            number = number * size + n % size
+        rows = F.embedding(number, table.reshape(sizes.numel(), -1)).unflatten(-1, rest or (1,))
+        rows = rows if rest else rows.squeeze(-1)
+        before = range(lookup.before)
+        return rows.movedim([number.dim() + d for d in before], [*before])
+
+
+def _numbers(given: Tensor) -> list[Tensor]:
+    """The numbers of what a mask shows, one tensor for each of its dimensions; numbers as they are."""
+    if not is_mask(given):
+        return [given.long()]
+    mask = given.bool() if given.dim() > 0 else given.bool().unsqueeze(0)
+    places = [torch.arange(size, device=mask.device) for size in mask.shape]
+    return [place[mask] for place in torch.meshgrid(*places, indexing="ij")]
+
+
+def take(capture: Capture, input: Tensor, index: Tensor) -> Any:
+    """`parameter.flatten()[indices]`."""
+    if capture.expression(input) is None:
+        return capture.fall_back(torch.take, (input, index), {})
+    with capture:
+        return input.flatten()[index]
+
+
+def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> Any:
+    """The same by another name."""
+    if capture.expression(input) is None:
+        return capture.fall_back(torch.index_select, (input, dim, index), {})
+    with capture:
+        return input[selecting(dim, index, input.dim())]
+
+
+def gather(capture: Capture, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    """Entry (i, j, …) of the result is the parameter's entry (index, j, …), with the index in place of i for dim 0."""
+    if capture.expression(input) is None or capture.expression(index) is not None or index.dim() == 0:
+        return capture.fall_back(torch.gather, (input, dim, index), {})
+    dim = dim % index.dim()
+    with capture:
+        table = input.unsqueeze(0) if input.dim() == 0 else input
+        steps = [math.prod(table.shape[d + 1 :]) for d in range(table.dim())]
+        number = index * steps[dim]
+        for d in range(table.dim()):
+            if d != dim:
+                place = torch.arange(index.shape[d], device=index.device) * steps[d]
+                number = number + place.view([-1 if k == d else 1 for k in range(index.dim())])
+        return table.flatten()[number]
+
+
+def embedding(
+    capture: Capture,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """`torch.embedding`, which `F.embedding` calls."""
+    padding = None if padding_idx < 0 else padding_idx
+    with capture:
+        return F.embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def solve(capture: Capture, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # noqa: N803 - PyTorch's names
+    """`torch.linalg.solve`, of which a right-hand side may be vectors."""
+    if B.dim() == 1 or B.shape == A.shape[:-1]:
+        with capture:
+            return torch.linalg.solve(A, B.unsqueeze(-1), left=left).squeeze(-1)
+    return batched(capture, torch.linalg.solve, (A, B), {"left": left})
+
+
+def linear_cross_entropy(capture: Capture, *args: Any, **kwargs: Any) -> Any:
+    """Without the chunks in which PyTorch hides the parameters from autograd."""
+    function: Any = F.linear_cross_entropy
+    return capture.again(opened(function), args, kwargs | {"options": None}, {})

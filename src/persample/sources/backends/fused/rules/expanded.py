@@ -1,0 +1,182 @@
+"""A copy of a parameter for each sample, for operations that combine it with samples entry by entry, and for others.
+
+Where an operation takes θ for all samples, it may as well take θ_1, …, θ_B, one for each, all equal to θ. Then autograd
+gives δ_i, the gradient of θ_i, and g_i = δ_i. The copies are expanded, so they take no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from persample.sources.backends.contributions import Contribution, Terms
+from persample.sources.backends.fused.arguments import substitute, tensors_in
+from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.disjoint_rows import OwnRows, PickedRows
+from persample.sources.backends.fused.expressions import Expression
+from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.op_table import JOINING
+from persample.sources.backends.fused.owners import NOBODY
+from persample.sources.backends.fused.parts import follow, put_beside
+from persample.sources.backends.fused.propagation import Call, Unknown, after, agreed, aligned
+from persample.sources.backends.fused.rules.constants import as_samples
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+
+def entry_by_entry(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Operations entry by entry on operands that are broadcast to each other."""
+    operands = tensors_in((args, dict(kwargs)))
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    samples = capture.samples_in(args, kwargs)
+    try:
+        layout = agreed(samples, [t for t in operands if id(t) in samples], shape, aligned)
+    except Unknown:
+        values, named = capture.values((args, dict(kwargs)))
+        where = after(Call(func, values, named, samples, capture.batch_size))[0]
+        layout = capture.known(where, getattr(func, "__name__", ""), shape)
+    place = place_in(layout, shape)
+    copies = {
+        id(t): copied(capture, t, len(shape), layout, place) for t in operands if capture.expression(t) is not None
+    }
+    replaced = substitute((args, dict(kwargs)), copies)
+    result = func(*replaced[0], **replaced[1])
+    for output in tensors_in(result):
+        capture.follow_as(output, layout)
+    if capture.parts:
+        follow(capture, func, args, kwargs, result)
+    return result
+
+
+def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`torch.cat` and `torch.stack`: expanded parameters beside samples, such as a class token."""
+    tensors = args[0] if args else kwargs["tensors"]
+    beside = next(t for t in tensors if capture.expression(t) is None and id(t) in capture.samples_in(args, kwargs))
+    layout = capture.layout(beside, "torch.cat")
+    place = place_in(layout, beside.shape)
+    dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    if not JOINING[func] and dim % beside.dim() == place.dim and layout.rows > 1:
+        raise ValueError("it puts a parameter beside whole samples")
+    copies = {
+        id(t): copied(capture, t, beside.dim(), layout, place) for t in tensors if capture.expression(t) is not None
+    }
+    joined: Tensor = capture.again(func, args, kwargs, copies)
+    put_beside(capture, func, tensors, dim % joined.dim(), joined)
+    return joined
+
+
+def batched(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Operations on the last two dimensions, with all before them broadcast, such as attention with learned queries."""
+    operands = tensors_in((args, dict(kwargs)))
+    samples = capture.samples_in(args, kwargs)
+    largest = max((t for t in operands if id(t) in samples), key=Tensor.dim)
+    layout = samples[id(largest)]
+    place = place_in(layout, largest.shape)
+    if place.dim >= largest.dim() - 2:
+        return capture.fall_back(func, args, kwargs)
+    copies = {
+        id(t): copied(capture, t, largest.dim(), layout, place) for t in operands if capture.expression(t) is not None
+    }
+    return capture.again(func, args, kwargs, copies)
+
+
+def own_of_one_sample(capture: Capture, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Return copies of the operands made of parameters, if all other operands are of one and the same sample.
+
+    Then the operation needs no rule: the copies are that sample's own.
+    """
+    operands = tensors_in((args, dict(kwargs)))
+    layouts: list[Layout] = []
+    for operand in operands:
+        where = capture.layouts.get(operand)
+        if isinstance(where, Layout) and where.owners is not None and where.rows == 1:
+            layouts.append(where)
+        elif where is not None:
+            return {}
+    owners = {int(layout.owners.labels) for layout in layouts if layout.owners is not None}
+    if len(owners) != 1 or NOBODY in owners:
+        return {}
+    layout = layouts[0]
+    return {id(t): copied(capture, t, t.dim(), layout, Place(0)) for t in operands if capture.expression(t) is not None}
+
+
+def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: Place) -> Tensor:
+    """Return `operand`, which is made of parameters, with an entry for each sample, followed.
+
+    Args:
+        capture: sees the operation.
+        operand: has size 1 where the samples are, or no such dimension, or an entry for each sample already.
+        ndim: its dimensions are the last of so many.
+        layout: where the samples are in another operand, with so many dimensions,
+        place: and in which of them.
+
+    Raises:
+        ValueError: the operand has another size there.
+    """
+    expression = capture.expressions[id(operand)][1]
+    if layout.rows == 1:  # all is of one sample
+        whole = Layout(1, layout.batch, operand.numel(), layout.owners)
+        return capture.copies(expression.value, whole, expression, _of_own_rows(whole, Place(0)))
+    missing = ndim - operand.dim()
+    own = place._replace(dim=place.dim - missing)
+    size = layout.rows * place.folded
+    if own.dim < 0 or operand.shape[own.dim] == 1:
+        shape = [1] * missing + list(operand.shape)
+        values = expression.value.reshape(shape)
+        shape[place.dim] = size
+        where = layout.at(place, shape)
+        return capture.copies(values.expand(shape), where, expression, _of_all(expression, layout, place))
+    if operand.shape[own.dim] != size:
+        raise ValueError("it has neither one entry nor one for each sample where the samples are")
+    where = layout.at(own, operand.shape)
+    length = expression.repeats.get(own.dim)
+    if length is not None and own.before == 1 and own.after % length == 0:
+        once = expression.once(own.dim)
+        capture.bypassed.add(expression)
+        return capture.copies(expression.value, where, once, _of_repeated(once, layout, own))
+    made = as_samples(capture, operand, where, own)
+    return capture.copies(expression.value, where, expression, _of_own_rows(where, own)) if made is None else made
+
+
+def _of_own_rows(layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+    def contribution(delta: Tensor) -> Contribution:
+        if layout.owners is None:
+            return OwnRows(place.sample_first(delta, layout.batch), place, layout.batch)
+        samples = torch.arange(layout.batch, device=delta.device)
+        return PickedRows(delta, layout.labels(delta.shape, delta.device), samples)
+
+    return contribution
+
+
+def _of_all(expression: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+    def contribution(delta: Tensor) -> Terms:
+        parts = layout.by_sample(delta, place)
+        return Terms(parts.reshape(*parts.shape[:2], *expression.value.shape))
+
+    return contribution
+
+
+def _of_repeated(once: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+    length = once.value.shape[place.dim]
+
+    def contribution(delta: Tensor) -> Terms:
+        parts = layout.by_sample(delta, place).unflatten(1, (-1, length))
+        return Terms(parts.movedim(2, 2 + place.dim))
+
+    return contribution
+
+
+def place_in(layout: Layout, shape: torch.Size) -> Place:
+    """Return the dimension of `shape` that holds the samples.
+
+    Raises:
+        ValueError: no single one does.
+    """
+    place = layout.place(shape)
+    if place is None:
+        raise ValueError("the samples are not in one dimension")
+    return place

@@ -1,0 +1,147 @@
+"""Operations in place where parameters take part.
+
+Constants, or an expression, into which parameters are written are an expression from then on. An expression into which
+samples are written becomes samples. Where parameters change samples, an operation that returns a new tensor does the
+work, and its result is copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.errors import UnsupportedModelError
+from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
+from persample.sources.backends.fused.expressions import Expression, origins, own_saved_tensors
+from persample.sources.backends.fused.op_table import RESHAPES_IN_PLACE, functions, is_in_place
+from persample.sources.backends.fused.propagation import Call, after
+from persample.sources.backends.fused.rules.expanded import copied, place_in
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+
+def writes(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation changes the entries of its first operand."""
+    return is_in_place(func) and func not in _LEAVE_ENTRIES and isinstance(args[0], Tensor)
+
+
+_LEAVE_ENTRIES = RESHAPES_IN_PLACE | functions("requires_grad_ detach_")
+
+
+def write_parameters(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation in place on parameters and constants alone.
+
+    Raises:
+        UnsupportedModelError: other tensors share the memory of the one that is changed.
+    """
+    target, arguments = args[0], (args, dict(kwargs))
+    before = capture.expression(target)
+    sources = {id(t): e for t in tensors_in(arguments) if (e := capture.expression(t)) is not None}
+    graphs = {key: source.graph for key, source in sources.items()}
+    if before is not None:
+        _require_own_memory(capture, func, args, kwargs)
+    elif target._base is not None:
+        raise _sharing(func)
+    with own_saved_tensors():
+        graph = (target if before is None else before.graph).clone()
+        new_args, new_kwargs = substitute(arguments, graphs | {id(target): graph})
+        func(*new_args, **new_kwargs)
+    if before is None or not target.is_leaf:
+        # With its graph, so that a use of what shares the constants' memory is noticed as one of the parameter.
+        new_args, new_kwargs = substitute(arguments, {key: g for key, g in graphs.items() if key != id(target)})
+        func(*new_args, **new_kwargs)
+    else:
+        target.data = graph.detach()
+    parameters, through = origins(sources.values())
+    expression = Expression(graph.detach(), graph, parameters, moves=False, through=through)
+    capture.expressions[id(target)] = (target, expression)
+    return target
+
+
+def write_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation that writes samples into an expression of parameters.
+
+    Raises:
+        UnsupportedModelError: other tensors share its memory, or nobody can tell where it has entries for the samples.
+    """
+    target = args[0]
+    _require_own_memory(capture, func, args, kwargs)
+    values, named = capture.values((args, dict(kwargs)))
+    where = after(Call(func, values, named, capture.samples_in(args, kwargs), capture.batch_size))[0]
+    layout = capture.known(where, _name(func), target.shape)
+    copies = copied(capture, target, target.dim(), layout, place_in(layout, target.shape))
+    if target.requires_grad:
+        target.detach_()
+    # Memory of its own, because what its expression was made of must stay as it is.
+    target.data = capture.expressions.pop(id(target))[1].value.clone()
+    capture.follow_as(target.copy_(copies), layout)
+    return capture.again(func, args, kwargs, {})
+
+
+def change_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation that changes samples in place by parameters."""
+    name = _name(func).removesuffix("_")
+    new = next((found for space in (Tensor, torch, F) if callable(found := getattr(space, name, None))), None)
+    if new is None:
+        raise UnsupportedModelError(
+            f"{_name(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use an "
+            "operation that returns a new tensor, or backend 'vjp'."
+        )
+    with capture:
+        return args[0].copy_(new(args[0].clone(), *args[1:], **kwargs))
+
+
+def fill(capture: Capture, x: Tensor, value: Tensor) -> Any:
+    """`x.fill_(parameter)`."""
+    return capture.again(Tensor.copy_, (x, value), {}, {})
+
+
+def written_into(capture: Capture, x: Tensor, index: Any, value: Tensor) -> None:
+    """`x[index] = parameter`."""
+    capture.again(Tensor.__setitem__, (x, index, _for_places(capture, x, index, value)), {}, {})
+
+
+def index_put(capture: Capture, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+    """A copy of x into which the parameter is written, or to which it is added."""
+    if capture.expression(input) is not None:
+        return capture.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
+    copies = _for_places(capture, input, tuple(indices), values)
+    return capture.again(torch.index_put, (input, indices, copies), {"accumulate": accumulate}, {})
+
+
+def _for_places(capture: Capture, x: Tensor, index: Any, value: Tensor) -> Tensor:
+    """Return `value`, which is made of parameters, with an entry for each sample that `x[index]` has entries of."""
+    shape = x.detach()[index].shape
+    samples = capture.samples_in((x, index), {})
+    where = after(Call(Tensor.__getitem__, (x, index), {}, samples, capture.batch_size))[0]
+    layout = capture.known(where, "__setitem__", shape)
+    return copied(capture, value, len(shape), layout, place_in(layout, shape))
+
+
+def _require_own_memory(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    expression = capture.expression(args[0])
+    if expression is None:
+        return
+    if expression.is_parameter:
+        func(*args, **kwargs)  # PyTorch forbids it, in its own words
+    memory = memory_of(expression.value)
+    others = [e.value for _, e in capture.expressions.values() if e is not expression and e.value.numel()]
+    if any(memory_of(other) == memory for other in others + capture.aliases):
+        raise _sharing(func)
+
+
+def _sharing(func: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{_name(func)} changes a tensor in place that shares its memory with others (a part of a tensor, a view), and "
+        "parameters take part, which backend 'fused' cannot follow: call .clone() first, give the whole tensor its new "
+        "entries by index (x[...] = values), or use an operation that returns a new tensor."
+    )
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))

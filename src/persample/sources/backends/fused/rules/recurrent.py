@@ -1,0 +1,321 @@
+"""RNN, LSTM and GRU layers, step by step.
+
+With the input x_t, the state h_{t−1} before the step, and the pre-activations a_t = W_ih x_t + b_ih of all gates,
+
+    RNN    h_t = tanh or relu (a_t + W_hh h_{t−1} + b_hh)
+    LSTM   i, f, g, o = a_t + W_hh h_{t−1} + b_hh
+           c_t = σ(f) ∘ c_{t−1} + σ(i) ∘ tanh(g),  h_t = σ(o) ∘ tanh(c_t),  and then W_hr h_t if it is projected
+    GRU    r = σ(a_r + u_r),  z = σ(a_z + u_z),  n = tanh(a_n + r ∘ u_n)  with  u = W_hh h_{t−1} + b_hh
+           h_t = (1 − z) ∘ n + z ∘ h_{t−1}
+
+One product serves the pre-activations of all steps, and one tap at them delivers δ_t for all t. With δ'_t, the gradient
+of W_hh h_{t−1} + b_hh (which is δ_t, but for n of a GRU, where it is r ∘ δ_t),
+
+    g(W_ih) = Σ_t δ_t x_tᵀ,  g(b_ih) = Σ_t δ_t,  g(W_hh) = Σ_t δ'_t h_{t−1}ᵀ,  g(b_hh) = Σ_t δ'_t.
+
+A sequence is held as PyTorch packs it: the rows of all sequences at step 1, those at step 2, and so on; at each step
+those sequences that are long enough, the longest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.sources.backends.contributions import Terms, precise
+from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.linear import LinearProducts
+from persample.sources.backends.fused.owners import Owners
+from persample.sources.backends.fused.rules.expanded import copied
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+State = tuple[Tensor, ...]
+"""h_t, and c_t of an LSTM."""
+
+
+@dataclass
+class Steps:
+    """What contributions need of the steps of one direction of a layer.
+
+    Attributes:
+        before: h_{t−1}.
+        reset: r of a GRU.
+        unprojected: what W_hr is multiplied with.
+    """
+
+    before: list[Tensor] = field(default_factory=list)
+    reset: list[Tensor] = field(default_factory=list)
+    unprojected: list[Tensor] = field(default_factory=list)
+
+
+class Weights(NamedTuple):
+    """The parameters of one direction of a layer."""
+
+    ih: Tensor
+    hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    hr: Tensor | None
+
+
+class Sequences(NamedTuple):
+    """Packed sequences.
+
+    Attributes:
+        rows: shape `(rows, features)`.
+        sizes: how many sequences there are at each step.
+        layout: where the samples are in the rows.
+    """
+
+    rows: Tensor
+    sizes: Sequence[int]
+    layout: Layout
+
+
+def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[..., State]:
+    def step(a: Tensor, u: Tensor, state: State, steps: Steps) -> State:
+        return (activation(a + u),)
+
+    return step
+
+
+def _lstm(a: Tensor, u: Tensor, state: State, steps: Steps) -> State:
+    i, f, g, o = (a + u).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru(a: Tensor, u: Tensor, state: State, steps: Steps) -> State:
+    (a_r, a_z, a_n), (u_r, u_z, u_n) = a.chunk(3, -1), u.chunk(3, -1)
+    r, z = (a_r + u_r).sigmoid(), (a_z + u_z).sigmoid()
+    n = (a_n + r * u_n).tanh()
+    steps.reset.append(r.detach())
+    return (n + z * (state[0] - n),)
+
+
+Build = Callable[..., LinearProducts | Terms]
+
+_STEPS: Mapping[Any, Callable[..., State]] = {
+    torch.rnn_tanh: _rnn(torch.tanh),
+    torch.rnn_relu: _rnn(torch.relu),
+    torch.lstm: _lstm,
+    torch.gru: _gru,
+}
+
+
+def recurrent(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_relu`, of whole and of packed sequences."""
+    name = getattr(func, "__name__", "")
+    packed = not isinstance(args[3], bool)
+    x, hx, parameters = args[0], args[2 if packed else 1], args[3 if packed else 2]
+    biases, layers, dropout, training, bidirectional, *first = args[4 if packed else 3 :]
+    batch_first = bool(first and first[0])
+    if capture.expression(x) is not None:
+        raise ValueError("its input is computed from parameters")
+    layout = capture.layout(x, name)
+    capture.rounds_otherwise = True
+    if packed:
+        sequences = Sequences(x, args[1].tolist(), layout)
+        of_state, place = _of_first_rows(layout, sequences.sizes[0]), Place(1)
+    else:
+        time_first = x.transpose(0, 1) if batch_first else x
+        at = layout.place(x.shape)
+        if at is None or at.dim != (0 if batch_first else 1):
+            raise ValueError("the samples are not where the layer has its sequences, so that it mixes them")
+        layout, place = layout.at(at._replace(dim=1), time_first.shape), at._replace(dim=1)
+        sequences = Sequences(time_first.flatten(0, 1), [time_first.shape[1]] * len(time_first), layout)
+        of_state = layout
+    states = [_state(capture, s, of_state, place) for s in (hx if isinstance(hx, tuple | list) else (hx,))]
+    last = []
+    directions = 2 if bidirectional else 1
+    count = len(parameters) // (layers * directions)
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            n = layer * directions + direction
+            own = _weights(parameters[n * count : (n + 1) * count], bool(biases))
+            state = tuple(s[n] for s in states)
+            output, state = _direction(capture, _STEPS[func], sequences, state, own, backwards=direction == 1)
+            outputs.append(output)
+            last.append(state)
+        rows = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+        if dropout and training and layer < layers - 1:
+            shape = (len(rows),) if packed else (len(sequences.sizes), -1)
+            rows = F.dropout(rows.view(*shape, rows.shape[-1]), dropout).view_as(rows)
+        width = sequences.rows.shape[-1]
+        sequences = Sequences(rows, sequences.sizes, sequences.layout.with_features(width, rows.shape[-1]))
+    result = rows if packed else rows.view(len(sequences.sizes), -1, rows.shape[-1])
+    capture.follow_as(result, sequences.layout)
+    if batch_first:
+        result = result.transpose(0, 1)
+        capture.follow_as(result, sequences.layout.at(place._replace(dim=0), result.shape))
+    ends = [torch.stack(parts) for parts in zip(*last, strict=True)]
+    for end in ends:
+        capture.follow_as(end, of_state.at(place, end.shape))
+    return result, *ends
+
+
+def _weights(parameters: Sequence[Tensor], biases: bool) -> Weights:
+    ih, hh, *others = parameters
+    b_ih, b_hh = (others.pop(0), others.pop(0)) if biases else (None, None)
+    return Weights(ih, hh, b_ih, b_hh, others[0] if others else None)
+
+
+def _state(capture: Capture, state: Tensor, layout: Layout, place: Place) -> Tensor:
+    """Return the states before the first step, of shape `(layers and directions, sequences, features)`."""
+    if capture.expression(state) is not None:
+        return copied(capture, state, 3, layout, place)
+    if state in capture.layouts:
+        own = capture.layout(state, "A recurrent layer")
+        due = layout.at(place, state.shape)
+        if not torch.equal(own.labels(state.shape, state.device), due.labels(state.shape, state.device)):
+            raise ValueError("its initial states are not those of the same samples as its sequences")
+    return state
+
+
+def _of_first_rows(layout: Layout, rows: int) -> Layout:
+    """The layout of something with an entry for each packed sequence."""
+    if layout.owners is None:
+        return layout._replace(outer=1)
+    return layout._replace(outer=1, owners=Owners(layout.owners.labels[:rows], layout.batch))
+
+
+def _direction(
+    capture: Capture,
+    step: Callable[..., State],
+    x: Sequences,
+    state: State,
+    weights: Weights,
+    *,
+    backwards: bool,
+) -> tuple[Tensor, State]:
+    """Return the outputs of all steps, `(rows, features)`, and the last states."""
+    steps = Steps()
+    a = _pre_activations(capture, x, weights, steps, step is _gru)
+    projection = _projection(capture, x, weights, a, steps)
+    hh, b_hh, hr = (capture.value(w) for w in (weights.hh, weights.b_hh, weights.hr))
+    outputs: list[Tensor] = []
+    first = state
+    ended: list[State] = []
+    state = tuple(s[: x.sizes[-1]] for s in state) if backwards else state
+    order = reversed(range(len(x.sizes))) if backwards else range(len(x.sizes))
+    a_of, projection_of = a.split(list(x.sizes)), projection.split(list(x.sizes)) if projection is not None else None
+    for t in order:
+        size, present = x.sizes[t], len(state[0])
+        if size > present:  # backwards: sequences that end here begin
+            state = tuple(torch.cat([s, begin[present:size]]) for s, begin in zip(state, first, strict=True))
+        elif size < present:  # forwards: those that ended before are done
+            ended.append(tuple(s[size:] for s in state))
+            state = tuple(s[:size] for s in state)
+        steps.before.append(state[0].detach())
+        state = step(a_of[t], F.linear(state[0], hh, b_hh), state, steps)
+        if projection_of is not None:
+            steps.unprojected.append(state[0].detach())
+            state = (F.linear(state[0], hr) + projection_of[t], *state[1:])
+        outputs.append(state[0])
+    if backwards:
+        outputs.reverse()
+        for noted in (steps.before, steps.reset, steps.unprojected):
+            noted.reverse()
+    ends = [torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True)] if ended else state
+    return torch.cat(outputs), tuple(ends)
+
+
+def _pre_activations(capture: Capture, x: Sequences, weights: Weights, steps: Steps, gated: bool) -> Tensor:
+    """Return a_t for all steps, `(rows, gates)`, tapped for all parameters but those of the projection."""
+    gates, width = weights.ih.shape
+    before, after = x.layout, x.layout.with_features(width, gates)
+    before.require_features(width, gates)
+    hidden = weights.hh.shape[1]
+    of_hidden = x.layout.with_features(width, hidden)
+
+    def delta_of_hidden(delta: Tensor) -> Tensor:
+        if gated:
+            r = torch.cat(steps.reset).to(delta)
+            delta = torch.cat([delta[:, : 2 * r.shape[1]], r * delta[:, 2 * r.shape[1] :]], 1)
+        return after.sample_first(delta, gates)
+
+    def for_ih(delta: Tensor, x: Tensor) -> LinearProducts:
+        return LinearProducts(after.sample_first(delta, gates), before.sample_first(x, width))
+
+    def for_b_ih(delta: Tensor, x: Tensor) -> Terms:
+        return Terms(after.sample_first(delta, gates))
+
+    def for_hh(delta: Tensor, x: Tensor) -> LinearProducts:
+        h = precise(torch.cat(steps.before))
+        return LinearProducts(delta_of_hidden(delta), of_hidden.sample_first(h, hidden))
+
+    def for_b_hh(delta: Tensor, x: Tensor) -> Terms:
+        return Terms(delta_of_hidden(delta))
+
+    a = F.linear(x.rows, capture.value(weights.ih), capture.value(weights.b_ih))
+    uses: list[tuple[Any, Build]] = [
+        (weights.ih, for_ih),
+        (weights.b_ih, for_b_ih),
+        (weights.hh, for_hh),
+        (weights.b_hh, for_b_hh),
+    ]
+    return capture.tap(a, after, uses, (x.rows,))
+
+
+def _projection(capture: Capture, x: Sequences, weights: Weights, a: Tensor, steps: Steps) -> Tensor | None:
+    """Return zeros that are added to the projected states of all steps, `(rows, features)`, tapped for W_hr."""
+    if weights.hr is None:
+        return None
+    features, hidden = weights.hr.shape
+    width = x.rows.shape[1]
+    after, before = x.layout.with_features(width, features), x.layout.with_features(width, hidden)
+
+    def for_hr(delta: Tensor) -> LinearProducts:
+        h = precise(torch.cat(steps.unprojected))
+        return LinearProducts(after.sample_first(delta, features), before.sample_first(h, hidden))
+
+    return capture.tap(a.new_zeros(len(a), features), after, [(weights.hr, for_hr)])
+
+
+def lstm_cell(
+    capture: Capture,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> State:
+    """`torch.lstm_cell`."""
+    with capture:
+        h, c = _lstm(F.linear(input, w_ih, b_ih), F.linear(hx[0], w_hh, b_hh), tuple(hx), Steps())
+        return h, c
+
+
+def _cell(step: Callable[..., State]) -> Callable[..., Tensor]:
+    def rule(
+        capture: Capture,
+        input: Tensor,
+        hx: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        with capture:
+            return step(F.linear(input, w_ih, b_ih), F.linear(hx, w_hh, b_hh), (hx,), Steps())[0]
+
+    return rule
+
+
+layers = tuple(_STEPS)
+cells: Mapping[Any, Callable[..., Any]] = {
+    torch.lstm_cell: lstm_cell,
+    torch.gru_cell: _cell(_gru),
+    torch.rnn_tanh_cell: _cell(_STEPS[torch.rnn_tanh]),
+    torch.rnn_relu_cell: _cell(_STEPS[torch.rnn_relu]),
+}

@@ -1,0 +1,54 @@
+"""Rules that need the samples in dim 0, one after the other, for tensors that hold them otherwise there.
+
+The rows of time-first frames, (T·B, C, …), or of frames that were picked or packed, are put in the order of the samples
+before the operation, and back into their own order after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.layout import Layout
+
+if TYPE_CHECKING:
+    from persample.sources.backends.fused.capture import Capture
+
+Rule = Callable[..., Any]
+
+
+def in_order(rule: Rule) -> Rule:
+    """Return `rule`, whose first operand needs the samples in dim 0, for all tensors that hold them there."""
+
+    def for_any_order(capture: Capture, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout = capture.layout(input, getattr(rule, "__name__", "An operation"))
+        place = layout.place(input.shape)
+        if place is None or place.dim != 0 or (place.before == 1 and layout.owners is None):
+            return rule(capture, input, *args, **kwargs)
+        rows = layout.by_sample(input.flatten(1) if input.dim() > 1 else input.unsqueeze(1), place)
+        images = _as(input, rows.flatten(0, 1).unflatten(1, input.shape[1:]))
+        capture.follow_as(images, Layout(1, layout.batch, images.numel() // layout.batch))
+        result = rule(capture, images, *args, **kwargs)
+        return capture.follow_as(_back(result, layout, place), layout.at(place, (len(input), *result.shape[1:])))
+
+    return for_any_order
+
+
+def _as(given: Tensor, x: Tensor) -> Tensor:
+    """Return `x` with its channels where they are in the memory of `given`."""
+    return x.contiguous(memory_format=suggest_memory_format(given))
+
+
+def _back(images: Tensor, layout: Layout, place: Place) -> Tensor:
+    result = images
+    if layout.owners is not None:
+        result = result.unflatten(0, (-1, place.folded))[layout.owners.slots].flatten(0, 1)
+        rows = layout.rows
+    else:
+        rows = layout.batch
+    parts: Tensor = result.unflatten(0, (rows, place.before, place.after))
+    return _as(images, parts.transpose(0, 1).flatten(0, 2))

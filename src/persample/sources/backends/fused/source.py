@@ -1,0 +1,173 @@
+"""The project's own engine: mean gradient and exact second moment inside one ordinary backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
+
+from persample.errors import UnsupportedModelError
+from persample.moments import Moments
+from persample.sources.backends.contributions import without_autocast
+from persample.sources.backends.fused.accumulators import Moment, Rows
+from persample.sources.backends.fused.arguments import memory_of
+from persample.sources.backends.fused.autotune import deterministic_choice
+from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.malloc import keep_freed_memory
+from persample.sources.backends.fused.recorder import FusedRecorder
+from persample.sources.backends.fused.torch_function_bypass import opened
+from persample.sources.backends.fused.usage_recorder import Recorder, unseen_use
+from persample.sources.batch import Batch
+from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.model.autograd_graph import nodes_behind, variables_of
+from persample.sources.model.usage import Use, current_module
+from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.selfcheck.oracle import gradient, other_leaves, reentrant_refused, refuse_accumulated
+
+# The mode is active meanwhile, but this call is not the model's.
+_grad = opened(torch.autograd.grad) or torch.autograd.grad
+
+
+class FusedSource(PerSampleGradSource):
+    """Per-sample gradients by capturing the operations that use parameters.
+
+    Args:
+        model: the network.
+        loss_fn: the loss of each sample.
+        deterministic: fix the form of each product by its shape, so that results repeat bit for bit, in other
+            processes too; otherwise the fastest is found by timing each once for each shape.
+            `torch.use_deterministic_algorithms(True)` does the same.
+        check: when the self-check runs, see `PerSampleGradSource`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any],
+        *,
+        deterministic: bool = False,
+        check: Check = "first",
+    ) -> None:
+        super().__init__(model, loss_fn, check=check)
+        keep_freed_memory()
+        self.deterministic = deterministic
+
+    def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.size == 1:
+            losses, alone = self._of_one(batch)
+            return losses, {name: g.unsqueeze(0) for name, g in alone.items()}
+        parameters, sink = self.parameters(), Rows()
+        losses = self._backward(batch, parameters, sink)
+        return losses, _in_own_memory(_complete(parameters, sink.gradients, batch.size))
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        if batch.size == 1:
+            losses, alone = self._of_one(batch)
+            return Moments(losses, alone, {name: g.square() for name, g in alone.items()})
+        parameters, sink = self.parameters(), Moment(batch.size)
+        losses = self._backward(batch, parameters, sink)
+        if sink.total:
+            torch._foreach_div_([*sink.total.values(), *sink.squares.values()], batch.size)
+        return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
+
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        recorder = FusedRecorder(self, loss_reduction)
+        with deterministic_choice(self.deterministic), recorder:
+            yield recorder.recorded
+
+    def _of_one(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of a single sample is the ordinary one."""
+        losses = self.losses(batch)
+        return losses.detach(), _in_own_memory(gradient(losses.sum(), self))
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        if batch is None:
+            return [Use(name, "rule", "the operations that use it", "") for name in self.parameters()]
+        if batch.size == 1:
+            reached = variables_of(nodes_behind(self.losses(batch)))
+            return [
+                Use(name, "rule", "the ordinary gradient of a single sample", "")
+                for name, p in self.parameters().items()
+                if p in reached
+            ]
+        with current_module(self.model) as module, deterministic_choice(True):
+            recorder = Recorder(self.parameters(), batch.size, module)
+            losses = self._forward(batch, recorder)
+            return list(recorder.uses(losses))
+
+    def _forward(self, batch: Batch, capture: Capture) -> Tensor:
+        """Return the losses of a forward pass under capture."""
+        capture.follow(batch)
+        with capture:
+            losses = self.losses(batch)
+        return capture.finish(losses)
+
+    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | Rows) -> Tensor:
+        capture = Capture(parameters, batch.size, sink)
+        with deterministic_choice(self.deterministic):
+            losses = self._forward(batch, capture)
+            if losses.requires_grad:
+                total = losses.sum()
+                with capture.during_backward([total]):
+                    self._run_backward(total, capture, parameters)
+            with without_autocast(losses.device):
+                sink.finish()
+            if capture.without_gradient:
+                refuse_accumulated(parameters)
+        self.ordinary_state = not capture.rounds_otherwise
+        return losses.detach()
+
+    def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
+        # The anchor makes every tap part of the graph; parameters are among the inputs so that an unseen use shows.
+        derived = capture.leaves()
+        inputs = [capture.anchor, *parameters.values(), *derived]
+        if capture.without_gradient:
+            inputs += other_leaves(total, inputs)
+        with reentrant_refused(), _failed_repetition_refused():
+            _, *unseen = _grad(total, inputs, allow_unused=True)
+        if capture.without_gradient:
+            refuse_accumulated(parameters)
+        names = [*parameters, *(expression.names[0] for expression in derived.values())]
+        for name, part in zip(names, unseen, strict=False):
+            if part is not None:
+                raise UnsupportedModelError(unseen_use(name))
+
+
+@contextmanager
+def _failed_repetition_refused() -> Iterator[None]:
+    """Say what to do where activation checkpointing did not repeat what it did before."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise UnsupportedModelError(
+            "Activation checkpointing did not repeat the same operations in the backward pass: give parameters to no "
+            "checkpoint inside another one as arguments (use them inside), change no saved tensors by hooks, or use "
+            f"backend 'vjp'. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
+    """What was found for each parameter in its own dtype, and zeros for those that the batch does not reach."""
+    complete = {}
+    for name, p in parameters.items():
+        value = found.get(name)
+        if value is None:
+            value = p.new_zeros((*leading, *p.shape))
+        complete[name] = value if value.dtype == p.dtype else value.to(p.dtype)
+    return complete
+
+
+def _in_own_memory(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in place of those that share memory, as what autograd gives the operands of a sum does."""
+    separate, taken = {}, set()
+    for name, g in gradients.items():
+        memory = memory_of(g)
+        shared = memory in taken or g.untyped_storage().nbytes() < g.numel() * g.element_size()
+        taken.add(memory)
+        separate[name] = g.clone(memory_format=torch.contiguous_format) if shared else g
+    return separate

@@ -1,0 +1,162 @@
+"""Where gradients are taken from autograd's backward pass and given to the contributions of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.errors import UnsupportedModelError
+from persample.sources.backends.contributions import precise, without_autocast
+from persample.sources.model.refusals import VMAP_OR_VJP
+from persample.sources.selfcheck.oracle import inner_backward_pass
+from persample.sources.selfcheck.raw_errors import is_raw
+from persample.sources.selfcheck.returned import ADVICE
+
+Backward = Callable[[Any, Tensor], tuple[Any, ...]]
+
+
+def _in_words(backward: Backward) -> Backward:
+    """Return a backward pass that names the parameters where anything fails."""
+
+    @wraps(backward)
+    def named(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        try:
+            return backward(ctx, delta)
+        except Exception as error:
+            if not is_raw(error):
+                raise
+            names = [name for expression in ctx.expressions if expression is not None for name in expression.names]
+            raise UnsupportedModelError(
+                f"Backend 'fused' failed in the gradient of {', '.join(map(repr, names))} ({type(error).__name__}: "
+                f"{error}). {ADVICE}"
+            ) from error
+
+    return named
+
+
+class Tap(torch.autograd.Function):
+    """The identity, which gives the gradient of its argument to the contributions of the uses."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, anchor: Tensor, capture: Any, uses: Any, *saved: Tensor) -> Tensor:
+        # Marked as changed in place, so that the result is no view and may be changed in place afterwards.
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(*saved)
+        ctx.capture, ctx.uses, ctx.repeats = capture, uses, not capture.forward_pass
+        ctx.expressions = [expression for expression, _ in uses]
+        ctx.count = len(saved)
+        return result
+
+    @staticmethod
+    @_in_words
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        others = [None] * (2 + ctx.count)
+        if not _is_for_parameters(ctx):
+            return delta, ctx.capture.inner_gradient(), *others
+        saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
+        with torch._C.DisableTorchFunction(), without_autocast(delta.device):
+            precise_delta = precise(delta)
+            saved = tuple(map(precise, saved))
+            for expression, build in ctx.uses:
+                ctx.capture.receive(expression, build(precise_delta, *saved))
+        return delta, None, *others
+
+
+class Operation(torch.autograd.Function):
+    """An operation with its own backward pass, which gives the contributions of the uses, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, capture: Any, uses: Any, forward: Any, backward: Any) -> Tensor:
+        result: Tensor
+        result, saved = forward(x)
+        ctx.save_for_backward(*saved)
+        ctx.capture, ctx.expressions, ctx.own_backward = capture, uses, backward
+        ctx.repeats = not capture.forward_pass
+        return result
+
+    @staticmethod
+    @_in_words
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        wanted = _is_for_parameters(ctx)
+        saved = _saved_tensors(ctx)
+        with torch._C.DisableTorchFunction():
+            gradient, contributions = ctx.own_backward(delta, *saved, ctx.needs_input_grad[0])
+            for expression, contribution in zip(ctx.expressions, contributions, strict=True):
+                if expression is not None and wanted:
+                    ctx.capture.receive(expression, contribution)
+        return gradient, None if wanted else ctx.capture.inner_gradient(), None, None, None, None
+
+
+class Copies(torch.autograd.Function):
+    """Values of an expression that enter the samples' graph; their gradient goes to its contribution."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, anchor: Tensor, capture: Any, expression: Any, build: Any) -> Tensor:
+        ctx.capture, ctx.expressions, ctx.build = capture, [expression], build
+        ctx.repeats = not capture.forward_pass
+        return values
+
+    @staticmethod
+    @_in_words
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        if not _is_for_parameters(ctx):
+            return None, ctx.capture.inner_gradient(), None, None, None
+        with torch._C.DisableTorchFunction(), without_autocast(delta.device):
+            ctx.capture.receive(ctx.expressions[0], ctx.build(precise(delta)))
+        return None, None, None, None, None
+
+
+class Mixed(torch.autograd.Function):
+    """The identity, for what was made of parameters and of several samples at once: a gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, anchor: Tensor, refusal: UnsupportedModelError) -> Tensor:
+        ctx.refusal = refusal
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
+        raise ctx.refusal
+
+
+def _is_for_parameters(ctx: Any) -> bool:
+    """Whether the gradient that arrives is that of the losses, not one that the model computes for itself.
+
+    Raises:
+        UnsupportedModelError: it is computed in the forward pass, where it could be differentiated once more; or the
+            operation was run in the backward pass, where activation checkpointing may repeat it, and no more.
+    """
+    if ctx.capture.forward_pass:
+        raise second_derivatives()
+    name = next(expression.names[0] for expression in ctx.expressions if expression is not None)
+    if ctx.repeats:
+        raise inner_backward_pass(name)
+    if ctx.capture.in_outer_backward():
+        return True
+    ctx.capture.passed_by = name
+    return False
+
+
+def second_derivatives() -> UnsupportedModelError:
+    """Return the refusal of a model that differentiates in its forward pass."""
+    return UnsupportedModelError(
+        "The model or the loss computes gradients itself (torch.autograd.grad: derivatives by inputs or by parameters, "
+        f"a gradient penalty), and backend 'fused' has no second derivatives: {VMAP_OR_VJP}."
+    )
+
+
+def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "The input of an operation with parameters was changed in place after the operation, so what it saw is "
+            f"lost: make that change not in place (inplace=False). {error}"
+        ) from error
+    return saved

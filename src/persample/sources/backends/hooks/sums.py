@@ -1,0 +1,48 @@
+"""Adding up what the uses of parameters contribute: Σ_i g_i and Σ_i g_i² over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from persample.sources.backends.contributions import Contribution
+
+
+class HookSums:
+    """Receives the contributions of all uses of the parameters in one backward pass.
+
+    Args:
+        parameters: by name.
+        exact: whether all uses of a parameter are added up for each sample before they are squared; otherwise the
+            formula printed in the paper is used.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, exact: bool) -> None:
+        self.exact = exact
+        self.total = {name: zeros(p) for name, p in parameters.items()}
+        self.squares = {name: zeros(p) for name, p in parameters.items()}
+        self._shared: dict[str, Tensor] = {}
+
+    def receive(self, name: str, contribution: Contribution, uses: int) -> None:
+        """Add a contribution to a parameter that is used `uses` times."""
+        if not self.exact:
+            self.total[name] += contribution.sums()[0]
+            self.squares[name] += contribution.printed_second_moment_sum()
+        elif uses == 1:
+            self.total[name], self.squares[name] = contribution.sums()
+        else:
+            self._shared[name] = self._shared.get(name, 0) + contribution.per_sample()
+
+    def finish(self) -> None:
+        """Square what had to be added up first."""
+        for name, g in self._shared.items():
+            self.total[name], self.squares[name] = g.sum(0), g.square().sum(0)
+        self._shared.clear()
+
+
+def zeros(parameter: Tensor, *leading: int) -> Tensor:
+    """Return zeros of the parameter's shape behind `leading` dimensions, in at least float32."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros((*leading, *parameter.shape), dtype=dtype, device=parameter.device)

@@ -1,3 +1,0 @@
-"""Backend `"hooks"`: the paper's method, written by hand (forward hook, tensor hook, unfold)."""
-
-from persample.sources.hooks.source import HooksSource as HooksSource

@@ -1,0 +1,403 @@
+"""Leaving no trace: what a model holds is put back, but for its state, which a forward pass may change."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, filterfalse
+from operator import is_, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
+from torch.utils._pytree import tree_leaves
+
+from persample.errors import UnsupportedModelError
+from persample.sources.model.modules import Types, modules_of
+
+#: What every module holds besides attributes of its own: parameters, buffers, children, hooks, the training flag.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_TABLES = _OF_EVERY_MODULE - {"training", "_buffers", "_non_persistent_buffers_set"}
+
+
+@contextmanager
+def untouched(model: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> Iterator[State]:
+    """Put everything but the state of `model` back afterwards; after an exception the state too.
+
+    Gradients, hooks, attributes of parameters and the training flags are as before, whatever happens inside. Inside,
+    every `p.grad` is None. The state keeps what was changed in it, unless an exception passes through.
+
+    Args:
+        model: the network.
+        frozen: those of its parameters without gradient that its forward pass may move.
+    """
+    state = State(model, frozen)
+    gradients = [(p, p.grad) for p in state.parameters]
+    failed = True
+    try:
+        for parameter, gradient in gradients:
+            if gradient is not None:
+                parameter.grad = None
+        yield state
+        failed = False
+    finally:
+        if failed:
+            state.put_back()
+        else:
+            state.carry_on()
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+
+_LOOKED_INTO = Types(
+    lambda kind: (
+        issubclass(kind, (Tensor, list, dict, set, tuple, deque))
+        and not issubclass(kind, (nn.Parameter, UninitializedBuffer, torch.Size))
+    )
+)
+_DICTS = Types(lambda kind: issubclass(kind, dict))
+_BESIDES_DICTS = Types(lambda kind: _LOOKED_INTO[kind] and not _DICTS[kind])
+_TENSORS = Types(lambda kind: issubclass(kind, Tensor))
+_CONTAINERS = Types(lambda kind: _BESIDES_DICTS[kind] and not _TENSORS[kind])
+_OTHERS = Types(lambda kind: _CONTAINERS[kind] and not issubclass(kind, tuple))
+
+
+class _Snapshot:
+    """The entries of containers, side by side in lists, so that one look tells that nothing has changed.
+
+    Most containers of a model are empty, those of its hooks, and most calls change nothing: both cost next to nothing.
+
+    Args:
+        dicts: containers with keys.
+        others: lists, sets and deques.
+    """
+
+    def __init__(self, dicts: Collection[dict[Any, Any]], others: Collection[Any] = ()) -> None:
+        self._empty = [*filterfalse(None, dicts), *filterfalse(None, others)]
+        self._dicts, self._others = list(filter(None, dicts)), list(filter(None, others))
+        self._lengths, self._keys, self._values = self._now()
+
+    def _now(self) -> tuple[list[int], list[Any], list[Any]]:
+        dicts, others = self._dicts, self._others
+        values = [*chain.from_iterable(map(_values, dicts)), *chain.from_iterable(others)]
+        return [*map(len, dicts), *map(len, others)], list(chain.from_iterable(dicts)), values
+
+    def changed(self) -> bool:
+        """Whether a container holds something else, or in another order.
+
+        That is told by identity, as tensors give no answer to `==`.
+        """
+        if any(self._empty):
+            return True
+        lengths, keys, values = self._now()
+        same = lengths == self._lengths and all(map(is_, keys, self._keys)) and all(map(is_, values, self._values))
+        return not same
+
+    def before(self) -> Iterator[tuple[Any, Any]]:
+        """Yield each container with what it held, in a container of its own."""
+        for container in self._empty:
+            yield container, {} if isinstance(container, dict) else []
+        start = 0
+        for container, length in zip((*self._dicts, *self._others), self._lengths, strict=True):
+            part = slice(start, start + length)
+            start += length
+            values = self._values[part]
+            keyed = isinstance(container, dict)
+            yield container, dict(zip(self._keys[part], values, strict=True)) if keyed else values
+
+    def put_back(self) -> None:
+        """Make each container hold what it held, without replacing it."""
+        if self.changed():
+            for container, held in self.before():
+                _fill(container, held)
+
+
+_values = methodcaller("values")
+
+
+def _fill(container: Any, entries: Any) -> None:
+    """Let a container have these entries, and no others."""
+    container.clear()
+    container.update(entries) if isinstance(container, dict | set) else container.extend(entries)
+
+
+class State:
+    """What a model keeps from one forward pass to the next, as it is now.
+
+    It is made of the buffers, of frozen parameters that the forward pass moves, and of the attributes of modules, as
+    far as they are plain values and tensors, and lists, dicts, sets and tuples of them. What objects of other classes
+    hold is not looked into.
+
+    Args:
+        model: the network.
+        frozen: those of its parameters without gradient that its forward pass may move.
+    """
+
+    def __init__(self, model: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> None:
+        self._modules = list(modules_of(model))
+        own = [module._parameters for module in self._modules]
+        self.parameters = list({id(p): p for table in own for p in table.values() if p is not None}.values())
+        self._frozen = list(frozen)
+        attributes = list(map(vars, self._modules))
+        dicts, others, tensors = [*attributes, *map(vars, self.parameters)], [], []
+        level = list(chain.from_iterable(map(_values, attributes)))
+        inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
+        met: set[int] = set()
+        while inside or besides:
+            dicts += inside
+            others += _OTHERS.select(besides)
+            tensors += _TENSORS.select(besides)
+            containers = chain(map(_values, filter(None, inside)), filter(len, _CONTAINERS.select(besides)))
+            level = [value for value in chain.from_iterable(containers) if id(value) not in met]
+            inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
+            met.update(map(id, (*inside, *besides)))
+        self._containers = _Snapshot(dicts, others)
+        self._tensors = [_Values(t) for t in (*tensors, *self._frozen) if has_values(t)]
+
+    def put_back(self) -> None:
+        """Let the model hold what it held."""
+        self._containers.put_back()
+        for values in self._tensors:
+            values.put_back()
+
+    def carry_on(self) -> None:
+        """Let the model keep what a forward pass has changed in its state, without the autograd graph of the pass.
+
+        A tensor in place of another one with the same values is not kept. All that is no part of the state is put
+        back: hooks, the attributes of parameters, and what other packages keep in attributes of modules.
+        """
+        if self._containers.changed():
+            outside = self._outside()
+            for container, held in self._containers.before():
+                _fill(container, held if id(container) in outside else _carried_on(container, held))
+        for values in self._tensors:
+            values.leave_graph()
+
+    def changed(self) -> bool:
+        """Whether the state is another one."""
+        if any(values.changed() for values in self._tensors):
+            return True
+        if not self._containers.changed():
+            return False
+        outside = self._outside()
+        return any(id(c) not in outside and not _same_entries(c, held) for c, held in self._containers.before())
+
+    def moved(self) -> list[nn.Parameter]:
+        """Return the frozen parameters that have other values."""
+        changed = {id(values.tensor) for values in self._tensors if values.changed()}
+        return [p for p in self._frozen if id(p) in changed]
+
+    def rows_kept(self, size: int) -> list[str]:
+        """Return what has changed in buffers and attributes that held a tensor with a dimension of that size, by name.
+
+        With the size of the batch, that are likely rows of the samples of an earlier pass.
+        """
+        names = []
+        held_of = {id(container): held for container, held in self._containers.before()}
+        values_of = {id(values.tensor): values for values in self._tensors}
+        for module, path in modules_of(self._modules[0]).items():
+            attributes = held_of.get(id(vars(module)), {})
+            buffers = held_of.get(id(attributes.get("_buffers")), {})
+            own = {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}
+            for name, value in (own | buffers).items():
+                tensors = [leaf for leaf in tree_leaves(value) if id(leaf) in values_of]
+                changed = getattr(module, name, None) is not value or any(values_of[id(t)].changed() for t in tensors)
+                if changed and any(size in values_of[id(t)].shape for t in tensors):
+                    names.append(f"{path}.{name}" if path else name)
+        return names
+
+    def _outside(self) -> set[int]:
+        """Return the ids of those containers that are no part of the state."""
+        found = set(map(id, map(vars, self.parameters)))
+        held_of = {id(container): held for container, held in self._containers.before()}
+        for module in self._modules:
+            held = held_of[id(vars(module))]
+            found.update(id(held[name]) for name in _TABLES & held.keys())
+            if _is_of_a_package(module):
+                found.update(map(id, (vars(module), *held.values())))
+        return found
+
+
+class _Values:
+    """The values of a tensor, and where they were in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._plain = type(tensor) in (Tensor, nn.Parameter)
+        # Without a version counter of its own to raise: graphs that saved the tensor see the same values again.
+        self._memory = tensor.data
+        self._values = tensor.detach().clone()
+        self._requires_grad = tensor.requires_grad
+        self._bytes = tensor.untyped_storage().nbytes() if self._plain else 0
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that it had."""
+        return self._values.shape
+
+    def put_back(self) -> None:
+        """Give the tensor its memory and its values again."""
+        self.leave_graph()
+        if self._elsewhere():
+            self.tensor.data = self._memory  # whose storage may be larger now, after `resize_`
+        # Compared by value, because writing through `.data` does not raise the version counter.
+        if not torch.equal(self._memory, self._values):
+            self._memory.copy_(self._values)
+
+    def leave_graph(self) -> None:
+        """Take away the history that the tensor has from a change in place."""
+        if self.tensor.requires_grad and not self._requires_grad and not self.tensor._is_view():
+            self.tensor.detach_()
+
+    def changed(self) -> bool:
+        """Whether the tensor has other values."""
+        return self._elsewhere() or not torch.equal(self._memory, self._values)
+
+    def _elsewhere(self) -> bool:
+        tensor, memory = self.tensor, self._memory
+        return self._plain and (
+            tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape or tensor.stride() != memory.stride()
+        )
+
+
+def _is_of_a_package(module: nn.Module) -> bool:
+    """Whether BackPACK or Opacus has hooks on it, which keep in its attributes what they need in the backward pass."""
+    hooks = module._forward_hooks.values()
+    return any((getattr(hook, "__module__", None) or "").partition(".")[0] in ("backpack", "opacus") for hook in hooks)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's entries can be read and compared."""
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
+
+
+def _carried_on(container: Any, held: Any) -> Any:
+    """Return what a container that held `held` is to hold after a forward pass."""
+    if not isinstance(container, dict):
+        return [_without_graph(value) for value in container]
+    now = {}
+    for name, value in container.items():
+        now[name] = held[name] if name in held and _equal(value, held[name]) else _without_graph(value)
+    if held.keys() >= _OF_EVERY_MODULE:  # the attributes of a module
+        now |= {name: held[name] for name in _OF_EVERY_MODULE}
+    return now
+
+
+def _equal(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    alike = type(now) is type(before) and _TENSORS[type(now)] and has_values(now) and has_values(before)
+    return alike and now.device == before.device and now.dtype == before.dtype and torch.equal(now, before)
+
+
+def _without_graph(value: Any) -> Any:
+    """Return `value` with its tensors detached: lists and dicts are changed, tensors and tuples replaced."""
+    if not _LOOKED_INTO[type(value)]:
+        return value
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    entries = list(value.values() if isinstance(value, dict) else value)
+    detached = [_without_graph(entry) for entry in entries]
+    if all(map(is_, entries, detached)):
+        return value
+    if isinstance(value, tuple):
+        return type(value)(*detached) if hasattr(value, "_fields") else type(value)(detached)
+    _fill(value, dict(zip(list(value), detached, strict=True)) if isinstance(value, dict) else detached)
+    return value
+
+
+def _same_entries(container: Any, held: Any) -> bool:
+    """Whether a container holds, by identity, what it held; of a module, its attributes of its own."""
+    if isinstance(container, dict):
+        fixed = _OF_EVERY_MODULE if held.keys() >= _OF_EVERY_MODULE else frozenset()
+        names = (container.keys() | held.keys()) - fixed
+        return all(name in container and name in held and container[name] is held[name] for name in names)
+    return len(container) == len(held) and all(map(is_, container, held))
+
+
+@contextmanager
+def state_restored(state: State) -> Iterator[None]:
+    """Put the state back afterwards."""
+    try:
+        yield
+    finally:
+        state.put_back()
+
+
+@contextmanager
+def parameters_guarded(model: nn.Module) -> Iterator[None]:
+    """Put trained parameters back that the forward pass itself rewrites, and refuse the model.
+
+    Raises:
+        UnsupportedModelError: a parameter that requires a gradient has other values, or any has another
+            `requires_grad`, than before.
+    """
+    before = dict(model.named_parameters())
+    flags = {name: p.requires_grad for name, p in before.items()}
+    saved = {name: p.detach().clone() for name, p in before.items() if p.requires_grad}
+
+    def put_back() -> list[str]:
+        """Return the names of those that had changed."""
+        changed = []
+        for name, p in before.items():
+            moved = name in saved and not _same(p.detach(), saved[name])
+            if moved or p.requires_grad != flags[name]:
+                changed.append(name)
+                p.requires_grad_(flags[name])
+            if moved:
+                with torch.no_grad():
+                    p.copy_(saved[name])
+        return changed
+
+    try:
+        yield
+    except BaseException as error:
+        if (changed := put_back()) and isinstance(error, Exception):
+            raise _rewriting(changed[0]) from error
+        raise
+    if changed := put_back():
+        raise _rewriting(changed[0])
+
+
+@contextmanager
+def parameters_counted(model: nn.Module) -> Iterator[None]:
+    """Refuse a model whose forward pass makes parameters.
+
+    Raises:
+        UnsupportedModelError: there is one more than before, or another one in the place of one.
+    """
+    before = dict(model.named_parameters())
+
+    def refuse(cause: Exception | None = None) -> None:
+        for name, parameter in model.named_parameters():
+            if name not in before:
+                raise UnsupportedModelError(
+                    f"The model's forward pass makes the parameter {name!r}, which did not exist before: run one "
+                    "forward pass of the model first, so that all parameters are there."
+                ) from cause
+            if parameter is not before[name]:
+                raise UnsupportedModelError(
+                    f"The model's forward pass puts a new nn.Parameter in the place of its parameter {name!r}: write "
+                    "the new values into the one that is there, by copy_ under torch.no_grad(), or make it a buffer."
+                ) from cause
+
+    try:
+        yield
+    except Exception as error:
+        refuse(error)
+        raise
+    refuse()
+
+
+def _rewriting(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The model's forward pass rewrites its own parameter {name!r}: the gradients would belong to other weights "
+        "than the model's. Take that out of the forward pass (max_norm, clamping, an update of its own)."
+    )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())

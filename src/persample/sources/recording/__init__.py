@@ -1,0 +1,1 @@
+"""Watching the forward and backward passes that the user runs."""

@@ -1,0 +1,75 @@
+"""One call of the model by a user: what is remembered of it until the backward pass has gone through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from persample.sources.batch import Batch
+from persample.sources.model.isolation import State
+from persample.sources.splits.objects import tensors_held
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One call of the model by the user.
+
+    Attributes:
+        batch: what it was called with; the targets are the numbers of the samples.
+        autocast: the dtypes of `torch.autocast` then, by kinds of device.
+        state: that of the model when it began, where the self-check needs it.
+        edges: where the tensors that it returned stand in the graph, those of them that do.
+        hooks: those that the model put on these tensors (`Tensor.register_hook`), as the tensors hold them.
+        outputs: which of the tensors that it returned have a number, or more, for each sample.
+        done: whether a backward pass has gone through it.
+        divisor: by what number the loss was divided last.
+        added: whether its gradients were added to others in `p.grad`.
+        covered: for each sample whether the loss depends on its outputs; None if nobody can tell.
+    """
+
+    batch: Batch
+    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    state: State | None = None
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    hooks: list[dict[int, Any]] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    done: bool = False
+    divisor: float = 1.0
+    added: bool = False
+    covered: Tensor | None = None
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Let gradients arrive at the outputs as the loss gives them, past the model's own hooks on them.
+
+        Such a hook belongs to the gradient of the model, and may act only once, as in deep equilibrium models.
+        """
+        held = [dict(hooks) for hooks in self.hooks]
+        for hooks in self.hooks:
+            hooks.clear()
+        try:
+            yield
+        finally:
+            for hooks, before in zip(self.hooks, held, strict=True):
+                hooks.update(before)
+
+    @contextmanager
+    def under_autocast(self) -> Iterator[None]:
+        """Let `torch.autocast` be as it was then."""
+        with ExitStack() as stack:
+            for kind, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Return the tensors in what a model returned, in order, also those of objects, such as distributions."""
+    tensors = [tensor for leaf in pytree.tree_leaves(outputs) for tensor in tensors_held(leaf)]
+    return [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]

@@ -1,0 +1,459 @@
+"""Watching the forward and backward passes that a user runs: where they begin and end, and which belong together."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from persample.errors import OptionError, UnsupportedModelError, UsageError
+from persample.sources.batch import Batch, split_batch
+from persample.sources.model.autograd_graph import nodes_from, outer_backward, variables_of
+from persample.sources.model.batch_norm_nodes import read_right
+from persample.sources.model.eager import uncompiled
+from persample.sources.model.isolation import state_restored
+from persample.sources.model.refusals import VMAP_OR_VJP
+from persample.sources.recording.forward_pass import ForwardPass, tensors_of
+from persample.sources.recording.p_grad import copied, gradients_in, is_changed
+from persample.sources.recording.reduction import (
+    divisor_of,
+    refuse_joint_loss,
+    refuse_other_reduction,
+    refuse_weighted_mean,
+)
+from persample.sources.recording.results import LossReduction, Recorded, Sums
+from persample.sources.selfcheck.oracle import reentrant_refused
+from persample.sources.splits.detection import unwrapped
+from persample.warn import warn
+
+if TYPE_CHECKING:
+    from persample.sources.contract import PerSampleGradSource
+
+
+class LossReductionWarning(UserWarning):
+    """The loss is perhaps no mean over the samples that the model was called with."""
+
+
+class ModelNotCalledError(UsageError):
+    """Nothing was recorded, because the model was not called."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Nothing was recorded, because the model was not called: inside the block, call the model itself, not its "
+            "parts, and loss.backward() on a loss computed from its outputs. If only a part of the model is ever "
+            "called, as in training_step() of a LightningModule, give the optimizer that part."
+        )
+
+
+class Recorder(TorchFunctionMode):
+    """Watches the user's calls of a model and of `backward()`, inside a `with` block.
+
+    A backend's subclass says what to do when a forward pass begins and ends, and what a backward pass gave.
+
+    Args:
+        model: the network.
+        parameters: those to record, by name.
+        reduction: how the user reduces the losses.
+
+    Raises:
+        OptionError: `reduction` is not known.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], reduction: LossReduction) -> None:
+        super().__init__()
+        if reduction not in get_args(LossReduction):
+            raise OptionError(f'loss_reduction={reduction!r}: must be "mean" or "sum".')
+        self.model = model
+        self.recorded = Recorded(reduction, parameters)
+        self.passes: list[ForwardPass] = []
+        self.gradients: dict[str, Tensor] = {}
+        self.in_backward = False
+        self.in_outer_backward: Callable[[], bool] = lambda: True
+        self.checking = False
+        self._reached = False
+        self._depth = 0
+        self._handles: list[RemovableHandle] = []
+        self._eagerly = ExitStack()
+
+    # What a backend implements.
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """A forward pass begins."""
+
+    def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
+        """A forward pass has ended with these outputs, as far as they are tensors."""
+
+    def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """A backward pass from `losses` begins; return the context to run it in."""
+        return nullcontext()
+
+    @abstractmethod
+    def after_backward(self, forward_pass: ForwardPass) -> Sums:
+        """Return what a backward pass gave for the forward pass that it went through."""
+
+    def left_out(self) -> Iterable[str]:
+        """Return the parameters that got a gradient in a backward pass that went through no forward pass."""
+        return ()
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> None:
+        """Run autograd's backward pass."""
+        torch.autograd.backward(*args, **kwargs)
+
+    # What a backend can use.
+
+    def remember_state(self, source: PerSampleGradSource, forward_pass: ForwardPass) -> None:
+        """Keep the state of the model for the self-check of `source`, which repeats the pass that begins now."""
+        if source.check_is_due(forward_pass.batch):
+            forward_pass.state = source.state()
+
+    def reach(self, forward_pass: ForwardPass) -> None:
+        """Note that a backward pass goes through `forward_pass`.
+
+        Raises:
+            UsageError: it went through an earlier one, or went through this one before, or was not seen to begin.
+            UnsupportedModelError: it began inside of the model.
+        """
+        if not self.in_backward and self.current is not None:
+            raise UnsupportedModelError(
+                "The model computes gradients itself (torch.autograd.grad in its forward pass), which this backend "
+                f"would take for those of the loss: {VMAP_OR_VJP}."
+            )
+        if not self.in_backward:
+            raise UsageError("A backward pass began in a way that cannot be seen: call loss.backward() on the loss.")
+        if forward_pass.done:
+            raise second_pass()
+        if forward_pass is not self.passes[-1]:
+            raise earlier_pass()
+        self._reached = True
+
+    @property
+    def current(self) -> ForwardPass | None:
+        """The forward pass that is running, if any."""
+        return self.passes[-1] if self._depth > 0 and self.passes else None
+
+    @contextmanager
+    def with_gradients(self) -> Iterator[None]:
+        """Keep the ordinary gradient of each parameter in the next backward pass as `gradients`, by name."""
+        self.gradients = {}
+
+        def hook_for(name: str) -> Callable[[Tensor], None]:
+            def hook(gradient: Tensor) -> None:
+                self.gradients[name] = gradient.detach().to_dense().clone()
+
+            return hook
+
+        handles = [p.register_hook(hook_for(name)) for name, p in self.recorded.parameters.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def hold(self, *handles: RemovableHandle) -> None:
+        """Remove these hooks when the recording ends."""
+        self._handles += handles
+
+    # Inner workings.
+
+    def __enter__(self) -> Recorder:
+        self.hold(
+            self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        )
+        self._eagerly.enter_context(uncompiled())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._eagerly.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if error is None:
+            self._finish()
+        elif self.passes:
+            self.passes[-1].batch.add_doubts(error)
+
+    def _finish(self) -> None:
+        if not self.recorded.sums and not self.passes:
+            raise ModelNotCalledError
+        if not self.recorded.sums:
+            raise UsageError(
+                "Nothing was recorded, because the model was called, but no backward pass followed: call "
+                "loss.backward() inside the block, on a loss computed from the outputs of the model."
+            )
+        if self.recorded.reduction == "mean":
+            self._warn_of_samples()
+            self._warn_of_divisor()
+
+    def _warn_of_samples(self) -> None:
+        for forward_pass in self.passes:
+            covered, size = forward_pass.covered, forward_pass.batch.size
+            if covered is not None and not bool(covered.all()):
+                warn(
+                    f"The loss does not depend on {int((~covered).sum())} of the {size} samples that the model was "
+                    f'called with. With loss_reduction="mean" it is taken as a mean over all {size}: if it is one over '
+                    'fewer, sum the losses and say loss_reduction="sum".',
+                    LossReductionWarning,
+                )
+                return
+
+    def _warn_of_divisor(self) -> None:
+        done = [p for p in self.passes if p.done]
+        if len(done) == 1 and done[0].added and done[0].divisor > 1.5 and done[0].divisor.is_integer():
+            warn(
+                f"The loss was divided by {done[0].divisor:g}, as if it were one of several whose gradients are "
+                "accumulated, but only this one was observed, and counts as if it were the whole. Let the trainer "
+                "accumulate nothing: give VOGN the parts inside of one block, undivided.",
+                LossReductionWarning,
+            )
+        if len(done) > 1 and all(math.isclose(p.divisor, len(done), rel_tol=1e-5) for p in done):
+            warn(
+                f"The losses of {len(done)} backward passes were each divided by {len(done)}. They are averaged here, "
+                "by the numbers of their samples, so do not divide them.",
+                LossReductionWarning,
+            )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward or func is torch.autograd.backward:
+            return self._backward(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self._refuse_gradients(*args, **kwargs)
+        return self.operation(func, types, args, kwargs)
+
+    def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run any other operation inside the context."""
+        return func(*args, **kwargs)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._depth += 1
+        if self._depth > 1 or self.in_backward or self.checking or not torch.is_grad_enabled():
+            return unwrapped((args, kwargs))
+        with torch._C.DisableTorchFunction():
+            batch = split_batch(args, kwargs, None)
+            kinds = {p.device.type for p in self.recorded.parameters.values()}
+            autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+            numbered = Batch.of((*batch.inputs(), torch.arange(batch.size)), batch.size)
+            self.passes.append(ForwardPass(numbered, autocast))
+            self.begin(self.passes[-1])
+        return unwrapped((args, kwargs))
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0 or self.in_backward or self.checking or not torch.is_grad_enabled() or outputs is None:
+            return
+        forward_pass = self.passes[-1]
+        tensors = tensors_of(outputs)
+        with torch._C.DisableTorchFunction():
+            forward_pass.edges = {i: get_gradient_edge(t) for i, t in enumerate(tensors) if t.requires_grad}
+            forward_pass.hooks = [t._backward_hooks for t in tensors if t._backward_hooks]
+            forward_pass.outputs = [i for i, t in enumerate(tensors) if _is_of_samples(t, forward_pass.batch.size)]
+            for edge in forward_pass.edges.values():
+                # On the node: a hook on the tensor itself could be one of the user's, which layers' backends refuse.
+                self.hold(edge.node.register_prehook(self._output_hook(forward_pass, edge.output_nr)))
+            self.end(forward_pass, tensors)
+
+    def _output_hook(self, forward_pass: ForwardPass, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(deltas: tuple[Tensor | None, ...]) -> None:
+            delta = deltas[index]
+            if delta is not None:
+                self._on_output(forward_pass, delta)
+
+        return hook
+
+    def _on_output(self, forward_pass: ForwardPass, delta: Tensor) -> None:
+        if self.checking or (self.in_backward and not self.in_outer_backward()):
+            return
+        self.reach(forward_pass)
+        if delta.dim() > 0 and len(delta) == forward_pass.batch.size:
+            with torch._C.DisableTorchFunction():
+                nonzero = delta.detach() != 0
+                covered = nonzero.flatten(1).any(1) if delta.dim() > 1 else nonzero
+                before = forward_pass.covered
+                forward_pass.covered = covered if before is None else before | covered
+        else:  # a loss that the model computed itself, or another layout
+            forward_pass.covered = None
+
+    def _backward(
+        self,
+        losses: Any,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+        **others: Any,
+    ) -> None:
+        gradient = others.pop("grad_tensors", gradient)
+        if inputs is not None or create_graph or others:
+            raise UsageError(
+                "backward() was called with inputs= or create_graph=, which cannot be recorded: call loss.backward()."
+            )
+        self._reached = False
+        self._refuse_changed_between()
+        roots = (losses,) if isinstance(losses, Tensor) else tuple(losses)
+        with torch._C.DisableTorchFunction():
+            if self.passes:
+                self._refuse_other_passes(roots)
+                self._look_at_reduction(roots, self.passes[-1])
+                read_right(roots)
+            elif self._own(variables_of(nodes_from(loss.grad_fn for loss in roots))):
+                raise ModelNotCalledError
+        context = self.before_backward(roots)
+        self.in_backward = True
+        try:
+            with context, outer_backward(roots) as self.in_outer_backward, reentrant_refused():
+                self.run_backward(losses, gradient, retain_graph=retain_graph)
+        finally:
+            self.in_backward = False
+        if self._reached:
+            forward_pass = self.passes[-1]
+            forward_pass.done = True
+            with torch.no_grad():
+                self.recorded.sums.append(self.after_backward(forward_pass))
+                self.recorded.left = self._left_by(forward_pass, self.recorded.sums[-1])
+        for name in () if self._reached else self.left_out():
+            raise UsageError(
+                f"A backward pass gave {name!r} a gradient without going through a call of the model, which would be "
+                "left out. What depends on the samples must go through a call of the model itself, not of its parts; "
+                "a penalty on the weights is added by penalty.backward() after the block, before step()."
+            )
+
+    def _left_by(self, forward_pass: ForwardPass, sums: Sums) -> dict[str, Tensor]:
+        """What is in `p.grad` after the backward pass through `forward_pass`."""
+        if forward_pass.added:
+            return copied(gradients_in(self.recorded.parameters))
+        return {name: total.to(self.recorded.parameters[name].dtype) for name, total in sums.total.items()}
+
+    def _refuse_changed_between(self) -> None:
+        """Raise if `p.grad` was changed between two backward passes, and not emptied.
+
+        Raises:
+            UsageError: it was.
+        """
+        with torch._C.DisableTorchFunction():
+            present = gradients_in(self.recorded.parameters) if self.recorded.sums else {}
+            if any(bool(g.any()) for g in present.values()) and is_changed(present, self.recorded.left):
+                raise UsageError(
+                    "p.grad was changed between two backward passes of one block, which the sums over its samples "
+                    "would not show: change it after the last of them."
+                )
+
+    def _refuse_gradients(self, outputs: Any, inputs: Any = (), *_: Any, **__: Any) -> None:
+        """Raise if `torch.autograd.grad` is asked outside of the model for gradients that go through the model.
+
+        Raises:
+            UsageError: it is.
+        """
+        if self._depth > 0 or self.in_backward or self.checking:
+            return
+        with torch._C.DisableTorchFunction():
+            stop = {edge.node for p in self.passes for edge in p.edges.values()}
+            nodes = nodes_from([t.grad_fn for t in tensors_of(outputs)], stop=stop)
+            through = not nodes.isdisjoint(stop) or self._own([*variables_of(nodes), *tensors_of(inputs)])
+        if through:
+            raise UsageError(
+                "torch.autograd.grad was called on what depends on the model, and such a backward pass cannot be "
+                "recorded. For gradients of the parameters call loss.backward(), and read p.grad after the block. "
+                "Derivatives by inputs (a residual, a gradient penalty) belong into the forward() of the model, which "
+                "returns them, for optimizer.observe(inputs, targets)."
+            )
+
+    def _own(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether a recorded parameter is among `tensors`."""
+        return not {id(p) for p in self.recorded.parameters.values()}.isdisjoint(map(id, tensors))
+
+    def _refuse_other_passes(self, losses: Sequence[Tensor]) -> None:
+        pass_of = {edge.node: p for p in self.passes for edge in p.edges.values()}
+        for node in nodes_from((loss.grad_fn for loss in losses), stop=pass_of):
+            if node in pass_of and pass_of[node].done:
+                raise second_pass()
+            if node in pass_of and pass_of[node] is not self.passes[-1]:
+                raise earlier_pass()
+
+    def _look_at_reduction(self, losses: Sequence[Tensor], forward_pass: ForwardPass) -> None:
+        forward_pass.added = any(p.grad is not None for p in self.recorded.parameters.values())
+        for loss in losses:
+            forward_pass.divisor = divisor_of(loss)
+            refuse_other_reduction(loss, self.recorded.reduction, forward_pass.batch.size)
+
+    def refuse_unseparable(self, losses: Sequence[Tensor], source: PerSampleGradSource) -> None:
+        """Raise if a loss is no sum, or mean, over the samples of the last forward pass, as far as this can be seen.
+
+        Raises:
+            UsageError: it is a mean over other things than the samples.
+            UnsupportedModelError: it mixes the samples.
+        """
+        if not self.passes:
+            return
+        forward_pass = self.passes[-1]
+        self.checking = True
+        try:
+            with torch._C.DisableTorchFunction(), forward_pass.without_hooks():
+                for loss in losses:
+                    edges = [forward_pass.edges[index] for index in forward_pass.outputs]
+                    if self.recorded.reduction == "mean":
+                        refuse_weighted_mean(loss, edges, forward_pass.batch.size)
+                    if source.check_is_due(forward_pass.batch):
+                        refuse_joint_loss(loss, edges, forward_pass.batch.size)
+        finally:
+            self.checking = False
+
+    def check(self, source: PerSampleGradSource, forward_pass: ForwardPass) -> None:
+        """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs."""
+
+        def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
+            losses = torch.zeros(len(numbers), device=numbers.device)
+            for index in forward_pass.outputs:
+                output = tensors_of(outputs)[index]
+                weights = _weights(output.shape[1:], index).to(output)
+                finite = torch.where(output.isfinite(), output, 0)  # attention masks may be infinite
+                losses = losses + (finite * weights).reshape(len(numbers), -1).sum(1)
+            return losses
+
+        batch, state = forward_pass.batch, forward_pass.state
+        self.checking = True
+        try:
+            with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
+                if state is not None:
+                    state.put_back()
+                source.check_once(batch.with_targets(batch.targets), loss_fn)
+        finally:
+            self.checking = False
+
+
+def _weights(shape: torch.Size, index: int) -> Tensor:
+    """Numbers without a pattern, without random ones, which `torch.func.vmap` would refuse to draw."""
+    numbers = torch.arange(shape.numel(), dtype=torch.float64)
+    return torch.sin(math.sqrt(2) * (1 + index) * (1 + numbers)).reshape(shape)
+
+
+def _is_of_samples(tensor: Tensor, size: int) -> bool:
+    return tensor.requires_grad and tensor.dim() > 0 and len(tensor) == size
+
+
+def earlier_pass() -> UsageError:
+    """Return the error that says that a backward pass came too late."""
+    return UsageError(
+        "A backward pass goes through a call of the model that was not the last one, so nobody can tell which samples "
+        "belong together: call backward() after each call of the model, or call it once with all samples."
+    )
+
+
+def second_pass() -> UsageError:
+    """Return the error that says that a forward pass was used twice."""
+    return UsageError(
+        "A second backward pass went through the same forward pass (retain_graph=True): its gradients would count "
+        "twice. Add the losses up and call backward() once."
+    )

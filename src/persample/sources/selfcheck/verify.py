@@ -1,0 +1,376 @@
+"""The self-check: what a backend claims, compared with ordinary gradients and with a loop over a few samples.
+
+A backend that is silently wrong fails at least one of these comparisons:
+
+- the sum over the samples is the ordinary gradient (finds wrong scalings, unseen uses, forgotten paddings);
+- for a few samples, the second moment and the rows are those of the loop (finds folded and transposed layouts);
+- a sample's loss stays the same when another sample is exchanged (finds models that mix the samples).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import RAW_ERRORS, ContractError, DisagreementError, PersampleError, UnsupportedModelError
+from persample.moments import Moments
+from persample.sources.batch import Batch
+from persample.sources.model.isolation import state_restored
+from persample.sources.model.random_state import (
+    RandomState,
+    random_state,
+    random_state_restored,
+    same_random_state,
+)
+from persample.sources.selfcheck.oracle import (
+    gradient,
+    losses_of_part,
+    part_gradients,
+    require_repeatable,
+    sample_gradients,
+)
+from persample.sources.selfcheck.returned import ADVICE, moments_of, name_of
+from persample.sources.selfcheck.tolerances import Allowance, tolerance
+
+if TYPE_CHECKING:
+    from persample.sources.contract import PerSampleGradSource
+
+_SAMPLES = 4  # as many samples as are compared with the loop
+_PARTS = 64  # as many parts of a batch as are looked at, each alone, to tell why a result is wrong
+
+
+def verify(
+    source: PerSampleGradSource,
+    batch: Batch,
+    result: Moments | tuple[Tensor, dict[str, Tensor]],
+    before: RandomState,
+    rounding: float = 0.0,
+    left: Mapping[str, float] | None = None,
+) -> None:
+    """Raise if `result`, which `source` computed for `batch`, is wrong.
+
+    Args:
+        source: the backend.
+        batch: what it was given.
+        result: what `compute_moments` or `compute_per_sample` returned.
+        before: the state of the random numbers before, from which the forward pass is repeated.
+        rounding: the relative difference of gradients that is explained otherwise, if it is more than the dtype says.
+        left: what `rounding_left` found of gradients that vanish.
+
+    Raises:
+        DisagreementError: the result is not what ordinary gradients say.
+        UnsupportedModelError: the model or the loss mixes the samples.
+    """
+    with _of_repeated_passes(source, batch, before):
+        with replayed(source, before):
+            losses = source.losses(batch)
+            total = gradient(losses.sum(), source)
+            after = random_state(source.model)
+        _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
+        allowance = Allowance.of(losses, rounding, left)
+        if not (source.ordinary_random_stream or same_random_state(before, after)):
+            return  # its random numbers are other ones than these, so there is nothing to compare
+        with replayed(source, before):
+            if isinstance(result, Moments):
+                _verify_moments(source, batch, result, losses.detach(), total, before, allowance)
+            else:
+                _verify_rows(source, batch, result, losses.detach(), total, allowance)
+
+
+def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+    """Raise if the loss of a sample depends on other samples; forward passes alone tell.
+
+    Raises:
+        UnsupportedModelError: the model or the loss mixes the samples.
+    """
+    with _of_repeated_passes(source, batch, before):
+        with replayed(source, before):
+            losses = source.losses(batch)
+            after = random_state(source.model)
+        _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
+
+
+@contextmanager
+def _of_repeated_passes(source: PerSampleGradSource, batch: Batch, before: RandomState) -> Iterator[None]:
+    """Where something is found, make sure that it is not for a forward pass that cannot be repeated."""
+    try:
+        yield
+    except (DisagreementError, UnsupportedModelError):
+        require_repeatable(source, batch, before)
+        raise
+
+
+def _verify_no_mixing(
+    source: PerSampleGradSource,
+    batch: Batch,
+    losses: Tensor,
+    before: RandomState,
+    after: RandomState,
+    rounding: float,
+) -> None:
+    """Require that no sample's loss depends on the others, nor on how many there are.
+
+    Where `losses` drew random numbers, from the state `before` to the state `after`, a smaller batch draws others; so
+    does another sample, where their count depends on values. But in eval mode there may be none left to draw.
+    """
+    if batch.size == 1:
+        return
+    order = _order(batch)
+    with replayed(source, before):
+        _verify_exchange(source, batch, losses, after, order, rounding)
+    if same_random_state(before, after):
+        with replayed(source, before):
+            _verify_halves(source, batch, losses, order, rounding)
+        return
+    modules = list(source.model.modules())
+    # Only with PyTorch's own layers in eval mode, first: in eval mode many models return something else.
+    for quiet in ([m for m in modules if type(m).__module__.startswith("torch.nn.")], modules):
+        with replayed(source, before), _in_eval_mode(quiet):
+            try:
+                losses = source.losses(batch).detach()
+            except (PersampleError, *RAW_ERRORS):
+                continue  # the model or the loss does not run like that
+            if same_random_state(before, random_state(source.model)):
+                _verify_exchange(source, batch, losses, before, order, rounding)
+                _verify_halves(source, batch, losses, order, rounding)
+                return
+
+
+def _verify_exchange(
+    source: PerSampleGradSource, batch: Batch, losses: Tensor, after: RandomState, order: list[int], rounding: float
+) -> None:
+    first, last = order[0], order[-1]
+    rows = [last if i == first else i for i in range(batch.size)]
+    others = [i for i in range(batch.size) if i != first]
+    with state_restored(source.state()):
+        exchanged = source.losses(batch.rows(rows)).detach()
+    if same_random_state(after, random_state(source.model)):
+        _require_unmixed(
+            exchanged[others], losses[others], rounding, f"when sample {first} is exchanged for another one"
+        )
+
+
+def _verify_halves(
+    source: PerSampleGradSource, batch: Batch, losses: Tensor, order: list[int], rounding: float
+) -> None:
+    for half in (sorted(order[::2]), sorted(order[1::2])):
+        with state_restored(source.state()):
+            alone = losses_of_part(source, batch.rows(half)).detach()
+        _require_unmixed(alone, losses[half], rounding, "in a smaller batch")
+
+
+@contextmanager
+def replayed(source: PerSampleGradSource, before: RandomState) -> Iterator[None]:
+    """Start from the random numbers of the call, and leave them and the state of the model as they are."""
+    with state_restored(source.state()), random_state_restored(source.model, before):
+        yield
+
+
+@contextmanager
+def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    training = [(module, module.training) for module in modules]
+    try:
+        for module, _ in training:
+            module.training = False
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _require_unmixed(values: Tensor, expected: Tensor, rounding: float, when: str) -> None:
+    allowed = rounding * (1 + expected.abs())
+    if bool(((values - expected).abs() > allowed).any()):
+        raise UnsupportedModelError(
+            f"The losses of other samples change {when}: the model or the loss mixes the samples (statistics over "
+            "the batch, a softmax over dim 0, a division by the batch size, an inner layout that is not batch-first), "
+            "so the gradient of a single sample does not exist. Make every sample's loss depend on that sample alone."
+        )
+
+
+def refuse_nonlinear_backward(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+    """Raise if four times the losses have another gradient than four times that of the losses.
+
+    Raises:
+        UnsupportedModelError: they have.
+    """
+    with replayed(source, before):
+        once = gradient(source.losses(batch).sum(), source)
+    with replayed(source, before):
+        losses = source.losses(batch)
+        scaled = gradient(4 * losses.sum(), source)
+    try:
+        require_close(source, "gradient", {name: g / 4 for name, g in scaled.items()}, once, Allowance.of(losses))
+    except DisagreementError as difference:
+        raise UnsupportedModelError(
+            "Something in the backward pass (a hook, a custom torch.autograd.Function) clips, normalises or rounds "
+            "gradients, or changes them otherwise by a function that is not linear, so that the gradient of the batch "
+            "is not the sum of those of its samples. Leave it away, or make it linear. If what it makes of each sample "
+            "alone is wanted, use backend 'vjp' with check='never'."
+        ) from difference
+
+
+def refuse_slight_mixing(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+    """Raise if ordinary gradients of single losses tell that the samples mix, by less than the losses show.
+
+    Raises:
+        UnsupportedModelError: a sample's loss has another gradient in the batch than alone.
+    """
+    with replayed(source, before):
+        losses = source.losses(batch)
+        if not same_random_state(before, random_state(source.model)):
+            return
+        together, allowance = gradient(losses.sum(), source), Allowance.of(losses)
+    few, order, count = some_rows(batch), _order(batch), min(batch.size, _PARTS)
+    for i in few:
+        with replayed(source, before):
+            inside = gradient(source.losses(batch)[i], source)
+        with replayed(source, before):
+            alone = next(sample_gradients(source, batch, [i])[1])
+        _require_same_alone(source, f"sample {i}", inside, alone, allowance)
+    with replayed(source, before):
+        parts = [order[k::count] for k in range(count)]
+        _, of_parts = part_gradients(source, batch, parts, lambda losses: gradient(losses.sum(), source))
+        added = {name: torch.zeros_like(g) for name, g in together.items()}
+        for part in of_parts:
+            for name, g in part.items():
+                added[name] += g
+    _require_same_alone(source, "the samples, added up,", together, added, allowance, batch.size)
+
+
+def _require_same_alone(
+    source: PerSampleGradSource,
+    what: str,
+    inside: Mapping[str, Tensor],
+    alone: Mapping[str, Tensor],
+    allowance: Allowance,
+    samples: int = 1,
+) -> None:
+    try:
+        require_close(source, "gradient", inside, alone, allowance, samples)
+    except DisagreementError as difference:
+        raise UnsupportedModelError(
+            f"The gradient of {what} in the batch differs from that alone by more than rounding: the model mixes the "
+            "samples by a little (a step size or a scale chosen for the whole batch, a tolerance that an inner solver "
+            "meets for all), so the gradient of a single sample is not exact. Choose such numbers for each sample, or "
+            "by settings."
+        ) from difference
+
+
+def _verify_moments(
+    source: PerSampleGradSource,
+    batch: Batch,
+    claimed: Moments,
+    losses: Tensor,
+    total: Mapping[str, Tensor],
+    before: RandomState,
+    allowance: Allowance,
+) -> None:
+    require_close(source, "losses", {"losses": claimed.losses}, {"losses": losses}, allowance, 0)
+    mean = {name: g / batch.size for name, g in total.items()}
+    require_close(source, "mean gradient", claimed.mean, mean, allowance)
+    if not source.exact:
+        return
+    few = batch.rows(some_rows(batch))
+    state = random_state(source.model)
+    with state_restored(source.state()):
+        claimed_few = moments_of(source, few)
+    with state_restored(source.state()), random_state_restored(source.model, state):
+        _, rows = sample_gradients(source, few, range(few.size))
+        gradients = list(rows)
+    # Compared as root mean squares, in the unit of the gradients, where the tolerance has a meaning.
+    root = {name: torch.stack([g[name] for g in gradients]).square().mean(0).sqrt() for name in total}
+    claimed_root = {name: signed_root(s) for name, s in claimed_few.second_moment.items()}
+    require_close(source, "second moment", claimed_root, root, allowance)
+
+
+def _verify_rows(
+    source: PerSampleGradSource,
+    batch: Batch,
+    claimed: tuple[Tensor, dict[str, Tensor]],
+    losses: Tensor,
+    total: Mapping[str, Tensor],
+    allowance: Allowance,
+) -> None:
+    claimed_losses, gradients = claimed
+    require_close(source, "losses", {"losses": claimed_losses}, {"losses": losses}, allowance, 0)
+    sums = {name: g.sum(0) for name, g in gradients.items()}
+    require_close(source, "sum of the per-sample gradients", sums, total, allowance, batch.size)
+    # With random weights, any exchange of rows shows.
+    weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
+    with replayed(source, random_state(source.model)):
+        weighted = gradient((weights * source.losses(batch)).sum(), source)
+    found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
+    require_close(source, "weighted sum of the per-sample gradients", found, weighted, allowance, batch.size)
+    few = some_rows(batch)
+    _, rows = sample_gradients(source, batch, few)
+    for i, row in zip(few, rows, strict=True):
+        claimed_row = {name: g[i] for name, g in gradients.items()}
+        require_close(source, f"gradient of sample {i}", claimed_row, row, allowance)
+
+
+def signed_root(second_moment: Tensor) -> Tensor:
+    """Return the square root, in which entries that are negative by mistake stay negative, and do not become NaN."""
+    return second_moment.abs().sqrt().copysign(second_moment)
+
+
+def some_rows(batch: Batch) -> list[int]:
+    """Return the numbers of the samples that are compared with the loop."""
+    return sorted(_order(batch)[:_SAMPLES])
+
+
+def _order(batch: Batch) -> list[int]:
+    order: list[int] = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size)).tolist()
+    return order
+
+
+def require_close(
+    source: PerSampleGradSource,
+    what: str,
+    claimed: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    allowance: Allowance,
+    samples: int = 1,
+) -> None:
+    """Raise `DisagreementError` unless what `source` claims is what is expected, but for rounding.
+
+    Args:
+        source: the backend.
+        what: how the error names it.
+        claimed: tensors by the names of parameters.
+        expected: the same, from ordinary gradients.
+        allowance: what rounding explains.
+        samples: as many gradients of samples are added up.
+    """
+    largest = max((_largest(e) for e in expected.values()), default=0.0)
+    for name, value in expected.items():
+        _require_comparable(source, f"{what} of {name!r}", claimed[name], value)
+        difference = _largest(claimed[name] - value)
+        if difference > allowance.difference(name, _largest(value), largest, samples):
+            raise DisagreementError(
+                f"Backend {name_of(source)} is wrong on this model: the {what} of {name!r} differs from the ordinary "
+                f"one by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {ADVICE}"
+            )
+
+
+def _require_comparable(source: PerSampleGradSource, what: str, claimed: Tensor, expected: Tensor) -> None:
+    """Raise if the two are on different devices, or if other entries than those of `expected` are not numbers."""
+    if claimed.device != expected.device:
+        raise ContractError(
+            f"Backend {name_of(source)} returned the {what} on {claimed.device}, but {expected.device} is due. {ADVICE}"
+        )
+    wrong = claimed.isnan() != expected.isnan()
+    if bool(wrong.any()):
+        numbers = "has numbers" if bool(claimed[wrong].isnan().all()) else "is NaN elsewhere"
+        raise DisagreementError(
+            f"Backend {name_of(source)} is wrong on this model: the {what} is NaN in {int(claimed.isnan().sum())} of "
+            f"{claimed.numel()} entries, where the ordinary one {numbers}. {ADVICE}"
+        )
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0
