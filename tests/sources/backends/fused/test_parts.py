@@ -139,3 +139,54 @@ def test_rows_of_tokens_while_recording(per_sample_truth: Any) -> None:
         truth = per_sample_truth(model, loss_fn, x, None).gradients
         squares = {name: g.square().mean(0) for name, g in truth.items()}
         torch.testing.assert_close(recorded.moments().second_moment, squares)
+
+
+# Parameters beside whole samples, as the inducing points of sparse Gaussian processes are.
+
+
+class Inducing(nn.Module):
+    """Puts four points before the features of the samples; `use` makes the losses of both, `(4 + B, 2)`."""
+
+    def __init__(self, use: Callable[[Inducing, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.points, self.weights = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(4))
+        self.features, self.more, self.use = nn.Linear(3, 2), nn.Linear(2, 2), use
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, torch.cat([self.points, self.features(x)]))
+
+
+def kernel(left: Tensor, right: Tensor) -> Tensor:
+    return (left.unsqueeze(1) - right).square().sum(-1).neg().exp()
+
+
+INDUCING: dict[str, Callable[[Inducing, Tensor], Tensor]] = {
+    "slices": lambda model, h: kernel(h[4:], h[:4]) @ model.weights,
+    "samples in dim 1": lambda model, h: model.weights @ kernel(h[:4], h[4:]),
+    "split": lambda model, h: kernel(h.split([4, len(h) - 4])[1], h.split([4, len(h) - 4])[0]) @ model.weights,
+    "picked": lambda model, h: kernel(h[torch.arange(4, len(h))], h[[2, 0]]) @ model.weights[:2],
+    "entry by entry": lambda model, h: kernel((h * 2).tanh()[4:], (h * model.more.bias)[:4]) @ model.weights,
+    "a layer behind": lambda model, h: kernel(model.more(h[4:]), h[:4]) @ model.weights,
+    "compared": lambda model, h: kernel(h[4:], h[:4]) @ model.weights * (1 + torch.equal(h[4:], h[:4])),
+    "samples alone": lambda model, h: h.unbind(1)[0][4:].sin(),
+    "a kernel of all": lambda model, h: kernel(h, h)[4:, :4] @ model.weights,
+    "a layer of all": lambda model, h: kernel(model.more(h)[4:], model.more(h)[:4]) @ model.weights,
+    "statistics of all": lambda model, h: kernel(h[4:] - h.mean(0), h[:4]) @ model.weights,
+    "samples changed in place": lambda model, h: kernel(h[4:].mul_(2), h[:4]) @ model.weights,
+}
+ONE_BY_ONE = ("a kernel of all", "a layer of all", "statistics of all", "samples changed in place")
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+@pytest.mark.parametrize("name", INDUCING)
+def test_parameters_beside_whole_samples(name: str, size: int, per_sample_truth: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Inducing(INDUCING[name]), torch.randn(size, 3).double()
+    source = persample.make_source("fused", model, lambda outputs, _: outputs, check="never")
+    if name in ONE_BY_ONE:
+        with pytest.raises(UnsupportedModelError):
+            source.moments(x, None)
+        return
+    truth = per_sample_truth(model, lambda outputs, _: outputs, x, None).gradients
+    torch.testing.assert_close(source.per_sample(x, None), truth)

@@ -72,6 +72,7 @@ class Capture(TorchFunctionMode):
         self.rounds_otherwise = False  # whether the results of an operation may differ in their last bits
         self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
         self.parameters_repeated = False  # whether parameters stand beside samples, an entry for each
+        self.beside_samples = False  # whether rows of nobody may be made of parameters
         self.layouts = Layouts()
         self.parts = parts.Seen()
         self.constants = Seen()  # in what activation checkpointing repeats
@@ -419,6 +420,16 @@ class Capture(TorchFunctionMode):
         self.layouts[mixed] = where
         return mixed
 
+    def of_nobody(self, operand: Tensor, func: Any) -> Tensor:
+        """Return `operand`, which is made of parameters, for a place beside whole samples, where nobody's rows are.
+
+        It may be read from there, by itself. A gradient that comes back in another way is refused.
+        """
+        refusal = operations.no_rule(_name(func), "it puts a parameter beside whole samples")
+        self.beside_samples = True
+        beside: Tensor = Mixed.apply(self.value(operand), self.anchor, refusal)  # type: ignore[no-untyped-call]
+        return beside
+
     def copies(self, values: Tensor, layout: Layout, expression: Expression, build: Build) -> Tensor:
         """Return `values` of an expression, an entry for each sample, so that δ reaches its contribution.
 
@@ -566,15 +577,28 @@ class Capture(TorchFunctionMode):
         if not outputs:
             return result
         places = self._after(func, args, kwargs, followed, outputs)
-        if self.parts and _picked(places[0]) and (part := parts.read(self, result)) is not None:
-            return part
+        read = self._parts_read(outputs, places) if self.parts else {}
+        if read:
+            result = substitute(result, read)
+            kept = [(output, where) for output, where in zip(outputs, places, strict=True) if id(output) not in read]
+            outputs, places = [output for output, _ in kept], [where for _, where in kept]
         for output, where in zip(outputs, places, strict=True):
             self._place(output, where, func)
         new = isinstance(result, Tensor) and not result._is_view() and all(result is not t for t in followed)
-        if places == [None] and new and result.requires_grad:
+        if places == [None] and new and result.requires_grad and not self.beside_samples:
             # Nothing of the samples was moved into it, as if their mask were empty: it is a constant.
             return result.detach()
         return result
+
+    def _parts_read(self, outputs: list[Tensor], places: Sequence[Where]) -> dict[int, Tensor]:
+        """Return what stands for those of `outputs` that are a part made of parameters, by their id."""
+        found = {}
+        for output, where in zip(outputs, places, strict=True):
+            if self.beside_samples or not isinstance(where, Layout) or where.owners is not None:
+                part = parts.read(self, output)
+                if part is not None:
+                    found[id(output)] = part
+        return found
 
     def _after(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], outputs: list[Tensor]
@@ -608,11 +632,6 @@ class Capture(TorchFunctionMode):
         if base is not None and op_table.is_in_place(func) and self.layouts.get(output) != where:
             self.layouts[base] = Lost(f"{_name(func)} writes samples into a part of a tensor")
         self.layouts[output] = where
-
-
-def _picked(where: Where) -> bool:
-    """Whether rows were picked, or samples meet."""
-    return isinstance(where, Lost) or (where is not None and where.owners is not None)
 
 
 def _not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedModelError:

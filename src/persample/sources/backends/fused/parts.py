@@ -58,24 +58,35 @@ class Seen:
             return None
         return entry[2]
 
-    def instead_of(self, view: Tensor) -> None:
-        """Remember that an expression stands for a view, which must stay as it is."""
-        self._read.append((view, version_of(view)))
+    def instead_of(self, view: Tensor, part: Tensor) -> None:
+        """Remember that `part` stands for a view; both must stay as they are."""
+        self._read += [(t, version_of(t)) for t in (view, part)]
 
     def refuse_written(self) -> None:
         """Raise if something was written into a tensor that expressions were read from."""
         if any(version_of(view) != version for view, version in self._read):
             raise UnsupportedModelError(
-                "A tensor in which parameters stand beside samples (a class token) was changed in place after rows of "
-                "other samples had been read from it, which backend 'fused' cannot follow: read them later, or use an "
-                "operation that returns a new tensor."
+                "A tensor in which parameters stand beside samples (a class token), or a part of it, was changed in "
+                "place after rows had been read from it, which backend 'fused' cannot follow: read them later, or use "
+                "an operation that returns a new tensor."
             )
 
 
-def put_beside(capture: Capture, func: Any, tensors: Sequence[Tensor], dim: int, joined: Tensor) -> None:
-    """Remember which of `tensors`, which `func` put beside each other along `dim`, are made of parameters."""
+def put_beside(
+    capture: Capture, func: Any, tensors: Sequence[Tensor], dim: int, joined: Tensor, samples: bool = False
+) -> None:
+    """Remember which of `tensors`, which `func` put beside each other along `dim`, are made of parameters.
+
+    Args:
+        capture: sees the operation.
+        func: the operation.
+        tensors: what it put beside each other.
+        dim: the dimension.
+        joined: its result.
+        samples: whether to remember all of them.
+    """
     lengths = [1 if JOINING[func] else t.shape[dim] for t in tensors]
-    made = [capture.expression(t) is not None for t in tensors]
+    made = [samples or capture.expression(t) is not None for t in tensors]
     wholes = [
         _repeated(t, JOINING[func], dim, sum(lengths[:number]), joined.shape)
         for number, t in enumerate(tensors)
@@ -100,39 +111,40 @@ def _repeated(part: Tensor, new: bool, dim: int, start: int, shape: torch.Size) 
 
 def follow(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
     """Remember that an operation made the parts of its result from those of one operand."""
-    if func in JOINING or is_in_place(func) or not isinstance(result, Tensor):
+    if func in JOINING or is_in_place(func):
         return
     tensors = tensors_in((args, dict(kwargs)))
     operand, known = next(((t, known) for t in tensors if (known := capture.parts.get(t)) is not None), (None, None))
     if operand is None or known is None or any(t in capture.layouts for t in tensors if t is not operand):
         return
-    numbers, wholes = known
     if func in MOVES and operand is args[0]:
         try:
-            numbers = func(numbers, *args[1:], **kwargs)
+            numbers = tensors_in((func(known.numbers, *args[1:], **kwargs),))
         except (RuntimeError, ValueError, IndexError, TypeError):
             return
-    elif (func not in POINTWISE and func not in SAME) or result.shape != operand.shape:
+    elif (func in POINTWISE or func in SAME) and result.shape == operand.shape:
+        numbers = [known.numbers]
+    else:
         return
     stands_for = torch.empty(0)  # `operand` would be kept in memory
     others, named = substitute((args, dict(kwargs)), {id(operand): stands_for})
 
-    def made_of(whole: Whole) -> Whole:
+    def made_of(whole: Whole, output: int) -> Whole:
         def made(capture: Capture) -> Tensor:
-            result: Tensor = capture.again(func, others, named, {id(stands_for): whole(capture)})
-            return result
+            return tensors_in((capture.again(func, others, named, {id(stands_for): whole(capture)}),))[output]
 
         return made
 
-    capture.parts[result] = Parts(numbers, [made_of(whole) for whole in wholes])
+    for output, (t, of_parts) in enumerate(zip(tensors_in((result,)), numbers, strict=True)):
+        capture.parts[t] = Parts(of_parts, [made_of(whole, output) for whole in known.wholes])
 
 
-def read(capture: Capture, result: Any) -> Tensor | None:
-    """Return the expression that equals `result`, rows that were picked; None if they are more than a part.
+def read(capture: Capture, result: Tensor) -> Tensor | None:
+    """Return the part that `result` is, rows that were picked; None if they are more than a part.
 
-    Nothing may be written into it, as it is no view: that is refused, for it shares its memory with other expressions.
+    Nothing may be written into it, as it is no view.
     """
-    parts = capture.parts.get(result) if isinstance(result, Tensor) and result.numel() else None
+    parts = capture.parts.get(result) if result.numel() else None
     if parts is None or capture.intercepted or not capture.forward_pass or not torch.is_grad_enabled():
         return None
     number = int(parts.numbers.amin())
@@ -141,8 +153,7 @@ def read(capture: Capture, result: Any) -> Tensor | None:
     with torch.random.fork_rng(devices=[result.device] if result.is_cuda else []):
         found = parts.wholes[number](capture)
     # What is random (dropout) is not the same again.
-    same = capture.expression(found) is not None and torch.equal(capture.value(found), result.detach())
-    if not same:
+    if found.shape != result.shape or not torch.equal(capture.value(found).detach(), result.detach()):
         return None
-    capture.parts.instead_of(result)
+    capture.parts.instead_of(result, found)
     return found

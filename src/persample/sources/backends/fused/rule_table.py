@@ -67,7 +67,7 @@ def _of_reals(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
 #: `rule(capture, *args, **kwargs)` runs the operation and returns its result with a tap.
 RULES: Mapping[Any, Rule] = {
     **_general(POINTWISE, entry_by_entry),
-    **_general(COMPARISONS, values_alone),
+    **_general(COMPARISONS | functions("equal allclose"), values_alone),
     **_general(JOINING, beside_each_other),
     **_general(recurrent.layers, recurrent.recurrent),
     **recurrent.cells,

@@ -59,13 +59,15 @@ def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs
     layout = capture.layout(beside, "torch.cat")
     place = place_in(layout, beside.shape)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
-    if not JOINING[func] and dim % beside.dim() == place.dim and layout.rows > 1:
-        raise ValueError("it puts a parameter beside whole samples")
-    copies = {
-        id(t): copied(capture, t, beside.dim(), layout, place) for t in tensors if capture.expression(t) is not None
-    }
+    dim = dim % (beside.dim() + JOINING[func])
+    expressions = [t for t in tensors if capture.expression(t) is not None]
+    whole = not JOINING[func] and dim == place.dim and layout.rows > 1
+    if whole:
+        copies = {id(t): capture.of_nobody(t, func) for t in expressions}
+    else:
+        copies = {id(t): copied(capture, t, beside.dim(), layout, place) for t in expressions}
     joined: Tensor = capture.again(func, args, kwargs, copies)
-    put_beside(capture, func, tensors, dim % joined.dim(), joined)
+    put_beside(capture, func, tensors, dim, joined, samples=whole)
     return joined
 
 
