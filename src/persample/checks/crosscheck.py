@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from persample.checks.copies import copy_of
 from persample.errors import ContractError, PersampleError, UsageError
 from persample.sources.batch import as_batch, in_float64
-from persample.sources.contract import PerSampleGradSource
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
 from persample.sources.registry import make_source, name_with, names_side_by_side
 from persample.sources.selfcheck.tolerances import MOVED
 from persample.sources.selfcheck.verify import signed_root
+from persample.sources.source import PerSampleGradSource
 
 #: The largest relative error that rounding explains, by the dtype of the model's parameters.
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from persample.errors import MissingPackageError, OptionError, UnknownBackendError
-from persample.sources.contract import PerSampleGradSource
+from persample.sources.source import PerSampleGradSource
 
 _ENTRY_POINT_GROUP = "persample.backends"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from persample.moments import Moments
 from persample.sources.batch import Batch
-from persample.sources.contract import PerSampleGradSource
 from persample.sources.selfcheck.oracle import sample_gradients
+from persample.sources.source import PerSampleGradSource
 
 
 class LoopSource(PerSampleGradSource):

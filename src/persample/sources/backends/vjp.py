@@ -13,7 +13,7 @@ from persample.moments import Moments
 from persample.sources.backends.chunks import Chunk, moments_of_chunks, per_sample_of_chunks, refuse_chunk_size
 from persample.sources.backends.vjp_products import batched_grad
 from persample.sources.batch import Batch
-from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.contract import Check
 from persample.sources.model.random_state import random_state, random_state_restored
 from persample.sources.selfcheck.oracle import (
     gradient,
@@ -25,6 +25,7 @@ from persample.sources.selfcheck.oracle import (
 )
 from persample.sources.selfcheck.tolerances import Allowance
 from persample.sources.selfcheck.verify import require_close
+from persample.sources.source import PerSampleGradSource
 
 Result = TypeVar("Result")
 _PutTogether = Callable[[Iterable[Chunk], Mapping[str, nn.Parameter], int], Result]

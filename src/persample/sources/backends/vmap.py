@@ -20,7 +20,7 @@ from persample.moments import Moments
 from persample.sources.backends.chunks import Chunk, moments_of_chunks, per_sample_of_chunks, refuse_chunk_size
 from persample.sources.backends.vjp_products import batched_grad
 from persample.sources.batch import Batch
-from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.contract import Check
 from persample.sources.model.detached_inputs import changeable, entering
 from persample.sources.model.isolation import State, has_values
 from persample.sources.model.random_state import (
@@ -31,6 +31,7 @@ from persample.sources.model.random_state import (
 )
 from persample.sources.model.refusals import FUSED_OR_VJP, describe
 from persample.sources.selfcheck.oracle import gradient, losses_of_part, runs_in_batches_only
+from persample.sources.source import PerSampleGradSource
 from persample.sources.splits.tree import Columns
 
 Randomness = Literal["error", "different", "same"]

@@ -1,4 +1,4 @@
-"""Calling models and losses, with words for what they do not take."""
+"""Calling models and losses, with words for what they do not take and must not do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from persample.errors import BatchError, LossError
+from persample.errors import BatchError, LossError, UnsupportedModelError
 from persample.losses import PerSampleLoss, advice_to_take_out, check_losses, tensors_by_name
 
 
@@ -81,3 +81,14 @@ def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: in
             "outputs: lambda outputs, targets: F.cross_entropy(outputs.logits, targets, reduction='none')."
         )
     return check_losses(losses, batch_size)
+
+
+def refuse_backward_in_forward(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise if the forward pass that just ended gave a parameter a gradient."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            raise UnsupportedModelError(
+                f"The model or the loss calls .backward() in the forward pass, which adds to the gradient of parameter "
+                f"{name!r}, beside that of the losses: compute what is wanted there by torch.autograd.grad, or pass "
+                "inputs= to .backward()."
+            )

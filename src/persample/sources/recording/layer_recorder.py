@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from persample.errors import UsageError
-from persample.sources.contract import PerSampleGradSource
+from persample.sources.contract import Contract
 from persample.sources.model.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -39,7 +39,7 @@ class CallRecorder(Recorder):
         reduction: how the user reduces the losses.
     """
 
-    def __init__(self, source: PerSampleGradSource, modules: Mapping[str, nn.Module], reduction: LossReduction) -> None:
+    def __init__(self, source: Contract, modules: Mapping[str, nn.Module], reduction: LossReduction) -> None:
         super().__init__(source.model, source.parameters(), reduction)
         self.source = source
         self.calls: dict[ForwardPass, list[ModuleCall]] = {}

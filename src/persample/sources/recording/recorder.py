@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.sources.batch import Batch, split_batch
+from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_from, outer_backward, variables_of
 from persample.sources.model.batch_norm_nodes import read_right
 from persample.sources.model.eager import uncompiled
@@ -30,12 +31,10 @@ from persample.sources.recording.reduction import (
     refuse_weighted_mean,
 )
 from persample.sources.recording.results import LossReduction, Recorded, Sums
+from persample.sources.selfcheck.computed import check_once
 from persample.sources.selfcheck.oracle import reentrant_refused
 from persample.sources.splits.detection import unwrapped
 from persample.warn import warn
-
-if TYPE_CHECKING:
-    from persample.sources.contract import PerSampleGradSource
 
 
 class LossReductionWarning(UserWarning):
@@ -109,7 +108,7 @@ class Recorder(TorchFunctionMode):
 
     # What a backend can use.
 
-    def remember_state(self, source: PerSampleGradSource, forward_pass: ForwardPass) -> None:
+    def remember_state(self, source: Contract, forward_pass: ForwardPass) -> None:
         """Keep the state of the model for the self-check of `source`, which repeats the pass that begins now."""
         if source.check_is_due(forward_pass.batch):
             forward_pass.state = source.state()
@@ -388,7 +387,7 @@ class Recorder(TorchFunctionMode):
             forward_pass.divisor = divisor_of(loss)
             refuse_other_reduction(loss, self.recorded.reduction, forward_pass.batch.size)
 
-    def refuse_unseparable(self, losses: Sequence[Tensor], source: PerSampleGradSource) -> None:
+    def refuse_unseparable(self, losses: Sequence[Tensor], source: Contract) -> None:
         """Raise if a loss is no sum, or mean, over the samples of the last forward pass, as far as this can be seen.
 
         Raises:
@@ -410,7 +409,7 @@ class Recorder(TorchFunctionMode):
         finally:
             self.checking = False
 
-    def check(self, source: PerSampleGradSource, forward_pass: ForwardPass) -> None:
+    def check(self, source: Contract, forward_pass: ForwardPass) -> None:
         """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs."""
 
         def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
@@ -428,7 +427,7 @@ class Recorder(TorchFunctionMode):
             with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
                 if state is not None:
                     state.put_back()
-                source.check_once(batch.with_targets(batch.targets), loss_fn)
+                check_once(source, batch.with_targets(batch.targets), loss_fn)
         finally:
             self.checking = False
 

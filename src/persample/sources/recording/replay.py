@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from persample.dtypes import at_least_float32
 from persample.errors import DisagreementError, UnsupportedModelError, UsageError
 from persample.moments import Moments
 from persample.sources.batch import Batch
+from persample.sources.contract import Contract
 from persample.sources.model.random_state import random_state, same_random_state
 from persample.sources.model.refusals import refuse_hooked_parameters, refuse_impossible
 from persample.sources.recording.forward_pass import ForwardPass, tensors_of
@@ -37,9 +38,6 @@ from persample.sources.selfcheck.rounding import only_rounded
 from persample.sources.selfcheck.tolerances import Allowance
 from persample.sources.selfcheck.verify import replayed, require_close
 
-if TYPE_CHECKING:
-    from persample.sources.contract import PerSampleGradSource
-
 
 class ReplayRecorder(Recorder):
     """Lets a backend repeat the user's forward pass, with the gradients at its outputs as the weights of a new loss.
@@ -49,7 +47,7 @@ class ReplayRecorder(Recorder):
         reduction: how the user reduces the losses.
     """
 
-    def __init__(self, source: PerSampleGradSource, reduction: LossReduction) -> None:
+    def __init__(self, source: Contract, reduction: LossReduction) -> None:
         super().__init__(source.model, source.parameters(), reduction)
         self.source = source
         self._deltas: dict[int, Tensor] = {}
@@ -122,7 +120,7 @@ class ReplayRecorder(Recorder):
                 "it cannot repeat yours: use optimizer.observe(inputs, targets), or backend 'fused' or 'vjp'."
             )
 
-    def _repeated(self, source: PerSampleGradSource, batch: Batch, unit: float) -> Moments:
+    def _repeated(self, source: Contract, batch: Batch, unit: float) -> Moments:
         """Return the moments of the repeated pass, and prove that it is the user's."""
         self._state.put_back()
         with replayed(source, self._start):

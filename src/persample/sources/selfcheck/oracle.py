@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from persample.errors import NonFiniteLossError, PersampleError, UnsupportedModelError
+from persample.sources.batch import Batch
+from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
 from persample.sources.selfcheck.tolerances import tolerance
 
-if TYPE_CHECKING:
-    from persample.sources.batch import Batch
-    from persample.sources.contract import PerSampleGradSource
 
-
-def sample_gradients(
-    source: PerSampleGradSource, batch: Batch, rows: Iterable[int]
-) -> tuple[Tensor, Iterator[dict[str, Tensor]]]:
+def sample_gradients(source: Contract, batch: Batch, rows: Iterable[int]) -> tuple[Tensor, Iterator[dict[str, Tensor]]]:
     """Return the losses of `batch` with their graph, and for each of `rows` the gradient of that sample.
 
     Raises:
@@ -33,7 +29,7 @@ def sample_gradients(
 
 
 def part_gradients(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     parts: Iterable[list[int]],
     differentiate: Callable[[Tensor], dict[str, Tensor]],
@@ -56,7 +52,7 @@ def part_gradients(
 
 
 def _gradients_in_batch(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     losses: Tensor,
     parts: Iterable[list[int]],
@@ -81,7 +77,7 @@ def _gradients_in_batch(
 
 
 def _gradients_alone(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     losses: Tensor,
     allowed: float,
@@ -115,9 +111,7 @@ def _gradients_alone(
         yield rows
 
 
-def _of_state(
-    source: PerSampleGradSource, batch: Batch, state: State, refusal: UnsupportedModelError
-) -> UnsupportedModelError:
+def _of_state(source: Contract, batch: Batch, state: State, refusal: UnsupportedModelError) -> UnsupportedModelError:
     """Return what to say where a sample does not go through the model alone: `refusal`, or that it keeps a state.
 
     Args:
@@ -142,7 +136,7 @@ def _of_state(
     return refusal
 
 
-def require_repeatable(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+def require_repeatable(source: Contract, batch: Batch, before: RandomState) -> None:
     """Raise if the forward pass gives other losses when it is repeated from the same state and random numbers.
 
     Raises:
@@ -159,7 +153,7 @@ def require_repeatable(source: PerSampleGradSource, batch: Batch, before: Random
         )
 
 
-def _repeated(source: PerSampleGradSource, batch: Batch, before: RandomState) -> Tensor:
+def _repeated(source: Contract, batch: Batch, before: RandomState) -> Tensor:
     with state_restored(source.state()), random_state_restored(source.model, before):
         return source.losses(batch).detach()
 
@@ -181,7 +175,7 @@ def reentrant_refused() -> Iterator[None]:
         raise UnsupportedModelError(REENTRANT) from error
 
 
-def losses_of_part(source: PerSampleGradSource, part: Batch) -> Tensor:
+def losses_of_part(source: Contract, part: Batch) -> Tensor:
     """Return the losses of some samples of a batch on which the model ran.
 
     Raises:
@@ -206,7 +200,7 @@ def runs_in_batches_only(size: int, error: Exception) -> UnsupportedModelError:
     )
 
 
-def gradient(loss: Tensor, source: PerSampleGradSource) -> dict[str, Tensor]:
+def gradient(loss: Tensor, source: Contract) -> dict[str, Tensor]:
     """Return ∇loss for each parameter of `source`, zeros where the loss does not depend on it.
 
     Raises:
@@ -251,17 +245,6 @@ def gradients_at(
     return gradients[: len(targets)]
 
 
-def refuse_backward_in_forward(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise if the forward pass that just ended gave a parameter a gradient."""
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            raise UnsupportedModelError(
-                f"The model or the loss calls .backward() in the forward pass, which adds to the gradient of parameter "
-                f"{name!r}, beside that of the losses: compute what is wanted there by torch.autograd.grad, or pass "
-                "inputs= to .backward()."
-            )
-
-
 def refuse_accumulated(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise if the backward pass that just ended gave a parameter its gradient itself."""
     for name, parameter in parameters.items():
@@ -278,7 +261,7 @@ def inner_backward_pass(name: str) -> UnsupportedModelError:
     )
 
 
-def refuse_hidden_uses(source: PerSampleGradSource, batch: Batch) -> None:
+def refuse_hidden_uses(source: Contract, batch: Batch) -> None:
     """Raise if custom functions of autograd use parameters in other ways than the graph shows.
 
     Raises:

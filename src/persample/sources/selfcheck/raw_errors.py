@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from traceback import walk_tb
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from persample.errors import RAW_ERRORS, NonFiniteLossError, UnsupportedModelError
+from persample.sources.batch import Batch
+from persample.sources.contract import Contract
 from persample.sources.model.isolation import State, parameters_guarded
 from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import random_state, random_state_restored
@@ -18,13 +19,9 @@ from persample.sources.model.refusals import describe
 from persample.sources.selfcheck.oracle import gradient
 from persample.sources.selfcheck.returned import ADVICE, name_of
 
-if TYPE_CHECKING:
-    from persample.sources.batch import Batch
-    from persample.sources.contract import PerSampleGradSource
-
 
 @contextmanager
-def in_words(source: PerSampleGradSource, batch: Batch, state: State) -> Iterator[None]:
+def in_words(source: Contract, batch: Batch, state: State) -> Iterator[None]:
     """Say what failed, and where, if an error of Python's or PyTorch's classes comes out of the context.
 
     The model is then run as PyTorch runs it without any backend. What fails there, too, is the user's own: an error in
@@ -73,7 +70,7 @@ def is_raw(error: Exception) -> bool:
     return type(error) in RAW_ERRORS and "allocate memory" not in str(error)
 
 
-def _not_finite(source: PerSampleGradSource, batch: Batch) -> NonFiniteLossError | None:
+def _not_finite(source: Contract, batch: Batch) -> NonFiniteLossError | None:
     """Return the error of losses that are not finite, if they are."""
     with suppress(Exception), _without_trace(source.model):
         try:

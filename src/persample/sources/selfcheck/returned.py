@@ -1,4 +1,4 @@
-"""What the methods of a backend return, held against the contract of `PerSampleGradSource`, in words.
+"""What the methods of a backend return, held against the contract of `Contract`, in words.
 
 Whoever needs a result of a backend asks here. The checks look at kinds, shapes and dtypes only; whether the numbers
 are right, the self-check asks.
@@ -7,18 +7,16 @@ are right, the self-check asks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from persample.errors import ContractError
 from persample.moments import Moments
+from persample.sources.batch import Batch
+from persample.sources.contract import Contract
 from persample.sources.model.usage import Use
-
-if TYPE_CHECKING:
-    from persample.sources.batch import Batch
-    from persample.sources.contract import PerSampleGradSource
 
 #: What a user can do about a backend that is wrong.
 ADVICE = (
@@ -27,7 +25,7 @@ ADVICE = (
 )
 
 
-def moments_of(source: PerSampleGradSource, batch: Batch) -> Moments:
+def moments_of(source: Contract, batch: Batch) -> Moments:
     """Return what `source.compute_moments` returns for `batch`.
 
     Raises:
@@ -43,7 +41,7 @@ def moments_of(source: PerSampleGradSource, batch: Batch) -> Moments:
     return found
 
 
-def per_sample_of(source: PerSampleGradSource, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def per_sample_of(source: Contract, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return what `source.compute_per_sample` returns for `batch`: the losses and the per-sample gradients.
 
     Raises:
@@ -59,7 +57,7 @@ def per_sample_of(source: PerSampleGradSource, batch: Batch) -> tuple[Tensor, di
     return losses, gradients
 
 
-def uses_of(source: PerSampleGradSource, batch: Batch | None) -> Iterator[Use]:
+def uses_of(source: Contract, batch: Batch | None) -> Iterator[Use]:
     """Yield what `source.find_uses` returns for `batch`.
 
     Raises:
@@ -74,7 +72,7 @@ def uses_of(source: PerSampleGradSource, batch: Batch | None) -> Iterator[Use]:
         yield use
 
 
-def _require_losses(source: PerSampleGradSource, losses: Any, size: int) -> None:
+def _require_losses(source: Contract, losses: Any, size: int) -> None:
     if not isinstance(losses, Tensor) or losses.shape != (size,) or not losses.is_floating_point():
         raise _broken(source, f"{_kind(losses)} as losses", f"{size} real numbers are due, of shape {(size,)}")
     if losses.requires_grad:
@@ -82,7 +80,7 @@ def _require_losses(source: PerSampleGradSource, losses: Any, size: int) -> None
 
 
 def _require_gradients(
-    source: PerSampleGradSource, what: str, found: Any, parameters: Mapping[str, nn.Parameter], size: int | None = None
+    source: Contract, what: str, found: Any, parameters: Mapping[str, nn.Parameter], size: int | None = None
 ) -> None:
     """Raise unless `found` has a tensor like each of `parameters`, with `size` rows if a size is given."""
     if not isinstance(found, Mapping):
@@ -116,12 +114,12 @@ def _other_names(found: Mapping[str, Any], parameters: Mapping[str, Any]) -> str
     return f"other parameters than the model's: {', '.join(told)}"
 
 
-def name_of(source: PerSampleGradSource) -> str:
+def name_of(source: Contract) -> str:
     """Return how errors name a backend."""
     return type(source).__name__
 
 
-def _broken(source: PerSampleGradSource, found: str, due: str) -> ContractError:
+def _broken(source: Contract, found: str, due: str) -> ContractError:
     return ContractError(f"Backend {name_of(source)} returned {found}, but {due}. {ADVICE}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from persample.errors import PersampleError
 from persample.moments import Moments
 from persample.sources.batch import Batch
+from persample.sources.contract import Contract
 from persample.sources.model.random_state import RandomState, random_state_restored
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
 from persample.sources.selfcheck.perturbation import rounding_left
 from persample.sources.selfcheck.tolerances import MOVED, least_precise
 from persample.sources.selfcheck.verify import replayed, some_rows, verify
 
-if TYPE_CHECKING:
-    from persample.sources.contract import PerSampleGradSource
-
 
 def only_rounded(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
-    compute: Callable[[PerSampleGradSource, Batch], Any],
+    compute: Callable[[Contract, Batch], Any],
     result: Moments | tuple[Tensor, dict[str, Tensor]],
     before: RandomState,
 ) -> bool:
@@ -54,7 +52,7 @@ def only_rounded(
     return True
 
 
-def _rounding_left(source: PerSampleGradSource, batch: Batch, before: RandomState) -> dict[str, float]:
+def _rounding_left(source: Contract, batch: Batch, before: RandomState) -> dict[str, float]:
     """What rounding leaves of the gradient of a sample, where it vanishes for all of those that are looked at."""
     few = some_rows(batch)
     with replayed(source, before):

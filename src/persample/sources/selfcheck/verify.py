@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from persample.errors import RAW_ERRORS, ContractError, DisagreementError, PersampleError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.batch import Batch
+from persample.sources.contract import Contract
 from persample.sources.model.isolation import state_restored
 from persample.sources.model.random_state import (
     RandomState,
@@ -36,15 +36,12 @@ from persample.sources.selfcheck.oracle import (
 from persample.sources.selfcheck.returned import ADVICE, moments_of, name_of
 from persample.sources.selfcheck.tolerances import Allowance, tolerance
 
-if TYPE_CHECKING:
-    from persample.sources.contract import PerSampleGradSource
-
 _SAMPLES = 4  # as many samples as are compared with the loop
 _PARTS = 64  # as many parts of a batch as are looked at, each alone, to tell why a result is wrong
 
 
 def verify(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     result: Moments | tuple[Tensor, dict[str, Tensor]],
     before: RandomState,
@@ -81,7 +78,7 @@ def verify(
                 _verify_rows(source, batch, result, losses.detach(), total, allowance)
 
 
-def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+def verify_unmixed(source: Contract, batch: Batch, before: RandomState) -> None:
     """Raise if the loss of a sample depends on other samples; forward passes alone tell.
 
     Raises:
@@ -95,7 +92,7 @@ def verify_unmixed(source: PerSampleGradSource, batch: Batch, before: RandomStat
 
 
 @contextmanager
-def _of_repeated_passes(source: PerSampleGradSource, batch: Batch, before: RandomState) -> Iterator[None]:
+def _of_repeated_passes(source: Contract, batch: Batch, before: RandomState) -> Iterator[None]:
     """Where something is found, make sure that it is not for a forward pass that cannot be repeated."""
     try:
         yield
@@ -105,7 +102,7 @@ def _of_repeated_passes(source: PerSampleGradSource, batch: Batch, before: Rando
 
 
 def _verify_no_mixing(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     losses: Tensor,
     before: RandomState,
@@ -141,7 +138,7 @@ def _verify_no_mixing(
 
 
 def _verify_exchange(
-    source: PerSampleGradSource, batch: Batch, losses: Tensor, after: RandomState, order: list[int], rounding: float
+    source: Contract, batch: Batch, losses: Tensor, after: RandomState, order: list[int], rounding: float
 ) -> None:
     first, last = order[0], order[-1]
     rows = [last if i == first else i for i in range(batch.size)]
@@ -154,9 +151,7 @@ def _verify_exchange(
         )
 
 
-def _verify_halves(
-    source: PerSampleGradSource, batch: Batch, losses: Tensor, order: list[int], rounding: float
-) -> None:
+def _verify_halves(source: Contract, batch: Batch, losses: Tensor, order: list[int], rounding: float) -> None:
     for half in (sorted(order[::2]), sorted(order[1::2])):
         with state_restored(source.state()):
             alone = losses_of_part(source, batch.rows(half)).detach()
@@ -164,7 +159,7 @@ def _verify_halves(
 
 
 @contextmanager
-def replayed(source: PerSampleGradSource, before: RandomState) -> Iterator[None]:
+def replayed(source: Contract, before: RandomState) -> Iterator[None]:
     """Start from the random numbers of the call, and leave them and the state of the model as they are."""
     with state_restored(source.state()), random_state_restored(source.model, before):
         yield
@@ -192,7 +187,7 @@ def _require_unmixed(values: Tensor, expected: Tensor, rounding: float, when: st
         )
 
 
-def refuse_nonlinear_backward(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+def refuse_nonlinear_backward(source: Contract, batch: Batch, before: RandomState) -> None:
     """Raise if four times the losses have another gradient than four times that of the losses.
 
     Raises:
@@ -214,7 +209,7 @@ def refuse_nonlinear_backward(source: PerSampleGradSource, batch: Batch, before:
         ) from difference
 
 
-def refuse_slight_mixing(source: PerSampleGradSource, batch: Batch, before: RandomState) -> None:
+def refuse_slight_mixing(source: Contract, batch: Batch, before: RandomState) -> None:
     """Raise if ordinary gradients of single losses tell that the samples mix, by less than the losses show.
 
     Raises:
@@ -243,7 +238,7 @@ def refuse_slight_mixing(source: PerSampleGradSource, batch: Batch, before: Rand
 
 
 def _require_same_alone(
-    source: PerSampleGradSource,
+    source: Contract,
     what: str,
     inside: Mapping[str, Tensor],
     alone: Mapping[str, Tensor],
@@ -262,7 +257,7 @@ def _require_same_alone(
 
 
 def _verify_moments(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     claimed: Moments,
     losses: Tensor,
@@ -289,7 +284,7 @@ def _verify_moments(
 
 
 def _verify_rows(
-    source: PerSampleGradSource,
+    source: Contract,
     batch: Batch,
     claimed: tuple[Tensor, dict[str, Tensor]],
     losses: Tensor,
@@ -329,7 +324,7 @@ def _order(batch: Batch) -> list[int]:
 
 
 def require_close(
-    source: PerSampleGradSource,
+    source: Contract,
     what: str,
     claimed: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
@@ -357,7 +352,7 @@ def require_close(
             )
 
 
-def _require_comparable(source: PerSampleGradSource, what: str, claimed: Tensor, expected: Tensor) -> None:
+def _require_comparable(source: Contract, what: str, claimed: Tensor, expected: Tensor) -> None:
     """Raise if the two are on different devices, or if other entries than those of `expected` are not numbers."""
     if claimed.device != expected.device:
         raise ContractError(

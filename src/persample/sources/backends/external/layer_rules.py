@@ -21,7 +21,6 @@ from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import precise, without_autocast
 from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
-from persample.sources.contract import PerSampleGradSource
 from persample.sources.model.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -36,6 +35,7 @@ from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.sources.selfcheck.oracle import gradients_at
+from persample.sources.source import PerSampleGradSource
 
 
 @dataclass(frozen=True)

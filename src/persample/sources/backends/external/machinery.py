@@ -22,7 +22,6 @@ from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.backends.external.quiet import without_warnings
 from persample.sources.backends.external.stand_in import Copies, stand_in
 from persample.sources.batch import Batch
-from persample.sources.contract import PerSampleGradSource
 from persample.sources.model.autograd_graph import nodes_behind
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.module_calls import (
@@ -39,6 +38,7 @@ from persample.sources.model.refusals import describe
 from persample.sources.model.usage import Use
 from persample.sources.recording.recorder import Recorder
 from persample.sources.selfcheck.oracle import gradient, gradients_at
+from persample.sources.source import PerSampleGradSource
 
 Result = TypeVar("Result")
 

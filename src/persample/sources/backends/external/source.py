@@ -13,11 +13,12 @@ from persample.moments import Moments
 from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.batch import Batch
-from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.contract import Check
 from persample.sources.model.isolation import State
 from persample.sources.model.refusals import FUSED_OR_VJP
 from persample.sources.model.usage import Use
 from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.source import PerSampleGradSource
 
 Result = TypeVar("Result")
 
@@ -100,7 +101,7 @@ class PeerSource(PerSampleGradSource):
                     raise self._advised(refusal) from refusal
                 self.ran_because = str(refusal)
                 if batch is not None and not isinstance(refusal, BusyError):
-                    self._found[self._kind(batch, self.own)] = self.ran_because
+                    self._found[self.kind_of(batch, self.own)] = self.ran_because
         self.ran, self._moved_attributes = "rules", False
         return compute(self._rules())
 
@@ -117,7 +118,7 @@ class PeerSource(PerSampleGradSource):
 
     def _found_reason(self, batch: Batch | None) -> str:
         """Return what a forward pass on a batch of this kind has shown against it."""
-        return self._found.get(self._kind(batch, self.own), "") if self._found and batch is not None else ""
+        return self._found.get(self.kind_of(batch, self.own), "") if self._found and batch is not None else ""
 
     def _advised(self, refusal: UnsupportedModelError) -> UnsupportedModelError:
         """Return `refusal` with the advice that it lacks."""
@@ -138,5 +139,5 @@ class PeerSource(PerSampleGradSource):
 
     def _rules(self) -> PeerRulesSource:
         rules = self.by_rules(self.model, self.loss_fn, check=self.check)
-        rules._checked = self._checked  # a recording runs the self-check by itself
+        rules.checked = self.checked  # a recording runs the self-check by itself
         return rules

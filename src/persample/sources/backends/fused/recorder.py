@@ -20,7 +20,6 @@ from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.propagation import Lost
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import unseen_use
-from persample.sources.contract import PerSampleGradSource
 from persample.sources.model.autograd_graph import nodes_behind
 from persample.sources.model.refusals import refuse_impossible
 from persample.sources.recording.forward_pass import ForwardPass
@@ -28,6 +27,7 @@ from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.reduction import refuse_uses_past_outputs, used_outside
 from persample.sources.recording.results import LossReduction, Sums
 from persample.sources.selfcheck.oracle import inner_backward_pass
+from persample.sources.source import PerSampleGradSource
 
 # The mode is active meanwhile, for activation checkpointing, but this call is not the model's.
 _backward: Callable[..., None] = opened(torch.autograd.backward) or torch.autograd.backward

@@ -22,11 +22,12 @@ from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import Recorder, unseen_use
 from persample.sources.batch import Batch
-from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.contract import Check
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.usage import Use, current_module
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.sources.selfcheck.oracle import gradient, other_leaves, reentrant_refused, refuse_accumulated
+from persample.sources.source import PerSampleGradSource
 
 # The mode is active meanwhile, but this call is not the model's.
 _grad = opened(torch.autograd.grad) or torch.autograd.grad

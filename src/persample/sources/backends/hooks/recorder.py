@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from persample.sources.backends.hooks.counting import UseCounter
 from persample.sources.backends.hooks.sums import HookSums
-from persample.sources.contract import PerSampleGradSource
 from persample.sources.model.module_calls import ModuleCall
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
 from persample.sources.recording.results import LossReduction
+from persample.sources.source import PerSampleGradSource
 
 
 class HooksRecorder(CallRecorder):

@@ -23,7 +23,7 @@ from persample.sources.backends.hooks.rules import modules_with_rules, reason_ag
 from persample.sources.backends.hooks.sums import HookSums, zeros
 from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
-from persample.sources.contract import Check, PerSampleGradSource
+from persample.sources.contract import Check
 from persample.sources.model.autograd_graph import outer_backward
 from persample.sources.model.module_calls import (
     ModuleCall,
@@ -36,6 +36,7 @@ from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.model.usage import Use
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.sources.selfcheck.oracle import gradients_at
+from persample.sources.source import PerSampleGradSource
 
 Curvature = Literal["exact", "printed"]
 

@@ -1,0 +1,203 @@
+"""`PerSampleGradSource`: what every backend offers its users, whatever it does inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.errors import UnsupportedModelError
+from persample.moments import Moments
+from persample.sources.batch import Batch, as_batch
+from persample.sources.contract import Contract, one_at_a_time
+from persample.sources.model.autograd_graph import nodes_behind, variables_of
+from persample.sources.model.eager import uncompiled
+from persample.sources.model.isolation import parameters_counted, parameters_guarded, state_restored, untouched
+from persample.sources.model.random_state import random_state, random_state_restored
+from persample.sources.model.refusals import refuse_impossible
+from persample.sources.model.usage import Use
+from persample.sources.recording.replay import ReplayRecorder
+from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.selfcheck.computed import Compute, computed
+from persample.sources.selfcheck.oracle import losses_of_part, refuse_hidden_uses
+from persample.sources.selfcheck.raw_errors import in_words
+from persample.sources.selfcheck.returned import moments_of, per_sample_of, uses_of
+from persample.sources.selfcheck.verify import verify_unmixed
+
+
+class PerSampleGradSource(Contract):
+    """Per-sample gradients of a model's loss.
+
+    A backend is a subclass that implements `compute_per_sample`, and `compute_moments` where it can do better than
+    to average per-sample gradients. Everything else (the shape of a batch, what is refused, the self-check, leaving
+    no trace) is done here, the same for all. During both methods gradients are enabled, every `p.grad` is None, and
+    whatever they leave on the model is taken off again afterwards.
+
+    Args:
+        model: the network. Neither it nor its parameters are changed.
+        loss_fn: `loss_fn(outputs, targets)` returns the loss of each sample, shape `(B,)`; a loss module of
+            `torch.nn` is accepted too (see `persample.losses.as_per_sample`).
+        check: when the self-check compares this backend with ordinary gradients and, for a few samples, with the
+            loop over samples: on the `"first"` batch of its kind (default), `"always"`, or `"never"`.
+    """
+
+    # What users call.
+
+    def moments(self, inputs: Any, targets: Any) -> Moments:
+        """Return the mean gradient and the mean squared gradient of the single samples.
+
+        Args:
+            inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model; dim 0 of
+                every tensor is the sample, unless `persample.shared` or `persample.batched` say otherwise. A list of B
+                entries, not all of them tensors of B entries, has one for each sample.
+            targets: what `loss_fn` takes as second argument; the same holds of it.
+
+        Returns:
+            `Moments`, keyed by the names of the parameters that require a gradient, in the order of
+            `model.named_parameters()`. A parameter that the batch does not reach has zeros.
+
+        Raises:
+            BatchError: inputs and targets are not a mini-batch.
+            LossError: the loss is not a finite vector of length B.
+            UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend.
+            DisagreementError: the self-check found that the result is wrong, or the backend returned something else
+                than its contract asks for.
+        """
+        moments: Moments = self._run(inputs, targets, moments_of)
+        return moments
+
+    def per_sample(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return the gradient of the loss of each sample, `{name: (B, *parameter.shape)}`.
+
+        Arguments, keys and errors are those of `moments`.
+        """
+        gradients: dict[str, Tensor]
+        _, gradients = self._run(inputs, targets, per_sample_of)
+        return gradients
+
+    def uses(self, inputs: Any = None, targets: Any = None) -> list[Use]:
+        """Return what would serve each use of a parameter, without computing a gradient of the model.
+
+        Args:
+            inputs: a mini-batch, as for `moments`, on which the forward pass is run; nothing of that remains. None
+                to go by what can be seen of the modules alone.
+            targets: its targets.
+
+        Returns:
+            The uses in the order of the forward pass, or without a batch of the modules. That of the parameter None
+            is a refusal of the whole model.
+
+        Raises:
+            BatchError: inputs and targets are not a mini-batch.
+            LossError: the loss is not a finite vector of length B.
+        """
+        found: list[Use] = []
+        try:
+            self.refuse_hooks()
+            if inputs is None:
+                found += uses_of(self, None)
+            else:
+                batch = as_batch(inputs, targets, self.model)
+                refuse_impossible(self.model)
+                start = random_state(self.model)
+                with (
+                    batch.doubted(),
+                    one_at_a_time.held(),
+                    untouched(self.model) as state,
+                    parameters_guarded(self.model),
+                    state_restored(self.state()),
+                    parameters_counted(self.model),
+                    random_state_restored(self.model, start),
+                    torch.enable_grad(),
+                    uncompiled(),
+                    in_words(self, batch, state),
+                ):
+                    found += uses_of(self, batch)
+                    verify_unmixed(self, batch, start)
+                    if self.parameters().keys() - {use.parameter for use in found}:
+                        refuse_hidden_uses(self, batch.rows(slice(0, 2)))
+        except UnsupportedModelError as refusal:
+            found.append(Use(None, "refused", "the model", "", str(refusal)))
+        return found
+
+    @contextmanager
+    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+        """Record the moments of forward and backward passes that the user runs himself, inside a `with` block.
+
+            with source.recording() as recorded:
+                loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+                loss.backward()
+            moments = recorded.moments()
+
+        The model is called as a whole, and `backward()` after each call of it. Dim 0 of its tensor arguments is the
+        sample. `loss_fn` is not used. `p.grad` gets the gradient, as ever.
+
+        Args:
+            loss_reduction: how the losses of the samples were reduced to a scalar, `"mean"` or `"sum"`. A mean is one
+                over all samples that the model was called with.
+
+        Raises:
+            UsageError: nothing was recorded, or backward passes cannot be told apart.
+            UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend; or the
+                forward pass cannot be repeated, by a backend that runs the model itself.
+        """
+        with ReplayRecorder(self, loss_reduction) as recorder:
+            yield recorder.recorded
+
+    # What a backend implements, where it can do better.
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        """Return the moments of `batch`; here as averages over `compute_per_sample`."""
+        losses, gradients = per_sample_of(self, batch)
+        return Moments(
+            losses=losses,
+            mean={name: g.mean(0) for name, g in gradients.items()},
+            second_moment={name: g.square().mean(0) for name, g in gradients.items()},
+        )
+
+    def find_uses(self, batch: Batch | None) -> Iterable[Use]:
+        """Return what would serve each use of a parameter: see `uses`, which asks for it.
+
+        Backends that go by layers or operations tell each of them. Here it is found out by trying two samples.
+
+        Raises:
+            UnsupportedModelError: the model is refused as a whole.
+        """
+        self.refuse_unsupported()
+        names = list(self.parameters())
+        if batch is not None:
+            losses = self.losses(batch)
+            reached = variables_of(nodes_behind(losses))
+            names = [name for name, p in self.parameters().items() if p in reached]
+            few = batch.rows(slice(0, 2))
+            losses_of_part(self, few)
+            moments_of(self, few)
+        return [Use(name, "rule", self.method, "") for name in names]
+
+    def _run(self, inputs: Any, targets: Any, compute: Compute) -> Any:
+        batch = as_batch(inputs, targets, self.model)
+        refuse_impossible(self.model)
+        self.refuse_hooks()
+        self.refuse_unsupported()
+        kind = self.kind_of(batch, compute.__name__) if self.check == "first" else ()
+        checking = self.check == "always" or (self.check == "first" and kind not in self.checked)
+        if checking:
+            self.moving = None
+        with (
+            batch.doubted(),
+            one_at_a_time.held(),
+            untouched(self.model, self._frozen()) as state,
+            torch.enable_grad(),
+            uncompiled(),
+            in_words(self, batch, state),
+        ):
+            if checking or not self.ordinary_state or self.moving is None:
+                result = computed(self, batch, compute, state, checking)
+            else:
+                result = compute(self, batch)
+            if batch.size > 1:  # a batch of one cannot show that samples are mixed
+                self.checked.add(kind)
+            return result
