@@ -425,7 +425,7 @@ class Capture(TorchFunctionMode):
 
         It may be read from there, by itself. A gradient that comes back in another way is refused.
         """
-        refusal = operations.no_rule(_name(func), "it puts a parameter beside whole samples")
+        refusal = rule_table.no_rule(_name(func), "it puts a parameter beside whole samples")
         self.beside_samples = True
         beside: Tensor = Mixed.apply(self.value(operand), self.anchor, refusal)  # type: ignore[no-untyped-call]
         return beside
