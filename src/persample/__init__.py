@@ -10,12 +10,12 @@ from persample.frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from persample.moments import Moments as Moments
 from persample.moments import merge_moments as merge_moments
 from persample.sources import PerSampleGradSource as PerSampleGradSource
-from persample.sources import backends as backends
 from persample.sources import batched as batched
 from persample.sources import make_source as make_source
 from persample.sources import one_per_sample as one_per_sample
 from persample.sources import register_backend as register_backend
 from persample.sources import shared as shared
+from persample.sources.registry import backends as backends
 from persample.vogn import OGN as OGN
 from persample.vogn import VOGN as VOGN
 from persample.vogn import MeanFieldVI as MeanFieldVI

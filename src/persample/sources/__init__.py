@@ -2,7 +2,6 @@
 
 from persample.sources.batch import Batch as Batch
 from persample.sources.registry import Backend as Backend
-from persample.sources.registry import backends as backends
 from persample.sources.registry import make_source as make_source
 from persample.sources.registry import register_backend as register_backend
 from persample.sources.source import PerSampleGradSource as PerSampleGradSource

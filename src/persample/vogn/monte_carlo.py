@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,19 @@ from persample.sources.splits.tree import plain
 from persample.vogn.sampling import draw, restored
 from persample.vogn.settings import check_count, check_generator
 
-if TYPE_CHECKING:
-    from persample.vogn.posterior import Posterior
-
 Weights: TypeAlias = dict[str, Tensor]
 Forward: TypeAlias = Callable[[Weights], Tensor]
+
+
+class Gaussian(Protocol):
+    """A diagonal Gaussian over the weights; mean μ and standard deviation σ of each, by the names of parameters."""
+
+    @property
+    def mean(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def scale(self) -> Mapping[str, Tensor]: ...
+
 
 # Measured on a CPU: with more weights than this in one pass, the draws one by one are as fast or faster.
 _MOST_WEIGHTS_ON_CPU = 2**15
@@ -56,7 +64,7 @@ class DrawOptions(TypedDict, total=False):
 @torch.no_grad()
 def for_each_draw(
     model: nn.Module,
-    posterior: Posterior,
+    posterior: Gaussian,
     inputs: Any,
     consume: Callable[[Tensor], None],
     *,
@@ -146,7 +154,7 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
     return forward
 
 
-def _draws(posterior: Posterior, params: Weights, samples: int, generator: torch.Generator | None) -> Iterator[Weights]:
+def _draws(posterior: Gaussian, params: Weights, samples: int, generator: torch.Generator | None) -> Iterator[Weights]:
     """Draw after draw, each with dtypes and devices of `params`."""
     scale = posterior.scale
     for _ in range(samples):

@@ -19,6 +19,7 @@ from persample.sources.backends.contributions import Terms, precise
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.taps import Copies, Mixed, Operation, Tap
+from persample.sources.backends.fused.trace import Trace
 from persample.sources.selfcheck.tolerances import tolerance
 
 _OWN = tuple(function._backward_cls for function in (Tap, Operation, Copies, Mixed))
@@ -35,14 +36,14 @@ class Kernel:
     """Gives the contributions of the parameters that a custom function took, when its backward pass is due.
 
     Args:
-        capture: receives them.
+        trace: receives them.
         node: that of the function in autograd's graph.
         results: where the samples are in its results, by their number.
         expressions: those of the parameters that it took, by the number of the edge that leads to them.
     """
 
-    def __init__(self, capture: Any, node: Any, results: Results, expressions: Mapping[int, Expression]) -> None:
-        self.capture, self.results, self.expressions = capture, results, expressions
+    def __init__(self, trace: Trace, node: Any, results: Results, expressions: Mapping[int, Expression]) -> None:
+        self.trace, self.results, self.expressions = trace, results, expressions
         self.handles = [
             node.register_prehook(lambda deltas: self._receive(node, deltas)),
             node.register_hook(self._withheld),
@@ -67,7 +68,7 @@ class Kernel:
                         for d, o in zip(given, labels, strict=True)
                     ],
                 )
-                for i in range(self.capture.batch_size)
+                for i in range(self.trace.batch_size)
             ]
             together = self._gradients(node, given)
             for place, total in together.items():
@@ -79,7 +80,7 @@ class Kernel:
                 if not torch.allclose(summed, total, allowed, allowed * float(total.abs().max()), equal_nan=True):
                     raise self._refusal("is not linear in the gradient of its results, so it mixes the samples")
                 if place in self.expressions:
-                    self.capture.receive(self.expressions[place], Terms(precise(stacked).unsqueeze(1)))
+                    self.trace.receive(self.expressions[place], Terms(precise(stacked).unsqueeze(1)))
 
     def _labels(self, number: int, delta: Tensor) -> Any:
         if number not in self.results:

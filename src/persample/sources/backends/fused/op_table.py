@@ -225,3 +225,8 @@ _IN_PLACE = {"__setitem__"} | {
 
 #: Operations of `POINTWISE` with one result, which is not written into an operand.
 SHAPE_KEEPING = frozenset(f for f in POINTWISE - functions("where broadcast_tensors") if not is_in_place(f))
+
+
+def name_of(func: Any) -> str:
+    """Return how errors name an operation."""
+    return getattr(func, "__name__", str(func))

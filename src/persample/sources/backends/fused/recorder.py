@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from persample.errors import PersampleError, UnsupportedModelError
-from persample.sources.backends.contributions import without_autocast
+from persample.sources.backends.contributions import Contribution, without_autocast
 from persample.sources.backends.fused.accumulators import Moment
 from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture
@@ -45,6 +45,7 @@ class FusedRecorder(Recorder):
         super().__init__(source.model, parameters, reduction)
         self.source = source
         self.capture: Capture | None = None
+        self._moment = Moment(0)
         self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
         self._mixed: dict[Node, str] = {}
         for name, p in parameters.items():
@@ -61,7 +62,7 @@ class FusedRecorder(Recorder):
         recorder, size = self, forward_pass.batch.size
 
         class Watched(Moment):
-            def receive(self, expression: Any, contribution: Any) -> None:
+            def receive(self, expression: Expression, contribution: Contribution) -> None:
                 recorder.reach(forward_pass)
                 super().receive(expression, contribution)
 
@@ -73,7 +74,8 @@ class FusedRecorder(Recorder):
                     refusal = UnsupportedModelError(used_outside(expressions[0].names[0]))
                 return super().mixed(result, where, expressions, refusal)
 
-        self.capture = OutsideToo(self.recorded.parameters, size, Watched(size))
+        self._moment = Watched(size)
+        self.capture = OutsideToo(self.recorded.parameters, size, self._moment)
         self.capture.follow(forward_pass.batch)
 
     def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
@@ -126,7 +128,7 @@ class FusedRecorder(Recorder):
         for leaf, expression in self.capture.leaves().items():
             if leaf.grad is not None:
                 raise UnsupportedModelError(unseen_use(expression.names[0]))
-        sink = self.capture.sink
+        sink = self._moment
         device = next((p.device for p in self.recorded.parameters.values()), torch.device("cpu"))
         self._finishing = True
         with torch.enable_grad(), without_autocast(device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,8 @@ from persample.sources.backends.fused.rules.normalization import (
     layer_norm,
     rms_norm,
 )
-from persample.sources.backends.fused.rules.pooling import max_pool2d
 from persample.sources.backends.fused.rules.reorder import in_order
-from persample.sources.backends.fused.vjp import no_rule as no_rule
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 Rule = Callable[..., Any]
 
@@ -54,7 +50,7 @@ def _of_reals(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
     """Rules whose products are those of real numbers (without conjugates); complex ones are mapped over the samples."""
 
     def for_reals(func: Any, rule: Rule) -> Rule:
-        def choose(capture: Capture, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def choose(capture: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
             if input.is_complex():
                 return fallback(capture, func, (input, *args), kwargs)
             return rule(capture, input, *args, **kwargs)
@@ -107,6 +103,3 @@ RULES: Mapping[Any, Rule] = {
     F.instance_norm: in_order(instance_norm),
     F.rms_norm: rms_norm,
 }
-
-#: Operations without parameters that can be had faster, with the same result.
-FASTER: Mapping[Any, Callable[..., Any]] = {F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d}

@@ -15,7 +15,9 @@ from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.fused.accumulators import added_up
 from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.carry import plain
 from persample.sources.backends.fused.expressions import Expression
+from persample.sources.backends.fused.op_table import name_of
 from persample.sources.backends.fused.propagation import Lost
 from persample.sources.backends.fused.vjp import Mapped, MappedRows
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
@@ -76,7 +78,7 @@ class Recorder(Capture):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self._running.append(getattr(func, "__name__", str(func)))
+        self._running.append(name_of(func))
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except UnsupportedModelError as refusal:
@@ -86,7 +88,7 @@ class Recorder(Capture):
                 raise
             names = dict.fromkeys(name for expression in expressions for name in expression.names)
             self._refused += [Use(name, "refused", self._by(), self._current_module(), str(refusal)) for name in names]
-            return self.plain(func, *self.values(arguments))
+            return plain(self, func, *self.values(arguments))
         finally:
             self._running.pop()
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from persample.sources.backends.fused.axis import Place
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.rules.expanded import copied
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 Rule = Callable[..., Any]
 
@@ -24,7 +22,7 @@ def in_groups(function: Callable[..., Tensor], rule: Rule) -> Rule:
     """
 
     def for_groups(
-        capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+        capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         layout = capture.layouts.get(input)
         place = layout.place(input.shape) if isinstance(layout, Layout) else None

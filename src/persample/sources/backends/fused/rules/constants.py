@@ -7,7 +7,7 @@ of its operation, at a cost that grows as B; as an expression it would cost B ti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from persample.sources.backends.fused.axis import Place
 from persample.sources.backends.fused.expressions import Made, version_of
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.propagation import Call, after
+from persample.sources.backends.fused.trace import Trace
 from persample.sources.selfcheck.tolerances import tolerance
 
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+Copied = Callable[[Trace, Tensor, int, Layout, Place], Tensor]
 
 
-def as_samples(capture: Capture, operand: Tensor, where: Layout, place: Place) -> Tensor | None:
+def as_samples(capture: Trace, operand: Tensor, where: Layout, place: Place, copied: Copied) -> Tensor | None:
     """Return `operand`, an expression with an entry for each sample, made of samples; None if it cannot be.
 
     Args:
@@ -32,21 +32,20 @@ def as_samples(capture: Capture, operand: Tensor, where: Layout, place: Place) -
         operand: the expression.
         where: where it has its entries for the samples,
         place: and in which dimension.
+        copied: gives expressions an entry for each sample.
     """
     made = capture.expressions[id(operand)][1].made
     if made is None or where.owners is not None or capture.intercepted or not capture.forward_pass:
         return None
     key = (id(operand), where)
     if key not in capture.remade:
-        result = _remade(capture, made, operand, where, place)
+        result = _remade(capture, made, operand, where, place, copied)
         capture.remade[key] = None if result is None else (result, version_of(result))
     known = capture.remade[key]
     return None if known is None or version_of(known[0]) != known[1] else known[0]
 
 
-def _remade(capture: Capture, made: Made, operand: Tensor, where: Layout, place: Place) -> Tensor | None:
-    from persample.sources.backends.fused.rules.expanded import copied
-
+def _remade(capture: Trace, made: Made, operand: Tensor, where: Layout, place: Place, copied: Copied) -> Tensor | None:
     places = _places(capture, made, operand.dim(), where, place)
     if not places:
         return None
@@ -78,7 +77,7 @@ def _remade(capture: Capture, made: Made, operand: Tensor, where: Layout, place:
     return remade
 
 
-def _places(capture: Capture, made: Made, ndim: int, where: Layout, place: Place) -> dict[int, Place]:
+def _places(capture: Trace, made: Made, ndim: int, where: Layout, place: Place) -> dict[int, Place]:
     """Return where the operands have entries for the samples, by their id; none if one is not what it was any more."""
     places = {}
     for t in tensors_in((made.args, dict(made.kwargs))):

@@ -8,7 +8,7 @@ there δ is unfolded, and x takes its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,16 +17,14 @@ from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import OuterProducts, Terms
 from persample.sources.backends.fused.convolution import Convolution, Geometry
 from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.trace import Trace
 from persample.sources.backends.unfolding import padding_pairs, unfold
 from persample.sources.model.refusals import VMAP_OR_VJP
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
 
 
 def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def rule(
-        capture: Capture,
+        capture: Trace,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -65,7 +63,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
 
 def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def rule(
-        capture: Capture,
+        capture: Trace,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -94,7 +92,7 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
     return rule
 
 
-def _place(capture: Capture, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
+def _place(capture: Trace, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
             f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 are channels: put the samples "
@@ -104,7 +102,7 @@ def _place(capture: Capture, name: str, x: Tensor, dimensions: int) -> tuple[int
 
 
 def _tap(
-    capture: Capture,
+    capture: Trace,
     result: Tensor,
     before: Layout,
     rows: int,

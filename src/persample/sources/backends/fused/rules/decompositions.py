@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,10 @@ from torch import Tensor
 from persample.sources.backends.fused.indexing import is_mask, read, selecting
 from persample.sources.backends.fused.rules.expanded import batched
 from persample.sources.backends.fused.torch_function_bypass import opened
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 
-def addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def addmm(capture: Trace, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """β b + α (x @ P), for matrices, batches of matrices and vectors."""
     with capture:
         product = mat1 @ mat2
@@ -25,7 +23,7 @@ def addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: 
         return product + (input if beta == 1 else beta * input)
 
 
-def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` with a vector for weight."""
     with capture:
         product = input @ weight
@@ -33,13 +31,13 @@ def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None 
         return result
 
 
-def masked_fill(capture: Capture, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+def masked_fill(capture: Trace, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     """The parameter where the mask is, x elsewhere."""
     with capture:
         return torch.where(mask, value, input).contiguous()
 
 
-def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Tensor:
+def prelu(capture: Trace, input: Tensor, weight: Tensor) -> Tensor:
     """X where it is positive, w ∘ x elsewhere; w has one entry, or one for each channel, dim 1."""
     with capture:
         if weight.numel() > 1 and input.dim() > 2:
@@ -47,14 +45,14 @@ def prelu(capture: Capture, input: Tensor, weight: Tensor) -> Tensor:
         return torch.where(input > 0, input, weight * input)
 
 
-def bilinear(capture: Capture, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(capture: Trace, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x₁ᵀ W_o x₂ for each output o: a linear layer on the products of the entries."""
     with capture:
         products = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
         return F.linear(products, weight.flatten(1), bias)
 
 
-def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
+def matmul(capture: Trace, first: Tensor, second: Tensor) -> Any:
     """Products with a vector or a matrix in front are products with a matrix behind: P x = (xᵀ Pᵀ)ᵀ."""
     in_front = capture.expression(first) is not None
     with capture:
@@ -69,7 +67,7 @@ def matmul(capture: Capture, first: Tensor, second: Tensor) -> Any:
     return capture.fall_back(torch.matmul, (first, second), {})
 
 
-def looked_up(capture: Capture, table: Tensor, index: Any) -> Any:
+def looked_up(capture: Trace, table: Tensor, index: Any) -> Any:
     """`parameter[:, i, j]`, with indices of samples, is an embedding by the number i · size + j."""
     if capture.expression(table) is None:
         return capture.fall_back(Tensor.__getitem__, (table, index), {})
@@ -100,7 +98,7 @@ def _numbers(given: Tensor) -> list[Tensor]:
     return [place[mask] for place in torch.meshgrid(*places, indexing="ij")]
 
 
-def take(capture: Capture, input: Tensor, index: Tensor) -> Any:
+def take(capture: Trace, input: Tensor, index: Tensor) -> Any:
     """`parameter.flatten()[indices]`."""
     if capture.expression(input) is None:
         return capture.fall_back(torch.take, (input, index), {})
@@ -108,7 +106,7 @@ def take(capture: Capture, input: Tensor, index: Tensor) -> Any:
         return input.flatten()[index]
 
 
-def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> Any:
+def index_select(capture: Trace, input: Tensor, dim: int, index: Tensor) -> Any:
     """The same by another name."""
     if capture.expression(input) is None:
         return capture.fall_back(torch.index_select, (input, dim, index), {})
@@ -116,7 +114,7 @@ def index_select(capture: Capture, input: Tensor, dim: int, index: Tensor) -> An
         return input[selecting(dim, index, input.dim())]
 
 
-def gather(capture: Capture, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+def gather(capture: Trace, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """Entry (i, j, …) of the result is the parameter's entry (index, j, …), with the index in place of i for dim 0."""
     if capture.expression(input) is None or capture.expression(index) is not None or index.dim() == 0:
         return capture.fall_back(torch.gather, (input, dim, index), {})
@@ -133,7 +131,7 @@ def gather(capture: Capture, input: Tensor, dim: int, index: Tensor, *, sparse_g
 
 
 def embedding(
-    capture: Capture,
+    capture: Trace,
     weight: Tensor,
     indices: Tensor,
     padding_idx: int = -1,
@@ -146,7 +144,7 @@ def embedding(
         return F.embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-def solve(capture: Capture, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # noqa: N803 - PyTorch's names
+def solve(capture: Trace, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # noqa: N803 - PyTorch's names
     """`torch.linalg.solve`, of which a right-hand side may be vectors."""
     if B.dim() == 1 or B.shape == A.shape[:-1]:
         with capture:
@@ -154,7 +152,7 @@ def solve(capture: Capture, A: Tensor, B: Tensor, *, left: bool = True) -> Any: 
     return batched(capture, torch.linalg.solve, (A, B), {"left": left})
 
 
-def linear_cross_entropy(capture: Capture, *args: Any, **kwargs: Any) -> Any:
+def linear_cross_entropy(capture: Trace, *args: Any, **kwargs: Any) -> Any:
     """Without the chunks in which PyTorch hides the parameters from autograd."""
     function: Any = F.linear_cross_entropy
     return capture.again(opened(function), args, kwargs | {"options": None}, {})

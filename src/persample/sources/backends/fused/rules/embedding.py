@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import Lookups
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 
 def embedding(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -44,7 +40,7 @@ def embedding(
 
 
 def embedding_bag(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     weight: Tensor,
     offsets: Tensor | None = None,

@@ -7,7 +7,7 @@ gives δ_i, the gradient of θ_i, and g_i = δ_i. The copies are expanded, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,13 @@ from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import JOINING
 from persample.sources.backends.fused.owners import NOBODY
-from persample.sources.backends.fused.parts import follow, put_beside
 from persample.sources.backends.fused.propagation import Call, Unknown, after, agreed, aligned
 from persample.sources.backends.fused.rules.constants import as_samples
+from persample.sources.backends.fused.rules.parts import follow, put_beside
+from persample.sources.backends.fused.trace import Trace
 
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
 
-
-def entry_by_entry(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def entry_by_entry(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Operations entry by entry on operands that are broadcast to each other."""
     operands = tensors_in((args, dict(kwargs)))
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
@@ -52,7 +50,7 @@ def entry_by_entry(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: M
     return result
 
 
-def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def beside_each_other(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`torch.cat` and `torch.stack`: expanded parameters beside samples, such as a class token."""
     tensors = args[0] if args else kwargs["tensors"]
     beside = next(t for t in tensors if capture.expression(t) is None and id(t) in capture.samples_in(args, kwargs))
@@ -71,7 +69,7 @@ def beside_each_other(capture: Capture, func: Any, args: tuple[Any, ...], kwargs
     return joined
 
 
-def batched(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def batched(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Operations on the last two dimensions, with all before them broadcast, such as attention with learned queries."""
     operands = tensors_in((args, dict(kwargs)))
     samples = capture.samples_in(args, kwargs)
@@ -86,7 +84,7 @@ def batched(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[
     return capture.again(func, args, kwargs, copies)
 
 
-def own_of_one_sample(capture: Capture, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
+def own_of_one_sample(capture: Trace, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
     """Return copies of the operands made of parameters, if all other operands are of one and the same sample.
 
     Then the operation needs no rule: the copies are that sample's own.
@@ -106,7 +104,7 @@ def own_of_one_sample(capture: Capture, args: Any, kwargs: Mapping[str, Any]) ->
     return {id(t): copied(capture, t, t.dim(), layout, Place(0)) for t in operands if capture.expression(t) is not None}
 
 
-def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: Place) -> Tensor:
+def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, place: Place) -> Tensor:
     """Return `operand`, which is made of parameters, with an entry for each sample, followed.
 
     Args:
@@ -140,7 +138,7 @@ def copied(capture: Capture, operand: Tensor, ndim: int, layout: Layout, place: 
         once = expression.once(own.dim)
         capture.bypassed.add(expression)
         return capture.copies(expression.value, where, once, _of_repeated(once, layout, own))
-    made = as_samples(capture, operand, where, own)
+    made = as_samples(capture, operand, where, own, copied)
     return capture.copies(expression.value, where, expression, _of_own_rows(where, own)) if made is None else made
 
 

@@ -7,7 +7,7 @@ the same for all samples, the operation's vector-Jacobian product is mapped over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,18 @@ from persample.sources.backends.fused.arguments import substitute, tensors_in
 from persample.sources.backends.fused.axis import Place
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
-from persample.sources.backends.fused.op_table import is_in_place
+from persample.sources.backends.fused.op_table import is_in_place, name_of
 from persample.sources.backends.fused.propagation import Call, after
 from persample.sources.backends.fused.rules.expanded import copied
 from persample.sources.backends.fused.rules.in_place import change_samples
 from persample.sources.backends.fused.rules.nondifferentiable import values_alone
 from persample.sources.backends.fused.torch_function_bypass import opened
+from persample.sources.backends.fused.trace import Trace
 from persample.sources.backends.fused.vjp import Mapped, MappedRows, no_rule
 from persample.sources.selfcheck.tolerances import tolerance
 
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
 
-
-def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def fallback(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, which has no rule, on samples and parameters."""
     rows = _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
     if rows:
@@ -51,7 +49,7 @@ def fallback(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping
 
 
 def _rows(
-    capture: Capture,
+    capture: Trace,
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -82,9 +80,9 @@ def _rows(
     return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in places.items()}
 
 
-def _mapped(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, and tap its result."""
-    name = getattr(func, "__name__", str(func))
+    name = name_of(func)
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
     expressions = {key: e for key, t in operands.items() if (e := capture.expression(t)) is not None}
     samples = capture.samples_in(args, kwargs)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from persample.sources.backends.fused.linear import LinearProducts
 from persample.sources.backends.fused.owners import Owners
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 
 def grouped_mm(
-    capture: Capture,
+    capture: Trace,
     mat_a: Tensor,
     mat_b: Tensor,
     *,

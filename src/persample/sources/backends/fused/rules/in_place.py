@@ -8,7 +8,7 @@ work, and its result is copied back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,10 @@ from torch import Tensor
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.backends.fused.expressions import Expression, origins, own_saved_tensors
-from persample.sources.backends.fused.op_table import RESHAPES_IN_PLACE, functions, is_in_place
+from persample.sources.backends.fused.op_table import RESHAPES_IN_PLACE, functions, is_in_place, name_of
 from persample.sources.backends.fused.propagation import Call, after
 from persample.sources.backends.fused.rules.expanded import copied, place_in
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 
 def writes(func: Any, args: tuple[Any, ...]) -> bool:
@@ -33,7 +31,7 @@ def writes(func: Any, args: tuple[Any, ...]) -> bool:
 _LEAVE_ENTRIES = RESHAPES_IN_PLACE | functions("requires_grad_ detach_")
 
 
-def write_parameters(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def write_parameters(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation in place on parameters and constants alone.
 
     Raises:
@@ -63,7 +61,7 @@ def write_parameters(capture: Capture, func: Any, args: tuple[Any, ...], kwargs:
     return target
 
 
-def write_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def write_samples(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation that writes samples into an expression of parameters.
 
     Raises:
@@ -73,7 +71,7 @@ def write_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Ma
     _require_own_memory(capture, func, args, kwargs)
     values, named = capture.values((args, dict(kwargs)))
     where = after(Call(func, values, named, capture.samples_in(args, kwargs), capture.batch_size))[0]
-    layout = capture.known(where, _name(func), target.shape)
+    layout = capture.known(where, name_of(func), target.shape)
     copies = copied(capture, target, target.dim(), layout, place_in(layout, target.shape))
     if target.requires_grad:
         target.detach_()
@@ -83,30 +81,30 @@ def write_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Ma
     return capture.again(func, args, kwargs, {})
 
 
-def change_samples(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def change_samples(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation that changes samples in place by parameters."""
-    name = _name(func).removesuffix("_")
+    name = name_of(func).removesuffix("_")
     new = next((found for space in (Tensor, torch, F) if callable(found := getattr(space, name, None))), None)
     if new is None:
         raise UnsupportedModelError(
-            f"{_name(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use an "
+            f"{name_of(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use an "
             "operation that returns a new tensor, or backend 'vjp'."
         )
     with capture:
         return args[0].copy_(new(args[0].clone(), *args[1:], **kwargs))
 
 
-def fill(capture: Capture, x: Tensor, value: Tensor) -> Any:
+def fill(capture: Trace, x: Tensor, value: Tensor) -> Any:
     """`x.fill_(parameter)`."""
     return capture.again(Tensor.copy_, (x, value), {}, {})
 
 
-def written_into(capture: Capture, x: Tensor, index: Any, value: Tensor) -> None:
+def written_into(capture: Trace, x: Tensor, index: Any, value: Tensor) -> None:
     """`x[index] = parameter`."""
     capture.again(Tensor.__setitem__, (x, index, _for_places(capture, x, index, value)), {}, {})
 
 
-def index_put(capture: Capture, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+def index_put(capture: Trace, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
     """A copy of x into which the parameter is written, or to which it is added."""
     if capture.expression(input) is not None:
         return capture.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
@@ -114,7 +112,7 @@ def index_put(capture: Capture, input: Tensor, indices: Any, values: Tensor, acc
     return capture.again(torch.index_put, (input, indices, copies), {"accumulate": accumulate}, {})
 
 
-def _for_places(capture: Capture, x: Tensor, index: Any, value: Tensor) -> Tensor:
+def _for_places(capture: Trace, x: Tensor, index: Any, value: Tensor) -> Tensor:
     """Return `value`, which is made of parameters, with an entry for each sample that `x[index]` has entries of."""
     shape = x.detach()[index].shape
     samples = capture.samples_in((x, index), {})
@@ -123,7 +121,7 @@ def _for_places(capture: Capture, x: Tensor, index: Any, value: Tensor) -> Tenso
     return copied(capture, value, len(shape), layout, place_in(layout, shape))
 
 
-def _require_own_memory(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _require_own_memory(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     expression = capture.expression(args[0])
     if expression is None:
         return
@@ -137,11 +135,7 @@ def _require_own_memory(capture: Capture, func: Any, args: tuple[Any, ...], kwar
 
 def _sharing(func: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{_name(func)} changes a tensor in place that shares its memory with others (a part of a tensor, a view), and "
-        "parameters take part, which backend 'fused' cannot follow: call .clone() first, give the whole tensor its new "
-        "entries by index (x[...] = values), or use an operation that returns a new tensor."
+        f"{name_of(func)} changes a tensor in place that shares its memory with others (a part of a tensor, a view), "
+        "and parameters take part, which backend 'fused' cannot follow: call .clone() first, give the whole tensor its "
+        "new entries by index (x[...] = values), or use an operation that returns a new tensor."
     )
-
-
-def _name(func: Any) -> str:
-    return getattr(func, "__name__", str(func))

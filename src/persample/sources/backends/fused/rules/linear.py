@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,10 @@ from torch import Tensor
 from persample.sources.backends.contributions import Contribution, Terms, precise
 from persample.sources.backends.fused.linear import LinearProducts, gradient_of_inputs, outputs_of
 from persample.sources.backends.fused.rules import decompositions
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 
-def linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
     if weight.dim() == 1:
         return decompositions.linear(capture, input, weight, bias)
@@ -58,7 +56,7 @@ def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def matmul(capture: Capture, x: Tensor, other: Tensor) -> Any:
+def matmul(capture: Trace, x: Tensor, other: Tensor) -> Any:
     """`x @ P` with samples in x and a matrix P made of parameters: a linear layer with the weight Pᵀ."""
     of_matrix = other.dim() == 2 and x.dim() >= 2 and other.numel() > 0
     if capture.expression(other) is None or capture.expression(x) is not None or not of_matrix:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.carry import plain
+from persample.sources.backends.fused.trace import Trace
 
 
-def values_alone(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def values_alone(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Comparisons, which have no gradient."""
     values, named = capture.values((args, dict(kwargs)))
-    return capture.plain(func, values, named)
+    return plain(capture, func, values, named)
 
 
-def as_told(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def as_told(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Conversions of the first operand to the shape or type of another, of which nothing else is taken."""
     first, *others = args
     if capture.expression(first) is None:
         values, named = capture.values((tuple(others), dict(kwargs)))
-        return capture.plain(func, (first, *values), named)
+        return plain(capture, func, (first, *values), named)
     return capture.express(func, args, kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,11 @@ from torch._prims_common import suggest_memory_format
 
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import Terms
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 
 def layer_norm(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -35,7 +33,7 @@ def layer_norm(
 
 
 def rms_norm(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -48,7 +46,7 @@ def rms_norm(
 
 
 def group_norm(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -66,7 +64,7 @@ def group_norm(
 
 
 def _by_kernel(
-    capture: Capture, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    capture: Trace, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Group norm by its kernels, whose backward pass sums the gradients of scale and shift over the batch.
 
@@ -107,7 +105,7 @@ def _by_kernel(
 
 
 def batch_norm(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -134,7 +132,7 @@ def batch_norm(
 
 
 def instance_norm(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -158,7 +156,7 @@ def instance_norm(
 
 
 def _trailing(
-    capture: Capture,
+    capture: Trace,
     operation: str,
     x: Tensor,
     result: Tensor,
@@ -181,7 +179,7 @@ def _trailing(
 
 
 def _channels(
-    capture: Capture,
+    capture: Trace,
     operation: str,
     x: Tensor,
     result: Tensor,

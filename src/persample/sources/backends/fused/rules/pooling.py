@@ -7,7 +7,7 @@ and gradients are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,3 +99,7 @@ def _channels_last(x: Tensor, settings: tuple[Any, ...], images: int) -> tuple[T
     values, indices = _as_it_lies(together.contiguous(memory_format=torch.channels_last), settings)
     shape = (*x.shape[:2], *values.shape[2:])
     return values.contiguous().view(shape), indices.contiguous().view(shape)
+
+
+#: Operations without parameters that can be had faster, with the same result.
+FASTER: Mapping[Any, Callable[..., Any]] = {F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,7 @@ from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.linear import LinearProducts
 from persample.sources.backends.fused.owners import Owners
 from persample.sources.backends.fused.rules.expanded import copied
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 State = tuple[Tensor, ...]
 """h_t, and c_t of an LSTM."""
@@ -111,7 +109,7 @@ _STEPS: Mapping[Any, Callable[..., State]] = {
 }
 
 
-def recurrent(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_relu`, of whole and of packed sequences."""
     name = getattr(func, "__name__", "")
     packed = not isinstance(args[3], bool)
@@ -169,7 +167,7 @@ def _weights(parameters: Sequence[Tensor], biases: bool) -> Weights:
     return Weights(ih, hh, b_ih, b_hh, others[0] if others else None)
 
 
-def _state(capture: Capture, state: Tensor, layout: Layout, place: Place) -> Tensor:
+def _state(capture: Trace, state: Tensor, layout: Layout, place: Place) -> Tensor:
     """Return the states before the first step, of shape `(layers and directions, sequences, features)`."""
     if capture.expression(state) is not None:
         return copied(capture, state, 3, layout, place)
@@ -189,7 +187,7 @@ def _of_first_rows(layout: Layout, rows: int) -> Layout:
 
 
 def _direction(
-    capture: Capture,
+    capture: Trace,
     step: Callable[..., State],
     x: Sequences,
     state: State,
@@ -229,7 +227,7 @@ def _direction(
     return torch.cat(outputs), tuple(ends)
 
 
-def _pre_activations(capture: Capture, x: Sequences, weights: Weights, steps: Steps, gated: bool) -> Tensor:
+def _pre_activations(capture: Trace, x: Sequences, weights: Weights, steps: Steps, gated: bool) -> Tensor:
     """Return a_t for all steps, `(rows, gates)`, tapped for all parameters but those of the projection."""
     gates, width = weights.ih.shape
     before, after = x.layout, x.layout.with_features(width, gates)
@@ -266,7 +264,7 @@ def _pre_activations(capture: Capture, x: Sequences, weights: Weights, steps: St
     return capture.tap(a, after, uses, (x.rows,))
 
 
-def _projection(capture: Capture, x: Sequences, weights: Weights, a: Tensor, steps: Steps) -> Tensor | None:
+def _projection(capture: Trace, x: Sequences, weights: Weights, a: Tensor, steps: Steps) -> Tensor | None:
     """Return zeros that are added to the projected states of all steps, `(rows, features)`, tapped for W_hr."""
     if weights.hr is None:
         return None
@@ -282,7 +280,7 @@ def _projection(capture: Capture, x: Sequences, weights: Weights, a: Tensor, ste
 
 
 def lstm_cell(
-    capture: Capture,
+    capture: Trace,
     input: Tensor,
     hx: Sequence[Tensor],
     w_ih: Tensor,
@@ -298,7 +296,7 @@ def lstm_cell(
 
 def _cell(step: Callable[..., State]) -> Callable[..., Tensor]:
     def rule(
-        capture: Capture,
+        capture: Trace,
         input: Tensor,
         hx: Tensor,
         w_ih: Tensor,

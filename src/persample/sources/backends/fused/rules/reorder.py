@@ -7,16 +7,14 @@ before the operation, and back into their own order after it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from persample.sources.backends.fused.axis import Place
 from persample.sources.backends.fused.layout import Layout
-
-if TYPE_CHECKING:
-    from persample.sources.backends.fused.capture import Capture
+from persample.sources.backends.fused.trace import Trace
 
 Rule = Callable[..., Any]
 
@@ -24,7 +22,7 @@ Rule = Callable[..., Any]
 def in_order(rule: Rule) -> Rule:
     """Return `rule`, whose first operand needs the samples in dim 0, for all tensors that hold them there."""
 
-    def for_any_order(capture: Capture, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def for_any_order(capture: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = capture.layout(input, getattr(rule, "__name__", "An operation"))
         place = layout.place(input.shape)
         if place is None or place.dim != 0 or (place.before == 1 and layout.owners is None):

@@ -1,0 +1,336 @@
+"""What the rules of operations know of the forward pass under capture, and what they give to it.
+
+Expressions of parameters, and where the samples are in tensors, are found by the tensors' identity. The mode that sends
+operations to rules is built on top, in `capture`; rules, and what follows samples, need this much only.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from persample.errors import PersampleError, UnsupportedModelError
+from persample.sources.backends.contributions import Contribution
+from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
+from persample.sources.backends.fused.expressions import Expression, express
+from persample.sources.backends.fused.layout import Layout, batch_first
+from persample.sources.backends.fused.op_table import name_of
+from persample.sources.backends.fused.owners import Owners
+from persample.sources.backends.fused.parts import PartTable
+from persample.sources.backends.fused.propagation import Lost, Where, without_owner
+from persample.sources.backends.fused.taps import Copies, Mixed, Operation, Tap
+from persample.sources.backends.fused.tracked import Layouts, Seen
+from persample.sources.backends.fused.vjp import no_rule
+from persample.sources.model.refusals import VMAP_OR_VJP, hooked_parameter
+
+Build = Callable[..., Contribution]
+
+
+class Sink(Protocol):
+    """What the uses of parameters are told to."""
+
+    def expect(self, expression: Expression) -> None:
+        """An operation of the forward pass uses `expression`."""
+
+    def receive(self, expression: Expression, contribution: Contribution) -> None:
+        """Take what one use contributes to the gradients of single samples."""
+
+
+class Trace(TorchFunctionMode):
+    """The uses of parameters during one forward pass.
+
+    Args:
+        parameters: the parameters to follow, by name.
+        batch_size: B.
+        sink: is told of every use (`expect`), and given its contribution (`receive`) in the backward pass.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int, sink: Sink) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.sink = sink
+        self.forward_pass = True
+        self.passed_by = ""  # a parameter of which a backward pass inside of the backward pass went by
+        self.in_outer_backward: Callable[[], bool] = lambda: True
+        self.without_gradient = False  # whether a parameter was used where autograd does not look
+        self.rounds_otherwise = False  # whether the results of an operation may differ in their last bits
+        self.intercepted = False  # whether something intercepts what autograd saves, as activation checkpointing does
+        self.parameters_repeated = False  # whether parameters stand beside samples, an entry for each
+        self.beside_samples = False  # whether rows of nobody may be made of parameters
+        self.layouts = Layouts()
+        self.parts = PartTable()
+        self.constants = Seen()  # in what activation checkpointing repeats
+        # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
+        self.expressions: dict[int, tuple[Tensor, Expression]] = {}
+        self.bypassed: set[Expression] = set()  # whose graphs do not see the gradients of all of their uses
+        self.remade: dict[Hashable, tuple[Tensor, int] | None] = {}  # expressions as samples, by id and layout
+        self.aliases: list[Tensor] = []  # tensors that share memory with expressions, without being seen as ones
+        device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        for name, p in parameters.items():
+            self.expressions[id(p)] = (p, Expression(p.detach(), p, {name: p}, moves=True, is_parameter=True))
+
+    def inner_gradient(self) -> Tensor:
+        """Return the anchor's gradient in a backward pass inside of the backward pass.
+
+        It goes nowhere where that is `torch.autograd.grad` by something between. It stays in the anchor where that is
+        `.backward()`, which would give the parameters their gradients beside those of the losses.
+        """
+        return self.anchor.detach()
+
+    # What rules use: operands.
+
+    def expression(self, tensor: Any) -> Expression | None:
+        """Return the expression that `tensor` is, or None if it is not made of parameters."""
+        entry = self.expressions.get(id(tensor))
+        return entry[1] if entry is not None else None
+
+    def leaves(self) -> dict[Tensor, Expression]:
+        """Return what the model sees of the expressions, and has no history there; parameters are left out."""
+        seen = self.expressions.values()
+        return {t: e for t, e in seen if t.requires_grad and t.is_leaf and not e.is_parameter}
+
+    def value(self, tensor: Any) -> Any:
+        """Return `tensor` without its way back to the parameters."""
+        expression = self.expression(tensor)
+        return tensor if expression is None else expression.value
+
+    def values(self, tree: Any) -> Any:
+        """Return nested arguments without their ways back to the parameters."""
+        return substitute(tree, {id(t): self.value(t) for t in tensors_in(tree)})
+
+    # What rules use: samples.
+
+    def layout(self, tensor: Tensor, operation: str) -> Layout:
+        """Return where the samples are in `tensor`.
+
+        Raises:
+            UnsupportedModelError: nobody can tell.
+        """
+        return self.known(self.layouts.get(tensor), operation, tensor.shape)
+
+    def layout_of_rows(self, tensor: Tensor, operation: str) -> Layout:
+        """Return the same for operations on single rows; some may have no owner until the result meets samples.
+
+        States that a step begins with are zeros of nobody beside those of sequences that began before.
+        """
+        where = self.layouts.get(tensor)
+        if isinstance(where, Layout) and where.owners is not None and not where.complete:
+            return where._replace(owners=Owners(where.owners.labels, where.batch))
+        return self.layout(tensor, operation)
+
+    def known(self, where: Where, operation: str, shape: torch.Size) -> Layout:
+        """Return `where` if it is a layout.
+
+        Raises:
+            UnsupportedModelError: it is none, or some entries belong to no sample.
+        """
+        reason = "which backend 'fused' did not see come into being"
+        if isinstance(where, Layout):
+            if where.complete:
+                return where
+            reason = "some entries of which belong to no sample"
+        elif where is not None:
+            reason = lost_track(where)
+        raise not_known(operation, shape, reason)
+
+    def samples_in(self, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Layout]:
+        """Return where the samples are in those operands that hold any, by the operand's id.
+
+        Raises:
+            UnsupportedModelError: nobody can tell for any of them, or samples were mixed in one.
+        """
+        found = {}
+        operands = [t for t in tensors_in((args, dict(kwargs))) if t in self.layouts]
+        for operand in operands:
+            where = self.layouts.get(operand)
+            if isinstance(where, Layout):
+                found[id(operand)] = where
+            elif where is not None and where.mixed:
+                self.known(where, "An operation with parameters", operand.shape)
+        if operands and not found:
+            self.layout(operands[0], "An operation with parameters")
+        return found
+
+    def rows_of_sample(self, tensor: Tensor, operation: str) -> int:
+        """Return R, where dim 0 of `tensor` has B·R entries, those of a sample side by side.
+
+        Raises:
+            UnsupportedModelError: the samples are elsewhere.
+        """
+        layout = self.layout(tensor, operation)
+        place = layout.place(tensor.shape)
+        if place is None or place[:2] != (0, 1) or layout.owners is not None:
+            raise UnsupportedModelError(
+                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} whose dim 0 is not the sample: "
+                f"backend 'fused' needs the samples there for this operation: {VMAP_OR_VJP}."
+            )
+        return place.after
+
+    def batch_first(self, tensor: Tensor) -> Layout:
+        """Return the layout of a tensor whose dim 0 is the sample."""
+        return batch_first(tensor, self.batch_size)
+
+    def follow_as(self, tensor: Tensor, layout: Layout) -> Tensor:
+        """Follow `tensor`, which may be made of parameters, with the given layout, and return it."""
+        self.layouts[tensor] = layout if layout.complete else without_owner(layout)
+        return tensor
+
+    # What rules use: running operations.
+
+    def again(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], others: Mapping[int, Tensor]) -> Any:
+        """Run an operation from the beginning, with `others` in place of the operands that have these ids."""
+        new_args, new_kwargs = substitute((args, dict(kwargs)), others)
+        with self:
+            return func(*new_args, **new_kwargs)
+
+    def express(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation on parameters and what else is constant, and remember what its result is made of."""
+
+        def remember(expression: Expression) -> Tensor:
+            # What the model sees is a leaf of its own, so that autograd tells of a use that is not seen here.
+            seen = expression.value.detach().requires_grad_()
+            self.expressions[id(seen)] = (seen, expression)
+            return seen
+
+        used = [t for t in tensors_in((args, dict(kwargs))) if id(t) in self.expressions]
+        sources = {id(t): self.expressions[id(t)][1] for t in used}
+        if func is Tensor.register_hook:
+            self._expect_hook(sources[id(args[0])])
+        return self.aliased(used, express(func, args, kwargs, sources, remember))
+
+    @abstractmethod
+    def fall_back(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run `func` as if it had no rule."""
+
+    def tap(
+        self,
+        result: Tensor,
+        layout: Layout,
+        operands: Iterable[tuple[Any, Build]],
+        saved: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """Return `result` so that its gradient δ reaches the contributions of `operands` in the backward pass.
+
+        Args:
+            result: what the operation returned; it depends on no parameter as far as autograd knows.
+            layout: where the samples are in it.
+            operands: pairs of an operand and of a function that makes its contribution from δ and `saved`. Operands
+                that are not expressions of parameters are passed over.
+            saved: what the contributions need of the forward pass.
+        """
+        uses = []
+        for operand, build in operands:
+            expression = operand if isinstance(operand, Expression) else self.expression(operand)
+            if expression is not None:
+                uses.append((expression, build))
+        if uses:
+            self.expect(expression for expression, _ in uses)
+            result = Tap.apply(  # type: ignore[no-untyped-call]
+                result, self.anchor, self, uses, *saved
+            )
+        return self.follow_as(result, layout)
+
+    def run(
+        self,
+        forward: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+        backward: Callable[..., tuple[Tensor | None, Sequence[Contribution]]],
+        x: Tensor,
+        layout: Layout,
+        operands: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Return the result of an operation whose own backward pass is the cheapest way to the contributions.
+
+        Args:
+            forward: returns the result and what is to be saved, from `x`.
+            backward: returns the gradient of `x` (or None, if its last argument says that nobody needs it) and a
+                contribution for each operand, from δ, what was saved, and that last argument.
+            x: the samples.
+            layout: where the samples are in the result.
+            operands: the expressions of parameters that take part; None and other tensors are passed over.
+        """
+        uses = [self.expression(operand) for operand in operands]
+        self.expect(expression for expression in uses if expression is not None)
+        result: Tensor = Operation.apply(  # type: ignore[no-untyped-call]
+            x, self.anchor, self, uses, forward, backward
+        )
+        return self.follow_as(result, layout)
+
+    def mixed(self, result: Tensor, where: Lost, expressions: Sequence[Expression], refusal: PersampleError) -> Tensor:
+        """Return `result`, made of `expressions` and of mixed samples, so that `refusal` is raised if δ reaches it."""
+        mixed: Tensor = Mixed.apply(result, self.anchor, refusal)  # type: ignore[no-untyped-call]
+        self.layouts[mixed] = where
+        return mixed
+
+    def of_nobody(self, operand: Tensor, func: Any) -> Tensor:
+        """Return `operand`, which is made of parameters, for a place beside whole samples, where nobody's rows are.
+
+        It may be read from there, by itself. A gradient that comes back in another way is refused.
+        """
+        refusal = no_rule(name_of(func), "it puts a parameter beside whole samples")
+        self.beside_samples = True
+        beside: Tensor = Mixed.apply(self.value(operand), self.anchor, refusal)  # type: ignore[no-untyped-call]
+        return beside
+
+    def copies(self, values: Tensor, layout: Layout, expression: Expression, build: Build) -> Tensor:
+        """Return `values` of an expression, an entry for each sample, so that δ reaches its contribution.
+
+        Args:
+            values: the values; they depend on no parameter as far as autograd knows.
+            layout: where the samples are in them.
+            expression: what they are copies of.
+            build: makes the contribution from δ.
+        """
+        self.expect([expression])
+        self.parameters_repeated = True
+        copies: Tensor = Copies.apply(values, self.anchor, self, expression, build)  # type: ignore[no-untyped-call]
+        return self.follow_as(copies, layout)
+
+    def receive(self, expression: Expression, contribution: Contribution) -> None:
+        """Give a contribution to the sink; taps call it in the backward pass."""
+        self.sink.receive(expression, contribution)
+
+    # Inner workings.
+
+    def aliased(self, used: list[Tensor], result: Any) -> Any:
+        """Return `result`, and remember what in it shares memory with expressions but is none: what `detach` gives."""
+        memories = {memory_of(self.value(t)) for t in used}
+        for tensor in tensors_in((result,)):
+            if id(tensor) not in self.expressions and tensor.layout is torch.strided and memory_of(tensor) in memories:
+                self.aliases.append(tensor)
+        return result
+
+    def expect(self, expressions: Iterable[Expression]) -> None:
+        if self.forward_pass:
+            for expression in expressions:
+                self.sink.expect(expression)
+
+    def _expect_hook(self, hooked: Expression) -> None:
+        """Pull gradients back one by one from now on, as a hook may change each of them."""
+        if hooked.is_parameter:
+            raise hooked_parameter(hooked.names[0])
+        if hooked in self.bypassed:
+            raise UnsupportedModelError(
+                f"A hook was put on a tensor made of {', '.join(map(repr, hooked.names))} after samples had met it, "
+                "which backend 'fused' cannot follow: put the hook on it before, or use backend 'loop'."
+            )
+        for _, expression in self.expressions.values():
+            if expression.parameters.keys() & hooked.parameters.keys():
+                expression.moves, expression.made = False, None
+
+
+def not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedModelError:
+    """Return the refusal of an operation with a parameter and a tensor in which it is not known where samples are."""
+    return UnsupportedModelError(
+        f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: {VMAP_OR_VJP}."
+    )
+
+
+def lost_track(where: Lost) -> str:
+    """Return what errors say of a tensor in which the samples cannot be told apart."""
+    return f"in which backend 'fused' lost track of the samples ({where.reason})"
