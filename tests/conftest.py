@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import persample
+
+# What the tests make lies there.
+if "PERSAMPLE_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["PERSAMPLE_TEST_DEVICE"])
 
 BESIDE_THE_CHECKOUT = Path(__file__).parents[2] / "shared" / "data"
 

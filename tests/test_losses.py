@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from persample import losses
 from persample.errors import LossError, NonFiniteLossError, PersampleError
+from persample.testing.devices import generator_of
 
 positions = st.lists(st.integers(1, 3), max_size=2)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=generator_of(seed), dtype=torch.float64)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -35,8 +36,8 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 @given(size=st.integers(1, 4), classes=st.integers(1, 4), inner=positions, seed=st.integers(0, 1000))
 def test_cross_entropy_of_labels(size: int, classes: int, inner: list[int], seed: int) -> None:
     outputs = normal(seed, size, classes, *inner)
-    labels = torch.randint(classes, (size, *inner), generator=torch.Generator().manual_seed(seed))
-    logs = log_probabilities(outputs.numpy())
+    labels = torch.randint(classes, (size, *inner), generator=generator_of(seed))
+    logs = log_probabilities(outputs.numpy(force=True))
     expected = np.zeros(size)
     for index in np.ndindex(size, *inner):
         expected[index[0]] -= logs[(index[0], labels[index].item(), *index[1:])]
@@ -46,7 +47,7 @@ def test_cross_entropy_of_labels(size: int, classes: int, inner: list[int], seed
 @given(size=st.integers(1, 4), classes=st.integers(1, 4), inner=positions, seed=st.integers(0, 1000))
 def test_cross_entropy_of_probabilities(size: int, classes: int, inner: list[int], seed: int) -> None:
     outputs, targets = normal(seed, size, classes, *inner), normal(seed + 1, size, classes, *inner).softmax(1)
-    expected = -(targets.numpy() * log_probabilities(outputs.numpy())).reshape(size, -1).sum(1)
+    expected = -(targets.numpy(force=True) * log_probabilities(outputs.numpy(force=True))).reshape(size, -1).sum(1)
     np.testing.assert_allclose(losses.cross_entropy(outputs, targets), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -54,9 +55,9 @@ def test_cross_entropy_of_probabilities(size: int, classes: int, inner: list[int
 def test_gaussian(size: int, inner: list[int], precision: float, seed: int) -> None:
     outputs, targets = normal(seed, size, *inner), normal(seed + 1, size, *inner)
     variance = 1 / precision
-    density = np.exp(-((targets - outputs).numpy() ** 2) / (2 * variance)) / np.sqrt(2 * math.pi * variance)
+    density = np.exp(-((targets - outputs).numpy(force=True) ** 2) / (2 * variance)) / np.sqrt(2 * math.pi * variance)
     found = losses.gaussian(outputs, targets, noise_precision=precision)
-    entries = 0.5 * precision * (targets - outputs).numpy() ** 2 - 0.5 * np.log(precision / (2 * math.pi))
+    entries = 0.5 * precision * (targets - outputs).numpy(force=True) ** 2 - 0.5 * np.log(precision / (2 * math.pi))
     np.testing.assert_allclose(found, entries.reshape(size, -1).sum(1), rtol=1e-12, atol=1e-12)
     if (density > 1e-300).all():
         np.testing.assert_allclose(found, -np.log(density).reshape(size, -1).sum(1), rtol=1e-9, atol=1e-9)
@@ -66,8 +67,8 @@ def test_gaussian(size: int, inner: list[int], precision: float, seed: int) -> N
 def test_bernoulli(size: int, inner: list[int], seed: int) -> None:
     outputs = normal(seed, size, *inner)
     targets = (normal(seed + 1, size, *inner) > 0).long()
-    probability = 1 / (1 + np.exp(-outputs.numpy()))
-    entries = -np.log(np.where(targets.numpy() == 1, probability, 1 - probability))
+    probability = 1 / (1 + np.exp(-outputs.numpy(force=True)))
+    entries = -np.log(np.where(targets.numpy(force=True) == 1, probability, 1 - probability))
     np.testing.assert_allclose(losses.bernoulli(outputs, targets), entries.reshape(size, -1).sum(1), rtol=1e-10)
 
 
@@ -115,7 +116,10 @@ def test_loss_module_is_summed_for_each_sample(loss: Callable[..., nn.Module], t
 
 
 def test_loss_module_with_positions() -> None:
-    outputs, targets = normal(0, 4, 3, 2), torch.randint(3, (4, 2), generator=torch.Generator().manual_seed(0))
+    outputs, targets = (
+        normal(0, 4, 3, 2),
+        torch.randint(3, (4, 2), generator=generator_of(0)),
+    )
     found = losses.as_per_sample(nn.CrossEntropyLoss())(outputs, targets)
     torch.testing.assert_close(found, losses.cross_entropy(outputs, targets))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from persample import Moments, merge_moments
 from persample.errors import UsageError
+from persample.testing.devices import generator_of
 
 
 def moments_of(rows: torch.Tensor) -> Moments:
@@ -18,7 +19,7 @@ def moments_of(rows: torch.Tensor) -> Moments:
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 1000))
 def test_merged_micro_batches_are_the_whole_batch(sizes: list[int], seed: int) -> None:
-    rows = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = torch.randn(sum(sizes), 3, generator=generator_of(seed), dtype=torch.float64)
     merged = merge_moments(moments_of(part) for part in rows.split(sizes))
     whole = moments_of(rows)
     torch.testing.assert_close(merged.losses, whole.losses)

@@ -21,10 +21,11 @@ from persample.experiments.data import ImageDataset
 from persample.experiments.recipes import configure
 from persample.experiments.run import start
 from persample.experiments.train import train
+from persample.testing.devices import generator_of
 
 
 def dataset() -> ImageDataset:
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     inputs, targets = torch.randn(60, 1, 28, 28, generator=generator), torch.randint(10, (60,), generator=generator)
     return ImageDataset("mnist-5k", inputs[:40], targets[:40], inputs[40:], targets[40:], num_classes=10)
 

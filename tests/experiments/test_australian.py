@@ -18,13 +18,14 @@ from persample.experiments.australian_credit.train import measure, train, train_
 from persample.experiments.data.australian import TableDataset, load_australian
 from persample.experiments.seeds import make_generator
 from persample.experiments.tables import australian_table
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN, MeanFieldVI, Vadam
 
 
 @pytest.fixture(scope="module")
 def data() -> TableDataset:
     """40 rows to train and 30 to test, which a line separates for the most part."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     inputs = torch.randn(70, 14, generator=generator)
     targets = (inputs[:, 0] + 0.3 * torch.randn(70, generator=generator) > 0).float()
     return TableDataset(inputs[:40], targets[:40], inputs[40:], targets[40:])
@@ -38,7 +39,7 @@ class TestData:
         folder = real_data / "australian"
         for name, tensor in {"X_tr": data.train_inputs, "y_te": data.test_targets}.items():
             expected = np.loadtxt(folder / f"australian_scale_{name}.csv")
-            np.testing.assert_array_equal(tensor.numpy(), expected.astype(np.float32))
+            np.testing.assert_array_equal(tensor.numpy(force=True), expected.astype(np.float32))
         assert set(data.train_targets.unique().tolist()) == {0.0, 1.0}
         assert data.train_inputs.abs().max() == 1
 
@@ -53,7 +54,7 @@ class TestSettings:
     @pytest.mark.parametrize("method", METHODS)
     def test_all_begin_at_the_prior_width(self, method: str) -> None:
         model = nn.Linear(3, 1)
-        optimizer = make_optimizer(Setting(method, 16, 16), model, 345, torch.Generator())
+        optimizer = make_optimizer(Setting(method, 16, 16), model, 345, generator_of(0))
         kinds: dict[str, type] = {"VOGN": VOGN, "Vadam": Vadam, "mean-field VI": MeanFieldVI}
         assert isinstance(optimizer, kinds[method])
         for precision in optimizer.posterior.precision.values():
@@ -74,19 +75,19 @@ class TestScores:
         """The scores of a posterior with known weights, from draws made by hand."""
         model = nn.Sequential(nn.Linear(14, 1), nn.Flatten(0))
         setting = Setting("VOGN", 4, 2)
-        optimizer = make_optimizer(setting, model, 40, torch.Generator().manual_seed(1))
+        optimizer = make_optimizer(setting, model, 40, generator_of(1))
         for rows in torch.arange(40).split(8):
             optimizer.observe(data.train_inputs[rows], data.train_targets[rows])
             optimizer.step()
         score = measure(Run(setting, 3, 1), optimizer, data)
 
         posterior, generator = optimizer.posterior, make_generator(3, "evaluation")
-        x, y, xt, yt = (t.double().numpy() for t in vars(data).values())
+        x, y, xt, yt = (t.double().numpy(force=True) for t in vars(data).values())
 
         def table(inputs: np.ndarray, targets: np.ndarray, draws: int) -> np.ndarray:
             rows = []
             for _ in range(draws):
-                weights = {name: w.double().numpy() for name, w in posterior.sample(generator).items()}
+                weights = {name: w.double().numpy(force=True) for name, w in posterior.sample(generator).items()}
                 logits = (inputs @ weights["0.weight"].T + weights["0.bias"]).ravel()
                 rows.append(-np.logaddexp(0, np.where(targets == 1, -logits, logits)))
             return np.stack(rows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import persample
 from persample.errors import PersampleError
 from persample.sources.batch import as_batch
+from persample.testing.devices import generator_of
 
 Batch = tuple[Any, Any]
 
@@ -133,7 +134,7 @@ def tokens(count: int, length: int) -> Batch:
     return torch.randn(count, length, 4), None
 
 
-X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(6, 4, dtype=torch.float64, generator=generator_of(0))
 SWAPPED = torch.tensor([5, 2, 3, 4, 1, 0])
 IN_ORDER = torch.tensor([9, 8, 7, 6, 5, 4])
 

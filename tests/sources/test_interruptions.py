@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 import persample
 from persample import losses
 from persample.errors import UnsupportedModelError
+from persample.testing.devices import generator_of
 
 METHODS = ("moments", "per_sample")
 SOURCES = str(Path(persample.__file__).parent / "sources")
@@ -182,7 +183,7 @@ def test_interrupted_in_the_users_code(
             with (
                 no_trace(model, inputs, targets),
                 switches_kept(),
-                torch.autocast("cpu", torch.bfloat16, enabled=False),
+                torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=False),
             ):
                 getattr(source, method)(inputs, targets)
         except error:
@@ -235,7 +236,7 @@ def test_interrupted_anywhere(backend: str, method: str, no_trace: Any) -> None:
     with interrupted_at(-1) as count:
         getattr(source, method)(inputs, targets)
     assert count[0] > 100
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     for line in torch.randint(1, count[0], (60,), generator=generator).tolist():
         model = net(backend)
         source = make(backend, model, check="always")
@@ -297,7 +298,7 @@ def test_switches_of_the_user_are_kept(backend: str, method: str) -> None:
     inputs, targets = batch()
     used: list[Callable[[], Any]] = [
         torch.no_grad,
-        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast(torch.get_default_device().type, torch.bfloat16),
         lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
         lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
     ]

@@ -10,7 +10,8 @@ import torch
 
 import persample
 from persample.errors import UnsupportedModelError
-from persample.testing.truth import call, per_sample_truth, set_seed
+from persample.testing.devices import set_seed
+from persample.testing.truth import call, per_sample_truth
 from persample.testing.zoo import ZOO, Case
 
 WITHOUT_GRADIENT = ("All frozen", "No parameters", "No layer that is used", "Detached model", "Linear without outputs")
@@ -24,7 +25,9 @@ CASES = [case for case in ZOO.values() if case.name not in WITHOUT_GRADIENT + RO
 def test_recorded_moments(backend: str, case: Case) -> None:
     problem = case.problem(3)
     model = problem.model
-    autocast: Any = torch.autocast("cpu", problem.autocast) if problem.autocast else nullcontext()
+    autocast: Any = (
+        torch.autocast(torch.get_default_device().type, problem.autocast) if problem.autocast else nullcontext()
+    )
     with autocast:
         truth = per_sample_truth(model, problem.loss_fn, problem.inputs, problem.targets, stream="batch")
     source = persample.make_source(backend, model, problem.loss_fn)

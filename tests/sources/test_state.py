@@ -21,6 +21,7 @@ from torch.ao import quantization
 import persample
 from persample import losses
 from persample.errors import PersampleError, UnsupportedModelError
+from persample.testing.devices import generator_of
 
 METHODS = ("moments", "per_sample")
 
@@ -110,7 +111,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def batch(size: int = 5) -> tuple[Tensor, Tensor]:
-    return torch.randn(size, 3, generator=torch.Generator().manual_seed(1)).double(), torch.arange(size) % 2
+    return torch.randn(size, 3, generator=generator_of(1)).double(), torch.arange(size) % 2
 
 
 def make(backend: str, model: nn.Module, **options: Any) -> Any:
@@ -542,7 +543,7 @@ class Noisy(nn.Module):
     def __init__(self, noise: Callable[[Noisy, Tensor], Any]) -> None:
         super().__init__()
         self.first, self.last, self.noise = nn.Linear(3, 4), nn.Linear(4, 2), noise
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = generator_of(0)
         self.of_python, self.of_numpy = random.Random(0), np.random.default_rng(0)
         self.older = np.random.RandomState(0)
         self.register_buffer("eps", torch.zeros(4))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import UnsupportedModelError
+from persample.testing.devices import generator_of
 
 
 def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     return torch.randn(4, 3, generator=generator).double(), torch.randn(4, 2, generator=generator).double()
 
 

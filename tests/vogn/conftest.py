@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from persample.losses import cross_entropy
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 
 
@@ -30,7 +31,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = generator_of(1)
     return torch.randn(6, 3, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
 
 
@@ -45,7 +46,7 @@ def make_vogn() -> Callable[..., VOGN]:
             "hess_init": 0.5,
             "decay": 0.9,
             "backend": "loop",
-            "generator": torch.Generator().manual_seed(2),
+            "generator": generator_of(2),
         }
         return VOGN(model, cross_entropy, **(defaults | settings))
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from persample import Posterior
+from persample.testing.devices import generator_of
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return generator_of(seed)
 
 
 def outputs_by_hand(model: nn.Module, posterior: Posterior, inputs: Tensor, draws: int) -> np.ndarray[Any, Any]:
@@ -25,7 +26,7 @@ def outputs_by_hand(model: nn.Module, posterior: Posterior, inputs: Tensor, draw
             noise = torch.randn(sum(sizes), dtype=next(iter(params.values())).dtype, generator=generator).split(sizes)
             for (name, mean), part in zip(posterior.mean.items(), noise, strict=True):
                 params[name].copy_(mean + part.view(mean.shape) / posterior.precision[name].sqrt())
-            outputs.append(model(inputs).double().numpy().copy())
+            outputs.append(model(inputs).double().numpy(force=True).copy())
         for name, p in params.items():
             p.copy_(before[name])
     return np.stack(outputs)

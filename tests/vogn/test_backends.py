@@ -8,6 +8,7 @@ from torch import nn
 
 from persample import backends
 from persample.losses import cross_entropy
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 
 
@@ -25,7 +26,7 @@ def trajectory(backend: str) -> list[torch.Tensor]:
         nn.Tanh(),
         nn.Linear(5, 3),
     ).double()
-    data = torch.Generator().manual_seed(1)
+    data = generator_of(1)
     vogn = VOGN(
         model,
         cross_entropy,
@@ -36,7 +37,7 @@ def trajectory(backend: str) -> list[torch.Tensor]:
         momentum=0.8,
         mc_samples=2,
         backend=backend,
-        generator=torch.Generator().manual_seed(2),
+        generator=generator_of(2),
     )
     states = []
     for _ in range(10):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persample.errors import UsageError
+from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, MeanFieldVI, UnusedGradientWarning, Vadam
 
 from .ways import RULES_AND_BACKENDS, Batch, by_context, make, network
@@ -43,7 +44,7 @@ def replace(model: nn.Module) -> None:
 
 
 def add_noise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(7)
+    generator = generator_of(7)
     for p in model.parameters():
         p.grad += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from persample import VOGN, backends, losses
+from persample.testing.devices import generator_of
 from persample.vogn import Vadam
 
 from .ways import RECORDING, Batch, by_closure, by_context, by_observing, make, network
@@ -77,14 +78,21 @@ def test_first_order_rules_and_predictions(batch: Batch) -> None:
     plain, fast = make(Vadam), make(Vadam, model=compiled(network(), "wrapped"))
     for optimizer in (plain, fast):
         by_observing(optimizer, *batch)
-    predicted = [o.predict(batch[0], samples=4, generator=torch.Generator().manual_seed(0)) for o in (plain, fast)]
+    predicted = [o.predict(batch[0], samples=4, generator=generator_of(0)) for o in (plain, fast)]
     torch.testing.assert_close(predicted[1].probabilities, predicted[0].probabilities)
 
 
 def test_compiled_losses(batch: Batch) -> None:
     loss_fn = torch.compile(losses.cross_entropy, backend="aot_eager")
     model = network()
-    optimizer = VOGN(model, loss_fn, data_size=100, hess_init=0.5, generator=torch.Generator().manual_seed(2), lr=0.01)
+    optimizer = VOGN(
+        model,
+        loss_fn,
+        data_size=100,
+        hess_init=0.5,
+        generator=generator_of(2),
+        lr=0.01,
+    )
     plain = make()
     by_observing(optimizer, *batch)
     by_observing(plain, *batch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from persample.errors import OptionError, PersampleError
 from persample.losses import cross_entropy
+from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam
 
 from .ways import RULES, Batch, by_observing
@@ -30,7 +31,12 @@ def make(rule: Any, model: Any = None, **settings: Any) -> Any:
     model = model or layers()
     prior_mean = {name: torch.full_like(p, i) for i, (name, p) in enumerate(model.named_parameters())}
     own = {"hess_init": 0.5, "momentum": 0.5, "backend": "loop"} if issubclass(rule, VOGN) else {}
-    defaults = {"data_size": 100, "lr": 0.01, "prior_mean": prior_mean, "generator": torch.Generator().manual_seed(2)}
+    defaults = {
+        "data_size": 100,
+        "lr": 0.01,
+        "prior_mean": prior_mean,
+        "generator": generator_of(2),
+    }
     return rule(model, cross_entropy, **(defaults | own | settings))
 
 

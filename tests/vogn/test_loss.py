@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from persample import backends, losses
 from persample.errors import OptionError, UsageError
+from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, MeanFieldVI, UntrainedLossWarning, Vadam
 
 from .ways import RECORDING, RULES, RULES_AND_BACKENDS, Batch, by_closure, by_context, make, network
@@ -23,7 +24,13 @@ def without_loss(rule: Any, backend: str = "fused") -> Any:
     settings = {"backend": backend, "hess_init": 0.5} if issubclass(rule, VOGN) else {}
     if settings and (problem := backends()[backend].problem):
         pytest.skip(problem)
-    return rule(network(), data_size=100, lr=0.01, generator=torch.Generator().manual_seed(2), **settings)
+    return rule(
+        network(),
+        data_size=100,
+        lr=0.01,
+        generator=generator_of(2),
+        **settings,
+    )
 
 
 class TestWithoutALoss:
@@ -157,11 +164,11 @@ class TestParametersOfTheLoss:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             optimizer.observe(x, y)
-            generator = torch.Generator().manual_seed(5)
+            generator = generator_of(5)
             with optimizer.sampled_params(generator=generator), torch.no_grad():
                 rows = model.log_weight.exp() * F.cross_entropy(model.net(x), y, reduction="none") - 1
             source = optimizer.source
-            with optimizer.sampled_params(generator=torch.Generator().manual_seed(5)):
+            with optimizer.sampled_params(generator=generator_of(5)):
                 moments = source.moments(x, y)
         torch.testing.assert_close(moments.mean["log_weight"], rows.mean())
         torch.testing.assert_close(moments.second_moment["log_weight"], rows.square().mean())

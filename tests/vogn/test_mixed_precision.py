@@ -32,7 +32,7 @@ class TestMixedPrecision:
         x, y = batch[0].float(), batch[1]
         plain, mixed = (make(backend=backend, model=network(torch.float32)) for _ in range(2))
         by_observing(plain, x, y)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             observe(mixed, x, y)
         for p, q in zip(mixed.model.parameters(), plain.model.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=2e-3)

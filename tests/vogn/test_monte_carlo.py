@@ -106,7 +106,7 @@ class TestInOnePass:
         x = torch.randn(5, 3, dtype=torch.float64)
         expected = outputs_by_hand(model, posterior, x, 9)
         outputs = torch.cat(collect(model, posterior, x, samples=9, draws_at_once=4))
-        np.testing.assert_allclose(outputs.numpy(), expected, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(outputs.numpy(force=True), expected, rtol=1e-11, atol=1e-11)
 
     def test_happens(self, model: nn.Module, batch: Batch) -> None:
         sizes = [len(part) for part in collect(model, broad_posterior(model), batch[0], samples=9, draws_at_once=4)]
@@ -154,7 +154,7 @@ class TestInOnePass:
         )  # after the ordinary pass and the comparison: 8 draws, then 4
         parts = collect(small, posterior, batch[0], samples=9, draws_at_once=8)
         assert [len(part) for part in parts] == [1, 2, 2, 4]
-        np.testing.assert_allclose(torch.cat(parts).numpy(), expected, rtol=1e-12)
+        np.testing.assert_allclose(torch.cat(parts).numpy(force=True), expected, rtol=1e-12)
 
     def test_works_in_inference_mode(self, model: nn.Module, batch: Batch) -> None:
         posterior = broad_posterior(model)

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 from persample import losses, make_source
 from persample.errors import OptionError, UnknownBackendError, UsageError
+from persample.testing.devices import generator_of
 from persample.vogn import (
     OGN,
     VOGN,
@@ -37,7 +38,7 @@ class TestObserve:
     ) -> None:
         vogn = make_vogn(model, mc_samples=3)
         loss = vogn.observe(*batch)
-        again = torch.Generator().manual_seed(2)
+        again = generator_of(2)
         expected = []
         for _ in range(3):
             with vogn.sampled_params(generator=again), torch.no_grad():
@@ -68,7 +69,10 @@ class TestObserve:
         vogn.observe(x[1:], y[1:])
         waiting = vogn.state_dict()["observations"]["parts"][0]
 
-        source, again = make_source("loop", model, losses.cross_entropy), torch.Generator().manual_seed(2)
+        source, again = (
+            make_source("loop", model, losses.cross_entropy),
+            generator_of(2),
+        )
         rows: list[dict[str, Tensor]] = []
         for part in (slice(0, 1), slice(0, 1), slice(1, 6), slice(1, 6)):
             with vogn.sampled_params(generator=again):
@@ -99,7 +103,7 @@ class TestAccumulation:
                 data_size=100,
                 lr=0.01,
                 mc_samples=3,
-                generator=torch.Generator().manual_seed(2) if own_generator else None,
+                generator=generator_of(2) if own_generator else None,
                 **({"backend": "loop"} if issubclass(rule, VOGN) else {}),  # type: ignore[arg-type]
             )
             for _ in range(4):
@@ -543,7 +547,7 @@ def test_an_unknown_backend_is_refused(model: nn.Module) -> None:
 
 def test_training_learns() -> None:
     """Logistic regression on two clearly separated classes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     y = torch.arange(64) % 2
     x = torch.randn(64, 2, generator=generator) + 3 * (2 * y[:, None] - 1)
     torch.manual_seed(0)

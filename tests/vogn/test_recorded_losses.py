@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError, UsageError
+from persample.testing.devices import generator_of
 from persample.vogn import LossReductionWarning
 
 from .ways import RECORDING, Batch, make
@@ -54,7 +55,7 @@ class TestWhatIsNoSumOverTheSamples:
     def test_losses_that_do_not(self, backend: str, loss: Any, batch: Batch) -> None:
         """Compared with a loop over the samples."""
         x, y = batch
-        optimizer, generator = make(backend=backend), torch.Generator().manual_seed(2)
+        optimizer, generator = make(backend=backend), generator_of(2)
         with optimizer.sampled_params(train=True):
             loss(optimizer.model(x), y).backward()
         moments = optimizer._observations.parts[0].moments
@@ -100,7 +101,7 @@ class TestWhatIsNoSumOverTheSamples:
         with optimizer.sampled_params(train=True):
             loss(optimizer.model(x), words).backward()
         params = list(optimizer.model.parameters())
-        with optimizer.sampled_params(generator=torch.Generator().manual_seed(2)):
+        with optimizer.sampled_params(generator=generator_of(2)):
             rows = [torch.autograd.grad(loss(optimizer.model(x[[i]]), words[[i]]), params) for i in range(6)]
         second = optimizer._observations.parts[0].moments.second_moment
         for found, column in zip(second.values(), zip(*rows, strict=True), strict=True):

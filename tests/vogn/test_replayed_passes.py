@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import persample
 from persample.errors import UnsupportedModelError, UsageError
 from persample.sources.recording.replay import gradients_by_the_loss
+from persample.testing.devices import generator_of
 
 from .ways import RECORDING, Batch, by_closure, by_context, by_observing, make, network
 
@@ -48,7 +49,7 @@ def test_outputs_that_are_computed_from_others(backend: str, batch: Batch) -> No
     optimizer = make(backend=backend, model=Coder())
     with optimizer.sampled_params(train=True):
         losses_of(optimizer.model(x), x).mean().backward()
-    with optimizer.sampled_params(generator=torch.Generator().manual_seed(2)):
+    with optimizer.sampled_params(generator=generator_of(2)):
         expected = persample.make_source("loop", optimizer.model, losses_of).moments(x, x)
     for name, second in recorded(optimizer).items():
         torch.testing.assert_close(second, expected.second_moment[name], rtol=1e-9, atol=1e-14)
@@ -95,7 +96,7 @@ class TestRandomNumbers:
 
     def test_from_a_generator_of_the_models_own(self, batch: Batch) -> None:
         class Noisy(nn.Linear):
-            generator = torch.Generator().manual_seed(0)
+            generator = generator_of(0)
 
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x + torch.randn(x.shape, generator=self.generator, dtype=x.dtype))
@@ -239,7 +240,7 @@ def test_inputs_that_were_computed(backend: str, batch: Batch) -> None:
     optimizer, plain = make(backend=backend), make(backend=backend)
     with optimizer.sampled_params(train=True):
         F.cross_entropy(optimizer.model(scale * x), y).backward()
-    with plain.sampled_params(generator=torch.Generator().manual_seed(2)):
+    with plain.sampled_params(generator=generator_of(2)):
         loss = F.cross_entropy(plain.model(scale * x), y)
         torch.testing.assert_close(scale.grad, torch.autograd.grad(loss, scale)[0])
     by_observing(plain, x, y)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from persample.errors import BatchError, LossError, OptionError, UsageError
 from persample.losses import cross_entropy
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 
 Same = Callable[[list[Tensor], list[Tensor]], bool]
@@ -37,9 +38,9 @@ def test_the_weights_are_the_mean_plus_sigma_times_the_generators_noise(
 ) -> None:
     vogn = make_vogn(model, hess_init=0.24, prior_precision=1.0, generator=None)
     sizes = [p.numel() for p in model.parameters()]
-    noise = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(5), dtype=torch.float64).split(sizes)
+    noise = torch.randn(sum(sizes), generator=generator_of(5), dtype=torch.float64).split(sizes)
     expected = [p.detach() + e.view(p.shape) / 5.0 for p, e in zip(model.parameters(), noise, strict=True)]
-    with vogn.sampled_params(generator=torch.Generator().manual_seed(5)):
+    with vogn.sampled_params(generator=generator_of(5)):
         for p, w in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-14, atol=1e-14)
 
@@ -48,7 +49,7 @@ def test_parameters_of_several_dtypes_and_empty_ones_are_drawn(make_vogn: Callab
     double = torch.zeros(4, dtype=torch.float64)
     model = nn.ParameterList([torch.zeros(2, 3), double, torch.zeros(0, 5), torch.zeros(7)])
     vogn = make_vogn(model, hess_init=0.24, prior_precision=1.0)
-    single = torch.Generator().manual_seed(2)
+    single = generator_of(2)
     vectors = torch.randn(13, generator=single).split([6, 7])
     noise = torch.randn(4, generator=single, dtype=torch.float64)
     with vogn.sampled_params():
@@ -194,7 +195,7 @@ class TestNestedUse:
 
 class TestPredict:
     def test_averages_the_probabilities_of_draws(self, model: nn.Module, vogn: VOGN, batch: Batch) -> None:
-        generator, again = (torch.Generator().manual_seed(7) for _ in range(2))
+        generator, again = (generator_of(7) for _ in range(2))
         predicted = vogn.predict(batch[0], samples=5, generator=generator).probabilities
         each = []
         for _ in range(5):
@@ -205,7 +206,7 @@ class TestPredict:
 
     def test_takes_tuples_and_dicts_and_keeps_the_mode(self, vogn: VOGN, model: nn.Module, batch: Batch) -> None:
         predictions = [
-            vogn.predict(inputs, samples=2, generator=torch.Generator().manual_seed(1)).probabilities
+            vogn.predict(inputs, samples=2, generator=generator_of(1)).probabilities
             for inputs in (batch[0], (batch[0],), {"input": batch[0]})
         ]
         assert torch.equal(predictions[0], predictions[1])

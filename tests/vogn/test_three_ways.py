@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persample.errors import UsageError
+from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, LossReductionWarning, MeanFieldVI, Vadam, VariationalOptimizer
 
 from .ways import (
@@ -74,7 +75,7 @@ class TestReductions:
     def test_p_grad_is_what_pytorch_leaves(self, backend: str, batch: Batch) -> None:
         x, y = batch
         for reduction in ("mean", "sum"):
-            optimizer, generator = make(backend=backend), torch.Generator().manual_seed(2)
+            optimizer, generator = make(backend=backend), generator_of(2)
             optimizer.model[2].bias.grad = torch.ones(2, dtype=torch.float64)  # added to, as ever
             with optimizer.sampled_params(train=True, loss_reduction=reduction):
                 F.cross_entropy(optimizer.model(x), y, reduction=reduction).backward()

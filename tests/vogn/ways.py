@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persample import backends, losses
+from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam, VariationalOptimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -31,7 +32,7 @@ def make(rule: Any = VOGN, backend: str = "fused", model: nn.Module | None = Non
         if problem := backends()[backend].problem:
             pytest.skip(problem)
         settings = {"backend": backend, "hess_init": 0.5, **settings}
-    defaults = {"data_size": 100, "lr": 0.01, "generator": torch.Generator().manual_seed(2)}
+    defaults = {"data_size": 100, "lr": 0.01, "generator": generator_of(2)}
     return rule(model or network(), losses.cross_entropy, **(defaults | settings))
 
 

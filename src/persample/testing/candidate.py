@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import persample
 from persample.errors import ContractError, DisagreementError, UnsupportedModelError
 from persample.sources.contract import Check
+from persample.testing.devices import generator_state, set_seed
 from persample.testing.problem import Problem
 from persample.testing.trace import no_trace
-from persample.testing.truth import Stream, Truth, set_seed
+from persample.testing.truth import Stream, Truth
 
 Method = Literal["moments", "per_sample"]
 METHODS: tuple[Method, ...] = ("moments", "per_sample")
@@ -85,7 +86,7 @@ class Candidate:
                 return Verdict(kind, _actionable(str(error)))
         assert truth is not None, f"{self.backend!r} answered, but the model mixes the samples"
         if self.stream == "batch":
-            drawn = torch.get_rng_state()
+            drawn = generator_state()
             assert torch.equal(drawn, due), "other random numbers were drawn than in one forward pass"
         try:
             assert_right(method, result, truth, problem, {})

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from persample.sources.selfcheck.perturbation import rounding_left
-from persample.testing.truth import Stream, Truth, call, per_sample_truth, set_seed, unwrapped
+from persample.testing.devices import generator_state, set_seed
+from persample.testing.truth import Stream, Truth, call, per_sample_truth, unwrapped
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class Problem:
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """Return the context in which everything about this problem is computed."""
-        return contextlib.nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast)
+        return (
+            contextlib.nullcontext()
+            if self.autocast is None
+            else torch.autocast(torch.get_default_device().type, self.autocast)
+        )
 
     def truth(self, stream: Stream = "batch") -> Truth:
         """Return the gradients of the single samples, with random numbers from `stream`, where any are drawn."""
@@ -65,7 +70,7 @@ class Problem:
     def draws_random_numbers(self) -> bool:
         """Return whether the forward pass does."""
         set_seed(self.seed)
-        before = torch.get_rng_state()
+        before = generator_state()
         return not torch.equal(self.after_one_forward_pass[0], before)
 
     @cached_property
@@ -75,7 +80,7 @@ class Problem:
         set_seed(self.seed)
         with torch.no_grad(), self.autocasting():
             call(replica, unwrapped(self.inputs))
-        return torch.get_rng_state(), list(replica.buffers())
+        return generator_state(), list(replica.buffers())
 
 
 def _eps(dtype: torch.dtype) -> float:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from persample.sources.splits.parts import Batched, Entries
 from persample.sources.splits.tree import Split
+from persample.testing.devices import set_seed
 
 #: Where the random numbers of sample i come from: from one forward pass over the whole batch (`"batch"`), or from a
 #: pass over this sample alone, which starts from the same seed for every sample (`"each"`).
@@ -67,11 +68,6 @@ def per_sample_truth(
         rows.append({name: _gradient_of(p) for name, p in replica.named_parameters() if p.requires_grad})
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return Truth(torch.stack(losses), {name: torch.stack([r[name] for r in rows]) for name in names})
-
-
-def set_seed(seed: int) -> None:
-    """Set the random numbers of the CPU, a hundred times as fast as `torch.manual_seed`, which looks for devices."""
-    torch.default_generator.manual_seed(seed)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -94,8 +94,10 @@ class ClassSummary:
             )
         self._categorical = likelihood == "categorical"
         self._draws = 0
-        self._probabilities = torch.zeros(())  # without dimensions it adds to tensors of every shape and device
-        self._entropies = torch.zeros(())
+        self._probabilities = torch.zeros(
+            (), device="cpu"
+        )  # without dimensions it adds to tensors of every shape and device
+        self._entropies = torch.zeros((), device="cpu")
 
     def add(self, logits: Tensor) -> None:
         """Add the outputs of some draws, shape `(k, B, …)`."""
@@ -137,8 +139,8 @@ class GaussianSummary:
             raise OptionError(f"noise_precision={noise_precision!r}: must be a number > 0.")
         self._noise_precision = noise_precision
         self._draws = 0
-        self._mean = torch.zeros(())
-        self._squares = torch.zeros(())  # Σ (f_k − f̄)² so far
+        self._mean = torch.zeros((), device="cpu")
+        self._squares = torch.zeros((), device="cpu")  # Σ (f_k − f̄)² so far
 
     def add(self, outputs: Tensor) -> None:
         """Add the outputs of some draws, shape `(k, B, …)` (Chan, Golub and LeVeque, 1983, for the squares)."""

@@ -30,7 +30,7 @@ def standard_noise(like: Tensors, generator: torch.Generator | None) -> list[Ten
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, tensor in enumerate(like):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(index)
-    noise: list[Tensor] = [torch.empty(0)] * len(like)
+    noise: list[Tensor] = [torch.empty(0, device="cpu")] * len(like)
     for (dtype, device), indices in kinds.items():
         sizes = [like[index].numel() for index in indices]
         source = generator.device if generator is not None else device

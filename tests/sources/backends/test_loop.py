@@ -23,8 +23,8 @@ def test_linear_regression(size: int, width: int, seed: int) -> None:
     model = nn.Linear(width, 1).double()
     x, y = torch.randn(size, width).double(), torch.randn(size, 1).double()
     source = persample.make_source("loop", model, losses.gaussian)
-    residual = (x @ model.weight.detach().mT + model.bias.detach() - y).numpy()
-    weight, bias = residual[:, :, None] * x.numpy()[:, None, :], residual
+    residual = (x @ model.weight.detach().mT + model.bias.detach() - y).numpy(force=True)
+    weight, bias = residual[:, :, None] * x.numpy(force=True)[:, None, :], residual
 
     gradients = source.per_sample(x, y)
     np.testing.assert_allclose(gradients["weight"], weight, rtol=1e-12, atol=1e-14)
@@ -45,10 +45,12 @@ def test_softmax_regression(size: int, classes: int, seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Linear(3, classes).double()
     x, labels = torch.randn(size, 3).double(), torch.randint(classes, (size,))
-    logits = model(x).detach().numpy()
-    delta = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(classes)[labels.numpy()]
+    logits = model(x).detach().numpy(force=True)
+    delta = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(classes)[labels.numpy(force=True)]
     gradients = persample.make_source("loop", model, losses.cross_entropy).per_sample(x, labels)
-    np.testing.assert_allclose(gradients["weight"], delta[:, :, None] * x.numpy()[:, None, :], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(
+        gradients["weight"], delta[:, :, None] * x.numpy(force=True)[:, None, :], rtol=1e-10, atol=1e-13
+    )
     np.testing.assert_allclose(gradients["bias"], delta, rtol=1e-10, atol=1e-13)
 
 

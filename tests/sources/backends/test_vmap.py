@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import persample
 from persample import losses
 from persample.errors import LossError, NonFiniteLossError, OptionError, UnsupportedModelError
+from persample.testing.devices import generator_of
 
 
 def mlp(*middle: nn.Module) -> nn.Sequential:
@@ -23,7 +24,7 @@ def mlp(*middle: nn.Module) -> nn.Sequential:
 
 
 def batch(size: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = generator_of(1)
     return torch.randn(size, 3, generator=generator).double(), torch.arange(size) % 2
 
 
@@ -45,6 +46,7 @@ def test_chunks_change_nothing(size: int, chunk_size: int | None) -> None:
 
 _PEAK_MEMORY = """
 import resource, sys, torch, persample
+from persample.testing.devices import generator_of
 model = torch.nn.Linear(500, 500, bias=False)
 options = {"chunk_size": int(sys.argv[1]), "check": "never"}
 source = persample.make_source("vmap", model, persample.losses.cross_entropy, **options)

@@ -18,8 +18,12 @@ from persample.moments import Moments
 from persample.sources import registry
 from persample.sources.backends.loop import LoopSource
 from persample.sources.model.usage import Use
+from persample.testing.devices import generator_of
 
-INPUTS, TARGETS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1, 1])
+INPUTS, TARGETS = (
+    torch.randn(5, 3, generator=generator_of(0)),
+    torch.tensor([0, 1, 0, 1, 1]),
+)
 loss_fn = persample.losses.cross_entropy
 MODULE = types.ModuleType("backend_of_test_returned")
 
@@ -78,7 +82,10 @@ ROWS: dict[str, tuple[Callable[[Tensor, dict[str, Tensor]], Any], str]] = {
     ),
     "another order": (lambda losses, g: (losses, dict(reversed(g.items()))), r"another order than .*named_parameters"),
     "a missing tensor": (lambda losses, g: (losses, changed(g, lambda w: None)), "None for parameter 'weight'"),
-    "an array": (lambda losses, g: (losses, changed(g, lambda w: w.numpy())), "ndarray for parameter 'weight'"),
+    "an array": (
+        lambda losses, g: (losses, changed(g, lambda w: w.numpy(force=True))),
+        "ndarray for parameter 'weight'",
+    ),
     "a row missing": (
         lambda losses, g: (losses, changed(g, lambda w: w[1:])),
         r"shape \(4, 2, 3\) for parameter 'weight', but 5 samples of shape \(2, 3\) are due as per-sample gradient",

@@ -15,12 +15,14 @@ from persample import losses
 from persample.errors import DisagreementError
 from persample.sources import registry
 from persample.sources.selfcheck.tolerances import tolerance
+from persample.testing.devices import generator_of
 
 #: Backends as a third party would write them, each wrong in its own way.
 WRONG_BACKENDS = '''
 import dataclasses
 import torch
 from persample.sources.backends.loop import LoopSource
+from persample.testing.devices import generator_of
 
 
 class Changed(LoopSource):
@@ -145,7 +147,7 @@ def model() -> nn.Sequential:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double(), torch.arange(5) % 2
+    return torch.randn(5, 3, generator=generator_of(1)).double(), torch.arange(5) % 2
 
 
 pytestmark = pytest.mark.usefixtures("wrong_backends")
@@ -233,7 +235,10 @@ def test_first_is_asked_again_when_something_is_new(change: str, model: nn.Modul
         model[0].bias = nn.Parameter(model[0].bias.detach().clone())
     if change == "method":
         source.compute_moments = lambda batch: persample.PerSampleGradSource.compute_moments(source, batch)
-    with pytest.raises(DisagreementError), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+    with (
+        pytest.raises(DisagreementError),
+        torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=change == "autocast"),
+    ):
         (source.moments if change == "method" else source.per_sample)(inputs, targets)
 
 

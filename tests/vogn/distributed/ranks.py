@@ -18,6 +18,7 @@ from torch import Tensor, multiprocessing, nn
 
 import persample
 from persample import VOGN
+from persample.testing.devices import generator_of
 
 DATA_SIZE = 40
 SHARES = (5, 2, 0, 3)  # samples of each rank in each step; the third has none
@@ -40,13 +41,13 @@ def make_optimizer(model: nn.Module, **options: object) -> VOGN:
         momentum=0.8,
         mc_samples=2,
         backend="hooks",
-        generator=torch.Generator().manual_seed(11),
+        generator=generator_of(11),
         **options,
     )
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * step + rank)
+    generator = generator_of(100 * step + rank)
     inputs = torch.randn(SHARES[rank], 3, generator=generator, dtype=torch.float64)
     return inputs, torch.randint(2, (SHARES[rank],), generator=generator)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from persample import losses
+from persample.testing.devices import generator_of
 
 Array = NDArray[np.float64]
 Batch = tuple[Array, Any]
@@ -79,21 +80,21 @@ PROBLEMS = {
 
 
 def weights_of(model: nn.Module) -> list[Array]:
-    return [p.detach().numpy().copy() for p in model.parameters()]
+    return [p.detach().numpy(force=True).copy() for p in model.parameters()]
 
 
 def shared_noise(model: nn.Module, seed: int) -> Noise:
     """The noise that an optimizer with a generator of this seed draws, draw after draw."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     shapes = [p.shape for p in model.parameters()]
 
     def draw() -> list[Array]:
         sizes = [shape.numel() for shape in shapes]
         vector = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
-        return [piece.view(shape).numpy() for piece, shape in zip(vector.split(sizes), shapes, strict=True)]
+        return [piece.view(shape).numpy(force=True) for piece, shape in zip(vector.split(sizes), shapes, strict=True)]
 
     return draw
 
 
 def as_tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+    return torch.as_tensor(batch[0]), torch.as_tensor(batch[1])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from persample.losses import gaussian
+from persample.testing.devices import generator_of
 from persample.vogn import MeanFieldVI
 
 from .problems import PROBLEMS, Array, Batch, Noise, Problem, as_tensors, shared_noise, weights_of
@@ -96,15 +97,15 @@ def test_agrees_with_the_transcription(name: str, chosen: dict[str, Any], sizes:
     problem = PROBLEMS[name]
     model, minibatches = problem.model(seed), problem.batches(sizes, seed)
     truth = bayes_by_backprop(weights_of(model), minibatches, problem, shared_noise(model, seed), chosen)
-    optimizer = MeanFieldVI(model, problem.loss_fn, generator=torch.Generator().manual_seed(seed), **chosen)
+    optimizer = MeanFieldVI(model, problem.loss_fn, generator=generator_of(seed), **chosen)
     for parts, (mu, sigma) in zip(minibatches, truth, strict=True):
         for part in parts:
             optimizer.observe(*as_tensors(part), redraw=False)
         optimizer.step()
         for p, mu_p in zip(model.parameters(), mu, strict=True):
-            np.testing.assert_allclose(p.detach().numpy(), mu_p, rtol=1e-6, atol=1e-8)
+            np.testing.assert_allclose(p.detach().numpy(force=True), mu_p, rtol=1e-6, atol=1e-8)
         for precision, sigma_p in zip(optimizer._precision(), sigma, strict=True):
-            np.testing.assert_allclose(precision.numpy(), sigma_p**-2, rtol=1e-6)
+            np.testing.assert_allclose(precision.numpy(force=True), sigma_p**-2, rtol=1e-6)
 
 
 def test_the_steps_are_those_of_adam_on_the_objective_by_autograd() -> None:
@@ -119,7 +120,7 @@ def test_the_steps_are_those_of_adam_on_the_objective_by_autograd() -> None:
         lr=0.01,
         prior_precision=2.0,
         scale_init=nn.functional.softplus(torch.tensor(-2.0, dtype=torch.float64)).item(),
-        generator=torch.Generator().manual_seed(0),
+        generator=generator_of(0),
     )
     adam, noise = torch.optim.Adam([*mu, *rho], lr=0.01), shared_noise(model, 0)
     for (batch,) in PROBLEMS["linear regression"].batches([[5]] * 6, 0):
@@ -127,7 +128,7 @@ def test_the_steps_are_those_of_adam_on_the_objective_by_autograd() -> None:
         optimizer.observe(x, y)
         optimizer.step()
         sigma = [nn.functional.softplus(r) for r in rho]
-        weight, bias = (m + s * torch.from_numpy(e) for m, s, e in zip(mu, sigma, noise(), strict=True))
+        weight, bias = (m + s * torch.as_tensor(e) for m, s, e in zip(mu, sigma, noise(), strict=True))
         loss = gaussian(x @ weight.T + bias, y).mean()
         for m, s in zip(mu, sigma, strict=True):
             q, prior = torch.distributions.Normal(m, s), torch.distributions.Normal(torch.zeros_like(m), 2.0**-0.5)

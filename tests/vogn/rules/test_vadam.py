@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from persample.losses import cross_entropy
+from persample.testing.devices import generator_of
 from persample.vogn import Vadam
 
 from .problems import PROBLEMS, Array, Batch, Noise, Problem, as_tensors, shared_noise, weights_of
@@ -85,15 +86,15 @@ def test_agrees_with_the_transcription(name: str, chosen: dict[str, Any], sizes:
     problem = PROBLEMS[name]
     model, minibatches = problem.model(seed), problem.batches(sizes, seed)
     truth = vadam(weights_of(model), minibatches, problem, shared_noise(model, seed), chosen)
-    optimizer = Vadam(model, problem.loss_fn, generator=torch.Generator().manual_seed(seed), **chosen)
+    optimizer = Vadam(model, problem.loss_fn, generator=generator_of(seed), **chosen)
     for parts, (mu, sigma) in zip(minibatches, truth, strict=True):
         for part in parts:
             optimizer.observe(*as_tensors(part), redraw=False)
         optimizer.step()
         for p, mu_p in zip(model.parameters(), mu, strict=True):
-            np.testing.assert_allclose(p.detach().numpy(), mu_p, rtol=1e-9, atol=1e-11)
+            np.testing.assert_allclose(p.detach().numpy(force=True), mu_p, rtol=1e-9, atol=1e-11)
         for precision, sigma_p in zip(optimizer._precision(), sigma, strict=True):
-            np.testing.assert_allclose(precision.numpy(), sigma_p**-2, rtol=1e-9)
+            np.testing.assert_allclose(precision.numpy(force=True), sigma_p**-2, rtol=1e-9)
 
 
 def test_samples_may_be_mixed() -> None:

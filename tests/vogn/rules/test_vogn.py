@@ -26,6 +26,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN, DangerousFirstStepWarning
 
 from .choices import CHANGES, shared_settings
@@ -103,10 +104,10 @@ def compare(name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int
         precision = [p * rng.uniform(0.5, 2, p.shape) for p in precision]
         prior_mean = [rng.standard_normal(m.shape) for m in prior_mean]
         names = [name for name, _ in model.named_parameters()]
-        given["prior_precision"] = dict(zip(names, map(torch.from_numpy, precision), strict=True))
-        given["prior_mean"] = dict(zip(names, map(torch.from_numpy, prior_mean), strict=True))
+        given["prior_precision"] = dict(zip(names, map(torch.as_tensor, precision), strict=True))
+        given["prior_mean"] = dict(zip(names, map(torch.as_tensor, prior_mean), strict=True))
     truth = whole_rule(start, minibatches, problem, shared_noise(model, seed), precision, prior_mean, chosen)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DangerousFirstStepWarning)
         optimizer = VOGN(model, problem.loss_fn, backend="loop", generator=generator, **given)
@@ -115,10 +116,12 @@ def compare(name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int
                 optimizer.observe(*as_tensors(part))
             optimizer.step()
             for p, mu_p, s_p in zip(model.parameters(), mu, s, strict=True):
-                np.testing.assert_allclose(p.detach().numpy(), mu_p, rtol=1e-9, atol=1e-11)
-                np.testing.assert_allclose(optimizer.state[p]["curvature"].numpy(), s_p, rtol=1e-9, atol=1e-11)
+                np.testing.assert_allclose(p.detach().numpy(force=True), mu_p, rtol=1e-9, atol=1e-11)
+                np.testing.assert_allclose(
+                    optimizer.state[p]["curvature"].numpy(force=True), s_p, rtol=1e-9, atol=1e-11
+                )
             for variance, sigma_p in zip(optimizer._precision(), sigma, strict=True):
-                np.testing.assert_allclose(variance.numpy(), sigma_p**-2, rtol=1e-9)
+                np.testing.assert_allclose(variance.numpy(force=True), sigma_p**-2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -166,7 +169,13 @@ def test_each_setting_matters(base: dict[str, Any], change: dict[str, Any]) -> N
 
     def end(chosen: dict[str, Any]) -> torch.Tensor:
         model = problem.model(0)
-        vogn = VOGN(model, problem.loss_fn, backend="loop", generator=torch.Generator().manual_seed(0), **chosen)
+        vogn = VOGN(
+            model,
+            problem.loss_fn,
+            backend="loop",
+            generator=generator_of(0),
+            **chosen,
+        )
         for (batch,) in problem.batches([[4]] * 3, 0):
             vogn.observe(*as_tensors(batch))
             vogn.step()

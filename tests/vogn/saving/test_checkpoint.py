@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 from persample.errors import OptionError
 from persample.losses import cross_entropy
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN, MeanFieldVI, Vadam
 
 Make = Callable[..., VOGN]
@@ -46,7 +47,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
 
     def build() -> tuple[nn.Module, VOGN, Any]:
         model = fresh(dtype)
-        generator = torch.Generator().manual_seed(2) if own_generator else None
+        generator = generator_of(2) if own_generator else None
         groups = [{"params": model[0].parameters(), "momentum": 0.9}, {"params": model[2].parameters(), "decay": 0.5}]
         vogn = make_vogn(model, params=groups, mc_samples=2, generator=generator)
         return model, vogn, lr_scheduler.StepLR(vogn, step_size=2, gamma=0.5)
@@ -89,7 +90,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
 def test_the_siblings_resume_bit_for_bit(rule: Any, batch: Batch, mean_of: MeanOf, same: Same) -> None:
     def build() -> tuple[nn.Module, Any]:
         model = fresh(torch.float64)
-        generator = torch.Generator().manual_seed(2)
+        generator = generator_of(2)
         return model, rule(model, cross_entropy, data_size=100, mc_samples=2, lr=0.01, generator=generator)
 
     def go_on(optimizer: Any) -> None:
@@ -206,7 +207,7 @@ class TestGenerators:
             assert torch.equal(model[0].weight, drawn)
 
     def test_the_optimizers_own_object_stays(self, vogn: VOGN, make_vogn: Make, model: nn.Module) -> None:
-        generator = torch.Generator().manual_seed(77)
+        generator = generator_of(77)
         other = make_vogn(model, generator=generator)
         other.load_state_dict(vogn.state_dict())
         assert other.generator is generator
@@ -267,7 +268,7 @@ class TestCopies:
         self, duplicate: Callable[[Any], Any], batch: Batch, train: Train, mean_of: MeanOf, same: Same
     ) -> None:
         model = fresh(torch.float64)
-        generator = torch.Generator().manual_seed(3)
+        generator = generator_of(3)
         vogn = VOGN(model, cross_entropy, data_size=100, hess_init=0.5, backend="loop", generator=generator)
         train(vogn)
         vogn.observe(*batch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from persample import Posterior
 from persample.errors import DataError, OptionError, UsageError
+from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -46,7 +47,7 @@ def test_the_same_posterior_comes_back(
     for name in posterior.mean:
         assert torch.equal(loaded.mean[name], posterior.mean[name])
         assert torch.equal(loaded.precision[name], posterior.precision[name])
-    first, second = (p.predict(batch[0], generator=torch.Generator().manual_seed(0)) for p in (posterior, loaded))
+    first, second = (p.predict(batch[0], generator=generator_of(0)) for p in (posterior, loaded))
     assert torch.equal(first.probabilities, second.probabilities)
 
 

@@ -104,7 +104,7 @@ class VjpSource(PerSampleGradSource):
         size = self.chunk_size or batch.size
         parts = [list(range(start, min(start + size, batch.size))) for start in range(0, batch.size, size)]
         losses, chunks = part_gradients(self, batch, parts, self._rows)
-        weights = 0.5 + torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
+        weights = 0.5 + torch.rand(batch.size, device="cpu", generator=torch.Generator().manual_seed(0)).to(losses)
         expected = gradient((weights * losses).sum(), self)
         allowance = Allowance.of(losses)
         losses = losses.detach()

@@ -413,9 +413,10 @@ class Recorder(TorchFunctionMode):
         """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs."""
 
         def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
-            losses = torch.zeros(len(numbers), device=numbers.device)
+            found = tensors_of(outputs)
+            losses = torch.zeros(len(numbers), device=found[next(iter(forward_pass.outputs))].device)
             for index in forward_pass.outputs:
-                output = tensors_of(outputs)[index]
+                output = found[index]
                 weights = _weights(output.shape[1:], index).to(output)
                 finite = torch.where(output.isfinite(), output, 0)  # attention masks may be infinite
                 losses = losses + (finite * weights).reshape(len(numbers), -1).sum(1)
@@ -434,7 +435,7 @@ class Recorder(TorchFunctionMode):
 
 def _weights(shape: torch.Size, index: int) -> Tensor:
     """Numbers without a pattern, without random ones, which `torch.func.vmap` would refuse to draw."""
-    numbers = torch.arange(shape.numel(), dtype=torch.float64)
+    numbers = torch.arange(shape.numel(), dtype=torch.float64, device="cpu")
     return torch.sin(math.sqrt(2) * (1 + index) * (1 + numbers)).reshape(shape)
 
 

@@ -101,7 +101,7 @@ def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size:
     if batch_size == 1 or not edges:
         return
     generator = torch.Generator().manual_seed(batch_size)
-    order = torch.randperm(batch_size, generator=generator)
+    order = torch.randperm(batch_size, device="cpu", generator=generator)
     half, others = order[: batch_size // 2], order[batch_size // 2 :]
     try:
         deltas = torch.autograd.grad(loss.sum(), edges, create_graph=True, allow_unused=True)
@@ -109,7 +109,7 @@ def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size:
         for delta in deltas:
             if delta is not None:
                 rows = delta[half]
-                product = product + (rows * torch.randn(rows.shape, generator=generator).to(rows)).sum()
+                product = product + (rows * torch.randn(rows.shape, device="cpu", generator=generator).to(rows)).sum()
         if not product.requires_grad:
             return  # L is linear in the outputs
         second = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)

@@ -53,7 +53,7 @@ def rounding_left(
 
 def _moved(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Return `values` with other last bits in `dtype`."""
-    units = torch.randint(-_UNITS, _UNITS + 1, values.shape, generator=generator).to(values)
+    units = torch.randint(-_UNITS, _UNITS + 1, values.shape, device=generator.device, generator=generator).to(values)
     return values * (1 + units * torch.finfo(dtype).eps)
 
 

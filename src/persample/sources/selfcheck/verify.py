@@ -296,7 +296,7 @@ def _verify_rows(
     sums = {name: g.sum(0) for name, g in gradients.items()}
     require_close(source, "sum of the per-sample gradients", sums, total, allowance, batch.size)
     # With random weights, any exchange of rows shows.
-    weights = torch.rand(batch.size, generator=torch.Generator().manual_seed(0)).to(losses)
+    weights = torch.rand(batch.size, device="cpu", generator=torch.Generator().manual_seed(0)).to(losses)
     with replayed(source, random_state(source.model)):
         weighted = gradient((weights * source.losses(batch)).sum(), source)
     found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
@@ -319,7 +319,7 @@ def some_rows(batch: Batch) -> list[int]:
 
 
 def _order(batch: Batch) -> list[int]:
-    order: list[int] = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size)).tolist()
+    order: list[int] = torch.randperm(batch.size, device="cpu", generator=torch.Generator().manual_seed(batch.size)).tolist()
     return order
 
 

@@ -10,6 +10,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from persample.testing.devices import set_seed
 from persample.testing.drawn.functions import Function
 from persample.testing.drawn.layers import (
     Draw,
@@ -22,7 +23,6 @@ from persample.testing.drawn.layers import (
 from persample.testing.drawn.losses import losses
 from persample.testing.drawn.operations import operations
 from persample.testing.problem import Problem
-from persample.testing.truth import set_seed
 
 _LARGEST = 300  # numbers in one value of one sample, which keeps a problem at some milliseconds
 _VOCABULARY = 5

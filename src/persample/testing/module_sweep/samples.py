@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from persample.errors import MissingPackageError
+from persample.testing.devices import set_seed
 from persample.testing.module_sweep.arrangement import Arrangement, Call, DoesNotFitError, MixesError, arrange
 from persample.testing.problem import Problem
-from persample.testing.truth import set_seed
 from persample.testing.zoo.case import robust
 
 

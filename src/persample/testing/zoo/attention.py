@@ -24,7 +24,12 @@ def _hidden(size: int) -> Tensor:
 
 def _attend(model: Any, x: Tensor, *others: Tensor, **options: Any) -> Any:
     key, value = others or (x, x)
-    return model.attention(x, key, value, **options)[0]
+    return model.attention(x, key, value, **_beside(x, options))[0]
+
+
+def _beside(x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Return `options` with their tensors on the device of `x`."""
+    return {name: value.to(x.device) if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
 def _attention(name: str, call: dict[str, Any] | None = None, inputs: Inputs | None = None, **options: Any) -> Case:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from persample.sources.splits.tree import map_tensors, tensors_in
+from persample.testing.devices import set_seed
 from persample.testing.problem import Problem
-from persample.testing.truth import call, set_seed, unwrapped
+from persample.testing.truth import call, unwrapped
 
 #: Makes the inputs of a batch of the given size.
 Inputs = Callable[[int], Any]

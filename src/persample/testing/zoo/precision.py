@@ -40,6 +40,6 @@ CASES = (
 
 
 def _under_autocast(model: Any, x: Tensor) -> Any:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         h = model.first(x).relu()
     return model.second(h.float())

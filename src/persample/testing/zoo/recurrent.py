@@ -65,7 +65,7 @@ def _cells(model: Any, x: Tensor) -> Any:
 
 
 def _packed(model: Any, x: Tensor, lengths: Tensor) -> Any:
-    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     return nn.utils.rnn.pad_packed_sequence(model.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 

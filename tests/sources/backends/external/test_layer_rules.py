@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import persample
 from persample.errors import PersampleError, UnsupportedModelError
+from persample.testing.devices import generator_of
 
 from ...agreement import assert_refused, assert_served, no_trace, squared_error, targets_for
 
@@ -197,7 +198,7 @@ def test_float32_and_bfloat16_keep_their_dtype(peer: str) -> None:
 def test_serves_under_autocast(peer: str) -> None:
     model = small_convnet().float()
     inputs, targets = reals(3, 2, 4, 4).float(), reals(3, 3).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         rows = persample.make_source(peer, model, squared_error, check="always").per_sample(inputs, targets)
     assert all(g.dtype == torch.float32 for g in rows.values())
 
@@ -338,7 +339,7 @@ def test_several_threads_with_several_models(peer: str) -> None:
 
     def work(seed: int) -> None:
         try:
-            generator = torch.Generator().manual_seed(seed)
+            generator = generator_of(seed)
             model = small_convnet()
             inputs = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=generator)
             targets = torch.randn(3, 3, dtype=torch.float64, generator=generator)

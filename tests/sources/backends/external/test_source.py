@@ -561,7 +561,7 @@ def test_autocast_is_left_to_the_rules(peer: str, machinery: str) -> None:
         peer, mlp().float(), squared_error, machinery=OWN[peer] if machinery == "own" else "auto"
     )
     batch = torch.randn(3, 4), torch.randn(3, 2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         if machinery == "own":
             with pytest.raises(UnsupportedModelError, match=r"'0.weight' in torch.bfloat16.*machinery='rules'"):
                 source.moments(*batch)

@@ -257,7 +257,7 @@ def test_bfloat16_autocast_agrees_with_float32() -> None:
     inputs, targets = torch.randn(20, 1, 8, 8), torch.zeros(20)
     source = persample.make_source("fused", model, loss_fn)
     expected = source.moments(inputs, targets)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found = source.moments(inputs, targets)
     for name, value in expected.second_moment.items():
         assert found.second_moment[name].dtype == torch.float32

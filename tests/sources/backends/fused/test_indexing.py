@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import persample
+from persample.testing.devices import generator_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Part = Callable[[Tensor], Any]
@@ -106,7 +107,7 @@ def indices(draw: Draw, shape: tuple[int, ...], samples: int | None = None) -> D
             wide = dim + 1 < len(shape) and dim + 1 != samples and draw(st.booleans())
             mask = torch.zeros(shape[dim : dim + 1 + wide], dtype=torch.bool)
             assume(width <= mask.numel())
-            mask.view(-1)[torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(number % 7))[:width]] = 1
+            mask.view(-1)[torch.randperm(mask.numel(), generator=generator_of(number % 7))[:width]] = 1
             add(f"mask({mask.tolist()})", lambda n, m=mask: m)
             dim += wide
         dim += 1

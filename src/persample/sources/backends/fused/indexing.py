@@ -116,12 +116,13 @@ def _part(part: Any) -> Any:
     if isinstance(part, Tensor | slice) or part is None or part is Ellipsis:
         return part
     if isinstance(part, bool):
-        return torch.tensor(part)
+        return torch.tensor(part, device="cpu")
     if isinstance(part, Integral):
         return int(part)
     if isinstance(part, list | tuple) and any(isinstance(item, Tensor) for item in part):
-        return torch.stack([torch.as_tensor(item) for item in part])
-    numbers = torch.as_tensor(part)
+        device = next(item.device for item in part if isinstance(item, Tensor))
+        return torch.stack([torch.as_tensor(item, device=device) for item in part])
+    numbers = torch.as_tensor(part, device="cpu")
     return numbers if numbers.numel() or is_mask(numbers) else numbers.long()
 
 

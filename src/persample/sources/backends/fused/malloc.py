@@ -18,4 +18,4 @@ def keep_freed_memory() -> None:
     an end; then each of their pages is handed out anew, cleared, in every step, which can cost as much as computing
     what they hold. So one large block is freed once: it is never written, and so costs nothing.
     """
-    torch.empty(_LARGEST_THAT_COUNTS, dtype=torch.uint8)
+    torch.empty(_LARGEST_THAT_COUNTS, dtype=torch.uint8, device="cpu")

@@ -114,7 +114,7 @@ def _holds_nan(t: Tensor) -> bool:
 def _codes(batch: int) -> Tensor:
     """Return the codes of the samples, shape `(B, m)`, each with m // 2 bits set."""
     m = next(m for m in itertools.count(2) if math.comb(m, m // 2) >= batch)
-    codes = torch.zeros(batch, m, dtype=torch.bool)
+    codes = torch.zeros(batch, m, dtype=torch.bool, device="cpu")
     for i, places in enumerate(itertools.islice(itertools.combinations(range(m), m // 2), batch)):
         codes[i, list(places)] = True
     return codes
@@ -124,8 +124,9 @@ def _codes(batch: int) -> Tensor:
 def _owners_of_codes(batch: int) -> Tensor:
     """Return the sample that has a code, by the number that its bits are; `SEVERAL` where none has."""
     codes = _codes(batch)
-    owners = torch.full((2 ** codes.shape[1],), SEVERAL)
-    owners[(codes.long() << torch.arange(codes.shape[1])).sum(1)] = torch.arange(batch)
+    owners = torch.full((2 ** codes.shape[1],), SEVERAL, device="cpu")
+    numbers = torch.arange(max(batch, codes.shape[1]), device="cpu")
+    owners[(codes.long() << numbers[: codes.shape[1]]).sum(1)] = numbers[:batch]
     return owners
 
 
