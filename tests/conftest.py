@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, settings
 
 import persample
 
-# What the tests make lies there.
+# What the tests make lies there. Convolutions round to TF32 unless they are told not to.
 if "PERSAMPLE_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["PERSAMPLE_TEST_DEVICE"])
+    torch.backends.cudnn.allow_tf32 = False
 
 BESIDE_THE_CHECKOUT = Path(__file__).parents[2] / "shared" / "data"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import persample
-from persample.testing.devices import generator_of
+from persample.testing.devices import generator_of, on_cuda
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Part = Callable[[Tensor], Any]
@@ -277,6 +277,7 @@ def test_other_ways(name: str) -> None:
     assert_exact(OTHERS[name], (4, 3))
 
 
+@pytest.mark.skipif(on_cuda(), reason="ends all further work on the GPU")
 def test_an_index_out_of_range_is_the_error_of_pytorch() -> None:
     model = Indexed(lambda m, x, n: m.table[n[:, 0] + 4], (4, 3))
     with pytest.raises(IndexError, match="out of bounds"):
