@@ -34,9 +34,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from models import LARGE_PROBLEMS, PROBLEMS
-
 import persample
+from models import LARGE_PROBLEMS, PROBLEMS
 from persample.checks.memory import peak_memory
 from persample.files import replacing
 
@@ -146,7 +145,7 @@ def tests(device: str, out: Path, seconds: float, quick: bool) -> dict[str, Any]
     command += ["--ignore", str(root / "tests" / "vogn" / "processes")]
     if importlib.util.find_spec("xdist") and not quick:
         command += ["-n", str(min(15, os.cpu_count() or 1)), "--dist", "worksteal"]
-    environment = os.environ | {"PERSAMPLE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PERSAMPLE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])
     log = out / "pytest.log"
     with log.open("w") as output:
@@ -341,7 +340,6 @@ MOMENTS: dict[str, Callable[..., Call]] = {
     "plain": plain,
     "plain, compiled": plain_compiled,
     "fused": moments_by("fused"),
-    "fused in a CUDA graph": in_cuda_graph,
     "hooks": moments_by("hooks"),
     "vmap": moments_by("vmap"),
     "Opacus": moments_by("opacus", machinery="module"),

@@ -27,6 +27,12 @@ settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_
 settings.load_profile("every-run")
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End the process after a failed assertion on a GPU, with which every further call fails; xdist starts another."""
+    if "PYTEST_XDIST_WORKER" in os.environ and report.failed and "device-side assert" in report.longreprtext:
+        os._exit(1)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Return the folder of the real data sets; skip where there is none."""

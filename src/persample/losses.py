@@ -208,7 +208,7 @@ def check_losses(losses: Any, batch_size: int) -> Tensor:
 
     Raises:
         LossError: it is something else, in particular a scalar.
-        NonFiniteLossError: an entry is infinite or not a number.
+        NonFiniteLossError: an entry is infinite or not a number (not looked at while a CUDA graph is captured).
     """
     if not isinstance(losses, Tensor):
         raise LossError(f"loss_fn returned {type(losses).__name__}: return a tensor of shape ({batch_size},).")
@@ -237,6 +237,8 @@ def check_losses(losses: Any, batch_size: int) -> Tensor:
         )
     if not losses.is_floating_point():
         raise LossError(f"loss_fn returned {losses.dtype}: a loss must be a real floating-point number.")
+    if losses.is_cuda and torch.cuda.is_current_stream_capturing():
+        return losses  # while a CUDA graph is captured there are no values yet
     with torch._C.DisableTorchFunction():  # a look at the values only: whoever follows the operations need not
         values = losses.detach()
         if math.isfinite(values.sum().item()):  # the usual case, at the cost of one sum

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import persample
 from persample.errors import PersampleError
 from persample.sources.batch import as_batch
-from persample.testing.devices import generator_of
+from persample.testing.devices import generator_of, on_cuda
 
 Batch = tuple[Any, Any]
 
@@ -138,6 +138,8 @@ X = torch.randn(6, 4, dtype=torch.float64, generator=generator_of(0))
 SWAPPED = torch.tensor([5, 2, 3, 4, 1, 0])
 IN_ORDER = torch.tensor([9, 8, 7, 6, 5, 4])
 
+ENDS_CUDA = ("mixing of two samples",)
+
 # name: (model, batches in the order in which one source gets them)
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]]]] = {
     "sorted": (lambda: Sorted(False), lambda: [((X, SWAPPED), None)]),
@@ -221,6 +223,8 @@ def _with_retained_gradient(h: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_exact_or_refused(backend: str, name: str, method: str) -> None:
+    if on_cuda() and name in ENDS_CUDA:
+        pytest.skip("rows of other samples, read by number where there is one sample, end all further work on a GPU")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:

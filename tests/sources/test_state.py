@@ -558,12 +558,12 @@ class Noisy(nn.Module):
 NOISE: dict[str, Callable[[Noisy, Tensor], Any]] = {
     "Python": lambda model, h: random.random(),
     "Python, for each sample": lambda model, h: torch.tensor([[random.random()] for _ in h]).double(),
-    "NumPy": lambda model, h: torch.from_numpy(np.random.randn(*h.shape)),
+    "NumPy": lambda model, h: torch.as_tensor(np.random.randn(*h.shape)),
     "PyTorch": lambda model, h: torch.randn_like(h),
     "an own generator of PyTorch": lambda m, h: torch.randn(h.shape, generator=m.generator, dtype=h.dtype),
     "an own generator of Python": lambda model, h: model.of_python.random(),
-    "an own generator of NumPy": lambda model, h: torch.from_numpy(model.of_numpy.standard_normal(h.shape)),
-    "an own generator of NumPy, as of old": lambda model, h: torch.from_numpy(model.older.randn(*h.shape)),
+    "an own generator of NumPy": lambda model, h: torch.as_tensor(model.of_numpy.standard_normal(h.shape)),
+    "an own generator of NumPy, as of old": lambda model, h: torch.as_tensor(model.older.randn(*h.shape)),
     "a buffer that noise is drawn into": lambda model, h: model.eps.data.normal_(),
 }
 

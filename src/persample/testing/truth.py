@@ -89,7 +89,7 @@ def row(tree: Any, i: int) -> Any:
         if isinstance(leaf, Tensor):
             return leaf[i : i + 1]
         if isinstance(leaf, Batched):
-            return pytree.tree_map(lambda tensor: tensor.narrow(leaf.dim, i, 1), leaf.value)
+            return pytree.tree_map(lambda tensor: tensor.narrow(leaf.dim, i, 1).contiguous(), leaf.value)
         return leaf.value[i : i + 1] if isinstance(leaf, Entries) else leaf
 
     return pytree.tree_map(of_leaf, tree)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 from persample.errors import UsageError
@@ -60,7 +61,7 @@ def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerS
     def watched(outputs: Any, targets: Any) -> Tensor:
         losses = per_sample(outputs, targets)
         # Where operations are followed or transformed, tensors that are no parameters may stand for others.
-        followed = _len_torch_function_stack() > 0 or _is_transformed(losses)
+        followed = _is_followed() or _is_transformed(losses)
         if followed not in looked and isinstance(losses, Tensor):
             with torch._C.DisableTorchFunction():
                 if (ordinary := _ordinary(losses)).grad_fn is not None:
@@ -71,6 +72,11 @@ def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerS
         return losses
 
     return watched
+
+
+def _is_followed() -> bool:
+    """Whether a mode meets the operations that does more than choose the device of new tensors."""
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def _is_transformed(losses: Any) -> bool:

@@ -22,7 +22,6 @@ WRONG_BACKENDS = '''
 import dataclasses
 import torch
 from persample.sources.backends.loop import LoopSource
-from persample.testing.devices import generator_of
 
 
 class Changed(LoopSource):

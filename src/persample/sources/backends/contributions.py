@@ -21,12 +21,20 @@ from persample.dtypes import at_least_float32
 def samples_at_once(numbers: int, device: torch.device, budget: int = 2**20) -> int:
     """Return how many samples to take at a time, if `numbers` numbers are made of each, and used up.
 
-    On a CPU about `budget` numbers stay in the cache. Elsewhere each operation costs a launch, so there are 16 times
-    as many, which is still little beside what the ordinary pass keeps.
+    On a CPU about `budget` numbers stay in the cache. Elsewhere each operation costs a launch, and must be large to
+    keep the processor busy, so there are 2²⁶ of them: 256 MiB in float32.
     """
     if device.type != "cpu":
-        budget *= 16
+        budget = 2**26
     return max(1, budget // max(1, numbers))
+
+
+def squares_of(g: Tensor, dim: int = 0) -> Tensor:
+    """Return Σ_i g_i² along the samples, of numbers that are not needed afterwards."""
+    if g.is_cuda:
+        norms: Tensor = torch.linalg.vector_norm(g, dim=dim)  # reads them once, and writes none
+        return norms.square()
+    return g.square_().sum(dim)
 
 
 def precise(values: Tensor) -> Tensor:
@@ -87,7 +95,7 @@ class OuterProducts:
         for delta, a in zip(self.delta.split(rows), self.a.split(rows), strict=True):
             g = (delta @ a.mT).reshape(len(a), *self.shape)
             total += g.sum(0)
-            squares += g.square_().sum(0)
+            squares += squares_of(g)
         return total, squares
 
     def printed_second_moment_sum(self) -> Tensor:
@@ -119,10 +127,23 @@ class Terms:
             g = self.terms.squeeze(1)
             return g.sum(0), g.square().sum(0)
         g = self.per_sample()
-        return g.sum(0), g.square_().sum(0)
+        return g.sum(0), squares_of(g)
 
     def printed_second_moment_sum(self) -> Tensor:
         return self.terms.square().sum((0, 1))
+
+
+def unique_at_most(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `numbers.unique(return_inverse=True)` does, with zeros behind it up to the length of `numbers`.
+
+    So the shape does not depend on the values, for which a GPU would have to be waited for.
+    """
+    ordered, order = numbers.flatten().sort()
+    new = torch.ones_like(ordered)
+    new[1:] = ordered[1:] != ordered[:-1]
+    place = new.cumsum(0) - 1
+    found = torch.zeros_like(ordered).scatter_(0, place, ordered)
+    return found, torch.empty_like(place).scatter_(0, order, place).view(numbers.shape)
 
 
 @dataclass(frozen=True)
@@ -150,7 +171,8 @@ class Lookups:
     def sums(self) -> tuple[Tensor, Tensor]:
         # Only the rows that a sample looks up are formed: one for each pair (sample, index) that occurs.
         sample = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
-        pairs, place = (sample * self.count + self.indices).unique(return_inverse=True)
+        numbers = sample * self.count + self.indices
+        pairs, place = unique_at_most(numbers) if numbers.is_cuda else numbers.unique(return_inverse=True)
         g = self._add_up(place, self.delta, len(pairs))
         index = pairs % self.count
         return self._add_up(index, g, self.count), self._add_up(index, g.square(), self.count)

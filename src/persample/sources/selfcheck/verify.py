@@ -319,7 +319,8 @@ def some_rows(batch: Batch) -> list[int]:
 
 
 def _order(batch: Batch) -> list[int]:
-    order: list[int] = torch.randperm(batch.size, device="cpu", generator=torch.Generator().manual_seed(batch.size)).tolist()
+    generator = torch.Generator().manual_seed(batch.size)
+    order: list[int] = torch.randperm(batch.size, device="cpu", generator=generator).tolist()
     return order
 
 

@@ -81,7 +81,11 @@ class Batched(Split):
         return ((where, tensor.shape[self.dim]) for tensor in tensors_in(self.tree))
 
     def take(self, index: Index, rows: Rows) -> Split:
-        return self.map(lambda tensor: rows(tensor, self.dim % tensor.dim()))
+        def taken(tensor: Tensor) -> Tensor:
+            part = rows(tensor, self.dim % tensor.dim())
+            return part.contiguous() if tensor.is_contiguous() else part  # cuDNN refuses first states with gaps
+
+        return self.map(taken)
 
     def map(self, function: TensorFunction) -> Split:
         return Batched(map_tensors(function, self.tree), self.dim)

@@ -181,11 +181,16 @@ def _results(
 
 
 def _seconds(form: Callable[..., Result], operands: tuple[Any, ...]) -> float:
+    _wait_for_gpu()
     start = time.perf_counter()
-    result = form(*operands)
-    if result[0].is_cuda:
-        torch.cuda.synchronize()
+    form(*operands)
+    _wait_for_gpu()
     return time.perf_counter() - start
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _agree(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.contributions import samples_at_once
+from persample.sources.backends.contributions import samples_at_once, squares_of
 from persample.sources.backends.fused.autotune import COMPILED, Key, choose
 from persample.sources.backends.fused.onednn import product_for
 from persample.sources.backends.unfolding import unfold, windows_of
@@ -152,14 +152,14 @@ def _added_up(gradients: Iterable[Tensor], dim: int = 0) -> Sums:
     """Return Σ_i g_i and Σ_i g_i² from pieces of the g_i, which may be overwritten; `dim` is that of the samples."""
     pieces = iter(gradients)
     first = next(pieces)  # a batch has samples
-    total, squares = first.sum(dim), first.square_().sum(dim)
+    total, squares = first.sum(dim), squares_of(first, dim)
     for g in pieces:
         if g.shape[dim] == 1:
             total += g.select(dim, 0)
             squares.addcmul_(g.select(dim, 0), g.select(dim, 0))
         else:
             total += g.sum(dim)
-            squares += g.square_().sum(dim)
+            squares += squares_of(g, dim)
     return total, squares
 
 

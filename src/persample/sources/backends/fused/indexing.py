@@ -33,10 +33,10 @@ class Lookup(NamedTuple):
     before: int
 
 
-def read(index: Any, dimensions: int) -> Lookup:
-    """Return what `index` means for a tensor of so many dimensions."""
-    parts = [_part(part) for part in _as_tuple(index)]
-    missing = [slice(None)] * (dimensions - sum(map(_covered, parts)))
+def read(index: Any, table: Tensor) -> Lookup:
+    """Return what `index` means for a tensor."""
+    parts = [_part(part, table.device) for part in _as_tuple(index)]
+    missing = [slice(None)] * (table.dim() - sum(map(_covered, parts)))
     dots = next((place for place, part in enumerate(parts) if part is Ellipsis), len(parts))
     parts[dots : dots + 1] = missing
     basic: list[Any] = []
@@ -63,22 +63,22 @@ def read(index: Any, dimensions: int) -> Lookup:
 def lookup_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lookup | None:
     """Return what an operation looks up in its first operand; None if it does nothing of that kind."""
     if func is Tensor.__getitem__:
-        return read(args[1], args[0].dim())
+        return read(args[1], args[0])
     if func in _WHOLE:
         index = kwargs.get("index", kwargs.get("indices", args[_WHOLE[func]] if len(args) > _WHOLE[func] else None))
         return Lookup((), {0: index}, 0) if isinstance(index, Tensor) else None
     if func in _INDEX_SELECT:
         dim, index = (*args[1:], *(kwargs[name] for name in ("dim", "index") if name in kwargs))
-        return read(selecting(dim, index, args[0].dim()), args[0].dim())
+        return read(selecting(dim, index, args[0].dim()), args[0])
     return None
 
 
 def written_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lookup | None:
     """Return where an operation writes into its first operand; None if it does nothing of that kind."""
     if func is Tensor.__setitem__:
-        return read(args[1], args[0].dim())
+        return read(args[1], args[0])
     if func in _PUT:
-        return read(tuple(kwargs["indices"] if "indices" in kwargs else args[1]), args[0].dim())
+        return read(tuple(kwargs["indices"] if "indices" in kwargs else args[1]), args[0])
     return None
 
 
@@ -111,18 +111,17 @@ def _is_no_number(item: Any) -> bool:
     return item is None or item is Ellipsis or isinstance(item, Tensor | Sequence | slice)
 
 
-def _part(part: Any) -> Any:
-    """Return sequences and truth values as tensors."""
+def _part(part: Any, device: torch.device) -> Any:
+    """Return sequences and truth values as tensors on `device`."""
     if isinstance(part, Tensor | slice) or part is None or part is Ellipsis:
         return part
     if isinstance(part, bool):
-        return torch.tensor(part, device="cpu")
+        return torch.tensor(part, device=device)
     if isinstance(part, Integral):
         return int(part)
     if isinstance(part, list | tuple) and any(isinstance(item, Tensor) for item in part):
-        device = next(item.device for item in part if isinstance(item, Tensor))
         return torch.stack([torch.as_tensor(item, device=device) for item in part])
-    numbers = torch.as_tensor(part, device="cpu")
+    numbers = torch.as_tensor(part, device=device)
     return numbers if numbers.numel() or is_mask(numbers) else numbers.long()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.backends.contributions import OuterProducts, samples_at_once
+from persample.sources.backends.contributions import OuterProducts, samples_at_once, squares_of
 from persample.sources.backends.fused.autotune import COMPILED, Key, choose
 from persample.sources.backends.fused.onednn import product_for
 
@@ -110,7 +110,7 @@ def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tens
         "batched": _batched,
         "blas one by one": lambda delta, a: _one_by_one(delta, a, lambda d, x: d.mT @ x),
     }
-    if delta.shape[-1] * a.shape[-1] > 2**15:  # the likely winner first
+    if delta.shape[-1] * a.shape[-1] > 2**15 and not delta.is_cuda:  # the likely winner first
         forms = dict(reversed(forms.items()))
     product = product_for(a)
     if product is not None:
@@ -125,7 +125,7 @@ def _batched(delta: Tensor, a: Tensor) -> Sums:
     for d, x in zip(delta.split(rows), a.split(rows), strict=True):
         g = d.mT @ x
         total += g.sum(0)
-        squares += g.square_().sum(0)
+        squares += squares_of(g)
     return total, squares
 
 

@@ -232,7 +232,7 @@ def _by_family(call: Call) -> list[Where]:
         return _agreed(call, operands, _before_the_last_two)
     if func in op_table.JOINING:
         return _agreed(call, operands, _joined(call))
-    if func in families.POSITIONS:  # a kernel on GPUs passes NaN over, so that a trial tells nothing
+    if func in op_table.POSITIONS:  # a kernel on GPUs passes NaN over, so that a trial tells nothing
         return _agreed(call, operands, _first_of_each)
     first = call.args[0] if call.args else None
     if not isinstance(first, Tensor) or (id(first) not in call.samples and func not in op_table.BY_INDICES):

@@ -72,7 +72,7 @@ def looked_up(capture: Trace, table: Tensor, index: Any) -> Any:
     if capture.expression(table) is None:
         return capture.fall_back(Tensor.__getitem__, (table, index), {})
     with capture:
-        lookup = read(index, table.dim())
+        lookup = read(index, table)
         table = table[lookup.basic]
         numbers = {d: n for dim, given in lookup.tensors.items() for d, n in enumerate(_numbers(given), dim)}
         count, others = len(numbers), [d for d in range(table.dim()) if d not in numbers]
