@@ -106,7 +106,7 @@ def test_of_calls_too(rule: Any, call: Callable[..., Any], match: str, batch: Ba
     optimizer = make(rule)
     with pytest.raises(OptionError, match=match):
         call(optimizer, *batch)
-    assert not optimizer._drawn
+    assert not optimizer._lending.out
 
 
 def test_a_wrong_grad_scaler_is_noticed_before_the_pass(batch: Batch) -> None:

@@ -75,14 +75,14 @@ def given(rule: Any, backend: str, batch: Batch, change: Change, **settings: Any
     optimizer = make(rule, backend, **settings)
     with optimizer.sampled_params(train=True):
         loss_of(optimizer, batch).backward()
-    (part,) = optimizer._observations.parts
+    (part,) = optimizer._pending.observations.parts
     stand_in = network()  # at the mean, as after the block
     for (name, p), q in zip(stand_in.named_parameters(), optimizer.model.parameters(), strict=True):
         assert torch.equal(p, q)
         p.grad = part.moments.mean[name].clone()
     change(stand_in)
     part.moments.mean.update({name: p.grad for name, p in stand_in.named_parameters()})
-    optimizer._left = None
+    optimizer._pending.left = None
     for p in optimizer.model.parameters():
         p.grad = None
     optimizer.step()
@@ -192,9 +192,9 @@ class TestSeveralPasses:
             self.run(one, batch, parts, reduction, apart=apart)
         for p in optimizer.model.parameters():
             p.grad *= 0.25
-        means = {name: mean * 0.25 for name, mean in plain._observations.gradient().items()}
+        means = {name: mean * 0.25 for name, mean in plain._pending.observations.gradient().items()}
         optimizer.step()
-        plain._observations.parts[0].moments.mean.update(means)
+        plain._pending.observations.parts[0].moments.mean.update(means)
         plain.step()
         assert_same(optimizer, plain)
 
@@ -243,7 +243,7 @@ class TestSeveralPasses:
             with one.sampled_params(train=True):
                 loss_of(one, batch).backward()
         optimizer.step()
-        mean = plain._observations.parts[0].moments.mean
+        mean = plain._pending.observations.parts[0].moments.mean
         mean.update({name: 0.75 * value for name, value in mean.items()})
         plain.step()
         assert_same(optimizer, plain)

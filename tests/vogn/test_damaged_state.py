@@ -223,7 +223,7 @@ class TestNames:
         for name, p in optimizer._params().items():
             assert same(optimizer.state[p], other.state[other._params()[name]])
         assert same(dict(optimizer.prior.mean), dict(other.prior.mean))
-        assert same(optimizer._observations.packed(), other._observations.packed())
+        assert same(optimizer._pending.observations.packed(), other._pending.observations.packed())
         optimizer.step()
         other.step()
         for name, p in optimizer._params().items():
@@ -270,7 +270,9 @@ class TestNames:
         other = make(rule, model)
         other.load_state_dict(optimizer.state_dict())
         assert same(other.state[model["b"].weight], optimizer.state[optimizer.model[2].weight])
-        assert same(other._observations.gradient()["b.bias"], optimizer._observations.gradient()["2.bias"])
+        assert same(
+            other._pending.observations.gradient()["b.bias"], optimizer._pending.observations.gradient()["2.bias"]
+        )
 
     def test_groups_that_were_cut_otherwise_are_refused(self, rule: Any, batch: Batch) -> None:
         state, model = trained(rule, batch).state_dict(), layers()

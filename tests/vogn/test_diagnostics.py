@@ -40,9 +40,9 @@ def test_the_next_step_moves_the_mean_by_the_effective_learning_rate(vogn: VOGN,
     train(vogn)
     vogn.observe(*batch)
     (part,) = vogn._parts(["0.weight"])
-    gradient = vogn._observations.gradient()["0.weight"]
-    larger, _ = vogn._update(part, [gradient + 1], vogn._observations.parts)
-    smaller, _ = vogn._update(part, [gradient], vogn._observations.parts)
+    gradient = vogn._pending.observations.gradient()["0.weight"]
+    larger, _ = vogn._update(part, [gradient + 1], vogn._pending.observations.parts)
+    smaller, _ = vogn._update(part, [gradient], vogn._pending.observations.parts)
     effective = vogn.diagnostics().layers["0.weight"].effective_lr
     assert (smaller[0] - larger[0]).median().item() == pytest.approx(effective)
 

@@ -49,7 +49,7 @@ class TestWithoutALoss:
         for call in ("observe", "elbo"):
             with pytest.raises(UsageError, match=rf"^{call}\(\) needs a loss.*pass loss_fn.*sampled_params"):
                 getattr(optimizer, call)(*batch)
-        assert not optimizer._observations.parts
+        assert not optimizer._pending.observations.parts
 
     @pytest.mark.parametrize("rule", RULES)
     def test_parameters_in_place_of_the_model(self, rule: Any) -> None:

@@ -78,7 +78,7 @@ class TestMixedPrecision:
         assert torch.equal(optimizer.model[0].weight, before)
         assert (optimizer.steps, optimizer.skipped_steps, optimizer.skipped_in_a_row) == (0, 6, 0)
         assert scaler.get_scale() < 1e38
-        assert not optimizer._observations.parts
+        assert not optimizer._pending.observations.parts
 
     def test_a_scaler_that_was_not_told_of_is_noticed(self, batch: Batch) -> None:
         x, y = batch[0].float(), batch[1]

@@ -276,7 +276,7 @@ class TestStepsThatAreSkipped:
             model.weight.fill_(60_000.0)
         vogn = make_vogn(model, lr=0.04, prior_precision=1e-9, hess_init=0.1)
         vogn.observe(torch.ones(1, 1).half(), torch.tensor([0]))
-        vogn._observations.gradient()["weight"].fill_(-1e6)
+        vogn._pending.observations.gradient()["weight"].fill_(-1e6)
         with pytest.warns(SkippedStepWarning, match="'weight'"):
             vogn.step()
         assert model.weight.tolist() == [[60_000.0], [60_000.0]]
@@ -362,7 +362,7 @@ class TestParameters:
         for _ in range(3):
             grouped.observe(*batch)
             for whole in wholes:
-                whole._observations = grouped._observations
+                whole._pending.observations = grouped._pending.observations
                 whole.step()
             grouped.step()
         for layer, whole in zip((0, 2), wholes, strict=True):

@@ -58,7 +58,7 @@ class TestWhatIsNoSumOverTheSamples:
         optimizer, generator = make(backend=backend), generator_of(2)
         with optimizer.sampled_params(train=True):
             loss(optimizer.model(x), y).backward()
-        moments = optimizer._observations.parts[0].moments
+        moments = optimizer._pending.observations.parts[0].moments
         params = list(optimizer.model.parameters())
         with optimizer.sampled_params(generator=generator):
             rows = [torch.autograd.grad(loss(optimizer.model(x[i : i + 1]), y[i : i + 1]), params) for i in range(6)]
@@ -103,7 +103,7 @@ class TestWhatIsNoSumOverTheSamples:
         params = list(optimizer.model.parameters())
         with optimizer.sampled_params(generator=generator_of(2)):
             rows = [torch.autograd.grad(loss(optimizer.model(x[[i]]), words[[i]]), params) for i in range(6)]
-        second = optimizer._observations.parts[0].moments.second_moment
+        second = optimizer._pending.observations.parts[0].moments.second_moment
         for found, column in zip(second.values(), zip(*rows, strict=True), strict=True):
             torch.testing.assert_close(found, torch.stack(column).square().mean(0))
 

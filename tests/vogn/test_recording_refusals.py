@@ -30,7 +30,7 @@ class TestRefusals:
         before = [p.detach().clone() for p in model.parameters()]
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
         yield
-        assert not self.optimizer._observations.parts
+        assert not self.optimizer._pending.observations.parts
         assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
         assert all(not p._backward_hooks for p in model.parameters())
         assert torch.overrides._len_torch_function_stack() == 0  # type: ignore[attr-defined]
@@ -235,7 +235,7 @@ class TestWhatIsNotTheModelsForwardPass:
         optimizer = make(backend=backend)
         with optimizer.sampled_params(train=True):
             F.cross_entropy(optimizer.model(x), y).backward()
-        expected = {name: g.clone() for name, g in optimizer._observations.gradient().items()}
+        expected = {name: g.clone() for name, g in optimizer._pending.observations.gradient().items()}
         added = PENALTIES[kind](optimizer, torch.zeros(()))
         parameters = dict(optimizer.model.named_parameters())
         gradients = torch.autograd.grad(added, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -243,7 +243,7 @@ class TestWhatIsNotTheModelsForwardPass:
         optimizer._take_changes(at_the_step=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             due = expected[name] if gradient is None else expected[name] + gradient
-            torch.testing.assert_close(optimizer._observations.gradient()[name], due)
+            torch.testing.assert_close(optimizer._pending.observations.gradient()[name], due)
         optimizer.step()
 
     def test_torch_autograd_grad(self, backend: str, batch: Batch) -> None:
@@ -306,7 +306,7 @@ def test_first_order_rules_take_penalties_and_parts_as_they_come(rule: Any, batc
     with optimizer.sampled_params(train=True):
         penalised(optimizer, x, y).backward()
         expected = optimizer.model[0].weight.grad.clone()
-    torch.testing.assert_close(optimizer._observations.gradient()["0.weight"], expected)
+    torch.testing.assert_close(optimizer._pending.observations.gradient()["0.weight"], expected)
 
 
 def test_a_prior_is_an_l2_penalty(batch: Batch) -> None:

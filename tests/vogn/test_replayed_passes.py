@@ -21,7 +21,7 @@ REPLAYING = ["loop", "vmap"]
 
 
 def recorded(optimizer: Any) -> dict[str, Tensor]:
-    return dict(optimizer._observations.parts[0].moments.second_moment)
+    return dict(optimizer._pending.observations.parts[0].moments.second_moment)
 
 
 class Coder(nn.Module):

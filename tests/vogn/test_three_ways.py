@@ -225,7 +225,7 @@ def test_ways_can_be_mixed(batch: Batch) -> None:
     optimizer.observe(x[:2], y[:2])
     with optimizer.sampled_params(train=True):
         F.cross_entropy(optimizer.model(x[2:]), y[2:]).backward()
-    (part,) = optimizer._observations.parts
+    (part,) = optimizer._pending.observations.parts
     assert part.moments.batch_size == 6
     optimizer.step()
 

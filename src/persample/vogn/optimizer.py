@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
+from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
-from persample.sources.recording.results import LossReduction
+from persample.moments import Moments
+from persample.sources.recording.recorder import ModelNotCalledError
+from persample.sources.recording.results import LossReduction, Recorded
 from persample.vogn import core
-from persample.vogn.changed_gradients import Left
-from persample.vogn.changed_parameters import (
-    fingerprint,
-    present_names,
-    refuse_resized,
-    refuse_shared_memory,
-    warn_of_untrained,
-)
-from persample.vogn.checks import check_positive, first_non_finite, skip_step
+from persample.vogn.checks import first_non_finite, skip_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import FIRST_LOOK, Diagnostics, LayerDiagnostics, layer_diagnostics, warn_of_width
-from persample.vogn.distributed import Processes, warn_of_separate_processes
+from persample.vogn.elbo import Elbo
+from persample.vogn.loss import require_loss
+from persample.vogn.monte_carlo import DrawOptions
 from persample.vogn.observations import Observations, Observed
-from persample.vogn.param_group import Part, make_part
-from persample.vogn.posterior import Posterior
-from persample.vogn.prior import Prior
-from persample.vogn.settings import (
-    OF_WEIGHTS,
-    RUN,
-    check_generator,
-    check_settings,
-    each_weights,
-    groups_of,
-    name_params,
-    params_of_group,
-    refuse_unknown_settings,
-    settings_of_run,
-)
-from persample.vogn.supported_models import refuse_model
-from persample.vogn.with_draws import MomentSource, WithDraws
-from persample.vogn.with_posterior import WithPosterior
-from persample.vogn.with_saving import WithSaving
+from persample.vogn.param_group import Part
+from persample.vogn.posterior_state import PosteriorState
+from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood, likelihood_of
+from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
+from persample.vogn.settings import check_generator, check_settings
+from persample.vogn.supported_models import refuse_replicas
 
 
-class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
+class VariationalOptimizer(PosteriorState):
     """Base of the optimizers that train a Gaussian posterior over the weights of a model.
 
     The model holds the mean μ, except inside `observe()`, `predict()` and `sampled_params()`, which put it back bit for
@@ -59,106 +44,12 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
     A rule is a subclass in a file of its own. It implements `_make_source`, `_new_state`, `_part_precision`, `_update`
     and `_effective_lr`; everything else (groups, draws, what is observed, steps that are skipped, saving) is the same
     for all.
-
-    Args:
-        model: the network.
-        loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`. None if only
-            passes of your own are recorded, see `sampled_params()`.
-        defaults: the settings of the rule, which a group may change.
-        data_size: N, the number of training samples.
-        augmentation: ρ, by which N is multiplied where random changes of the inputs make more of them.
-        mc_samples: draws of the weights in each `observe()`.
-        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
-        max_grad_norm: ĝ is scaled down to this norm if it is longer; None leaves it as it is.
-        prior: a Gaussian prior with a mean and a precision for each weight, in place of the settings prior_mean and
-            prior_precision: for example an earlier posterior.
-        generator: source of the noise; None is PyTorch's global generator.
-        params: the parameters to train, or parameter groups; None is all that require a gradient.
-        process_group: the processes that train together; None is this one alone.
-
-    Raises:
-        OptionError: an argument is out of its range; a parameter is not the model's, frozen, or given twice; or the
-            model is wrapped in DistributedDataParallel or DataParallel.
-        UnsupportedModelError: the parameters are sharded.
     """
 
-    augmentation: float
-    max_grad_norm: float | None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor] | None,
-        defaults: dict[str, Any],
-        *,
-        data_size: int,
-        augmentation: float,
-        mc_samples: int,
-        loss_reduction: LossReduction,
-        max_grad_norm: float | None,
-        prior: Prior | None,
-        generator: torch.Generator | None,
-        params: Iterable[Any] | None,
-        process_group: ProcessGroup | None = None,
-    ) -> None:
-        refuse_model(model, several_processes=not self.keeps_draws_apart)
-        check_generator("generator", generator)
-        of_run = {
-            "data_size": data_size,
-            "augmentation": augmentation,
-            "mc_samples": mc_samples,
-            "loss_reduction": loss_reduction,
-            "max_grad_norm": max_grad_norm,
-        }
-        vars(self).update(settings_of_run(of_run))
-        self.generator = generator
-        self.model = model
-        self.loss_fn = loss_fn
-        self.source = self._make_source()
-        self.steps = 0
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        self._observations = Observations()
-        self._left: Left | None = None
-        self._used: Mapping[str, Tensor] = {}
-        self._warned_of_gradients = False
-        self._warned_of_width = False
-        self._warned_of_state = False
-        self._drawn = False
-        self._processes: Processes | None = None
-        if prior is not None:
-            defaults |= _settings_of(prior)
-        super().__init__(groups_of(params, model), defaults)
-        # Parameters that could be trained and are in no group were left out on purpose.
-        self._known_as_untrained = {name for name, p in model.named_parameters() if p.requires_grad} - {*self._params()}
-        self._seen: Any = None
-        self._follow_model()
-        if process_group is None:
-            warn_of_separate_processes()
-        else:
-            self._processes = Processes(process_group)
-            self._processes.share_model(model)
-            seed = torch.initial_seed() if generator is None else generator.initial_seed()
-            self.generator = torch.Generator().manual_seed(self._processes.share_seed(seed))
+    #: Whether gradients are taken at draws from the posterior; otherwise at its mean.
+    draws_for_training: ClassVar[bool] = True
 
     # What a rule implements.
-
-    @abstractmethod
-    def _make_source(self) -> MomentSource:
-        """Return what gives the moments of the gradients."""
-
-    @abstractmethod
-    def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state with which a parameter begins: tensors in its shape, dtype and device, and numbers.
-
-        Args:
-            param: the mean, in at least float32.
-            settings: the settings of its group.
-        """
-
-    @abstractmethod
-    def _part_precision(self, part: Part) -> Tensors:
-        """Return the precision of the posterior over each weight."""
 
     @abstractmethod
     def _update(
@@ -180,24 +71,114 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         """Warn of what is wrong with the state of the parameters; return whether it warned."""
         return False
 
-    # What users call.
+    # What users call: training.
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model, with settings of their own, to those that are trained.
+    def observe(self, inputs: Any, targets: Any, *, redraw: bool = True) -> Tensor:
+        """Draw weights from the posterior `mc_samples` times, and collect the moments of the gradients there.
+
+        Several `observe()` before one `step()` act as one large batch: batches count by their sizes, draws by their
+        mean.
 
         Args:
-            param_group: "params" and any of the settings of the rule.
+            inputs: what the model takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Dim
+                0 is the sample.
+            targets: what `loss_fn` takes.
+            redraw: whether to draw anew. False takes the draws of the `observe()` before, if there was one since the
+                last step: then the parts of a batch give exactly what the whole batch would have given.
+
+        Returns:
+            The loss, averaged over samples and draws, detached.
 
         Raises:
-            OptionError: a setting is out of its range, or a parameter is not the model's, frozen, or given twice.
+            UsageError: called inside `sampled_params()`; `mc_samples` was changed before `redraw=False`; the optimizer
+                has no loss; or a parameter was replaced or resized since it was made.
+            PersampleError: whatever the source refuses.
+
+        If it raises, what was observed before stays, and nothing is added to it.
         """
-        named = name_params(self.model, params_of_group(param_group), taken=self._params().values())
-        refuse_unknown_settings(param_group, self.defaults)
-        group = {**self.defaults, **param_group}
-        for setting in OF_WEIGHTS:
-            group[setting] = each_weights(setting, group[setting], named)
-        check_settings(group)
-        super().add_param_group({**group, "params": list(named.items()), RUN: None})
+        require_loss(self.loss_fn, "observe()")
+        observations = self._pending.observations
+        earlier = [] if redraw else observations.draws
+        if earlier and len(earlier) != self.mc_samples:
+            raise UsageError(
+                f"There were {len(earlier)} draws since the last step and mc_samples is {self.mc_samples}, so "
+                "redraw=False cannot take the draws of the time before: leave both as they are between steps."
+            )
+        draws, losses = [], []
+        generator = self._training_noise()
+        with self._draws("observe()", generator, noisy=self.draws_for_training) as draw_weights:
+            for index in range(self.mc_samples):
+                draws.append(earlier[index] if earlier else self._noise_state(generator))
+                with noise_from(draws[index], generator) if earlier else nullcontext():
+                    noise = draw_weights()
+                moments = self._own_moments(self.source.moments(inputs, targets))
+                losses.append(moments.losses.mean())
+                place = len(observations.parts) - self.mc_samples + index if earlier else None
+                observations = self._pending.with_more(observations, Observed(moments, noise), place)
+        self._pending.observations = replace(observations, draws=draws)
+        return torch.stack(losses).mean()
+
+    @contextmanager
+    def sampled_params(
+        self,
+        train: bool = False,
+        *,
+        loss_reduction: LossReduction | None = None,
+        grad_scaler: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[None]:
+        """Let the model have one draw of its weights inside a `with` block; afterwards it has its mean again.
+
+        With `train`, the moments of the gradients of your own forward and backward passes are collected:
+
+            with optimizer.sampled_params(train=True):
+                loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+                loss.backward()
+            optimizer.step()
+
+        Call the model itself, whose tensor arguments have the sample as dim 0, and `backward()` after each call.
+        Several such pairs in one block, parts of a batch, act as one large batch at this draw; several blocks before a
+        step as several draws. `p.grad` gets the gradient as ever. If you change it after the backward pass (clip, mask,
+        add noise or the gradient of a penalty), `step()` takes what you made of it for the gradient; the curvature
+        comes from the gradients of the single samples as they were.
+
+        Whatever is written to the parameters inside is overwritten by the mean.
+
+        Args:
+            train: whether to collect moments.
+            loss_reduction: how the losses of the samples were reduced to a scalar, "mean" (over all samples that the
+                model was called with) or "sum"; None is the optimizer's own.
+            grad_scaler: the `torch.amp.GradScaler` that scaled the loss, whose scale is taken out before squaring.
+            generator: source of the noise; None is the optimizer's own.
+
+        Raises:
+            UsageError: called inside another `sampled_params()`; or nothing was recorded, or passes cannot be told
+                apart, or the backend runs the model itself (its error names another way).
+            PersampleError: whatever the source refuses.
+
+        If it raises, what was observed before stays, and nothing is added to it.
+        """
+        check_generator("generator", generator)
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise OptionError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
+        noisy = self.draws_for_training or not train
+        generator = generator or (self._training_noise() if train else self.generator)
+        if train and not self._lending.out:
+            self._follow_model()
+            self._take_changes(at_the_step=False)
+        with self._draws("sampled_params()", generator, noisy=noisy) as draw_weights:
+            draws = [self._noise_state(generator)]
+            noise = draw_weights()
+            if not train:
+                yield
+                return
+            with (
+                refuse_replicas(self.model, several_processes=not self.keeps_draws_apart),
+                self.source.recording(loss_reduction or self.loss_reduction) as recorded,
+            ):
+                yield
+            self._add_recorded(recorded, grad_scaler, noise)
+            self._pending.observations = replace(self._pending.observations, draws=draws)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -225,7 +206,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
 
         If it raises, nothing is changed.
         """
-        self._refuse_while_drawn("step()")
+        self._lending.refuse("step()")
         if closure is not None and not callable(closure):
             raise OptionError(f"closure={closure!r}: must be a function without arguments, or None.")
         self._follow_model()
@@ -237,7 +218,7 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         overflowed = self._scaler_overflowed()
         if not overflowed:
             self._take_changes(at_the_step=True)
-        observations = self._observations
+        observations = self._pending.observations
         if self._processes is not None:
             observations = self._processes.merged(observations, self._params())
         if not observations.parts:
@@ -246,12 +227,203 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
                 "forward and backward inside `with optimizer.sampled_params(train=True):` or in a closure."
             )
         new = [] if overflowed else self._updated(observations)
-        self._forget()
+        self._pending.forget()
         if overflowed:
             self.skipped_steps += 1
         else:
             self._apply(new)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step.
+
+        Inside `sampled_params()` and closures only the gradients are reset.
+        """
+        super().zero_grad(set_to_none)
+        if not self._lending.out:
+            self._pending.forget()
+            self._pending.used = {}
+
+    # What users call: the posterior.
+
+    def predict(
+        self, inputs: Any, *, likelihood: Likelihood | None = None, **draws: Unpack[DrawOptions]
+    ) -> ClassPrediction:
+        """Predict classes by the average over draws of the weights; see `Posterior.predict`.
+
+        Args:
+            inputs: what the model takes.
+            likelihood: what the model returns. None goes by the loss: "bernoulli" if it is `persample.losses.bernoulli`
+                or PyTorch's of the same kind, else "categorical".
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
+
+        Raises:
+            UsageError: no likelihood is given, and the loss is one of real numbers, or of probabilities.
+            PersampleError: as `Posterior.predict`.
+        """
+        likelihood = likelihood or likelihood_of(self.loss_fn)
+        posterior = self.posterior
+        with self._lending.lend("predict()"):
+            return posterior.predict(inputs, likelihood=likelihood, **self._with_generator(draws))
+
+    def predict_gaussian(
+        self, inputs: Any, *, noise_precision: float = 1.0, **draws: Unpack[DrawOptions]
+    ) -> GaussianPrediction:
+        """Predict real numbers with a known noise; see `Posterior.predict_gaussian`."""
+        posterior = self.posterior
+        with self._lending.lend("predict_gaussian()"):
+            return posterior.predict_gaussian(inputs, noise_precision=noise_precision, **self._with_generator(draws))
+
+    def elbo(self, inputs: Any, targets: Any, **draws: Unpack[DrawOptions]) -> Elbo:
+        """Estimate the evidence lower bound with the optimizer's loss, prior and N; see `Posterior.elbo`.
+
+        Args:
+            inputs: all training data, or a part of them that stands for all.
+            targets: what the loss function takes.
+            draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
+        """
+        loss_fn = require_loss(self.loss_fn, "elbo()")
+        posterior, prior = self.posterior, self.prior
+        with self._lending.lend("elbo()"):
+            return posterior.elbo(
+                loss_fn, inputs, targets, prior=prior, data_size=self.data_size, **self._with_generator(draws)
+            )
+
+    @torch.no_grad()
+    def diagnostics(self) -> Diagnostics:
+        """Return how the training goes: effective learning rate, signal-to-noise ratio and σ of each parameter.
+
+        Raises:
+            UsageError: inside `sampled_params()`, where the model holds a draw.
+        """
+        self._lending.refuse("diagnostics()")
+        self._follow_model()
+        layers: dict[str, LayerDiagnostics] = {}
+        for part in self._parts(self._params()):
+            scale = core.precision_to_scale(self._part_precision(part))
+            rows = zip(part.names, part.mean, scale, self._effective_lr(part), strict=True)
+            layers |= {name: layer_diagnostics(mean, sigma, lr) for name, mean, sigma, lr in rows}
+        return Diagnostics(self.steps, self.skipped_steps, layers)
+
+    # Inner workings: draws and what is observed there.
+
+    @contextmanager
+    def _draws(
+        self, call: str, generator: torch.Generator | None, *, noisy: bool = True
+    ) -> Iterator[Callable[[], Mapping[str, Tensor] | None]]:
+        """Yield a function that gives the parameters a new draw; afterwards they have their mean again.
+
+        It returns the noise, by name, where the rule needs that. Unless `noisy`, the draws are the mean itself.
+        """
+        self._follow_model()
+        params = self._params()
+        with self._lending.lend(call), restored(list(params.values())) as saved:
+            scale = core.precision_to_scale(self._precision()) if noisy else []
+
+            def draw_weights() -> Mapping[str, Tensor] | None:
+                if not noisy:
+                    return None
+                with torch.no_grad():
+                    noise = standard_noise(scale, generator)
+                    torch._foreach_copy_(list(params.values()), torch._foreach_addcmul(saved, scale, noise))
+                return dict(zip(params, noise, strict=True)) if self.keeps_draws_apart else None
+
+            yield draw_weights
+
+    def _add_recorded(self, recorded: Recorded, grad_scaler: Any, noise: Mapping[str, Tensor] | None) -> None:
+        scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
+        observed = Observed(self._own_moments(recorded.moments(scale)), noise)
+        self._pending.add_recorded(recorded, observed, self._params(), scale=scale, scaler=grad_scaler is not None)
+
+    def _take_changes(self, *, at_the_step: bool) -> None:
+        """Take over what the user made of `p.grad` since the last block."""
+        self._pending.take_changes(
+            {name: p for name, p in self._params().items() if p.requires_grad},
+            at_the_step=at_the_step,
+            unscaled=hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None,
+            several_processes=self._processes is not None,
+        )
+
+    def _observe_closure(self, closure: Callable[[], Any]) -> Any:
+        """Call a closure that runs forward and backward at `mc_samples` draws; return its loss, averaged over them.
+
+        One that does nothing leaves all as it is: trainers hand one to every step, also where passes were recorded
+        before.
+        """
+        before, losses = self._pending.observations, []
+        generator = self._training_noise()
+        noise = self._noise_state(generator)
+        try:
+            for _ in range(self.mc_samples):
+                with self.sampled_params(train=True), torch.enable_grad():
+                    losses.append(closure())
+        except ModelNotCalledError:
+            self._pending.observations = before
+            if losses != [None] or not (before.parts or self._processes is not None):
+                raise
+            set_noise_state(noise, generator)
+            return None
+        except BaseException:
+            self._pending.observations = before
+            raise
+        if any(loss is None for loss in losses):
+            return None
+        return sum(loss.detach() if isinstance(loss, Tensor) else loss for loss in losses) / len(losses)
+
+    def _own_moments(self, moments: Moments) -> Moments:
+        """Those of `moments` that belong to trained parameters, in at least float32.
+
+        A parameter that was frozen after the optimizer was made has no moments: it is still drawn, but not updated.
+        """
+        names = [name for name in self._params() if name in moments.mean]
+        if not names:
+            raise UsageError("All parameters of the optimizer were frozen after it was made: nothing is left to train.")
+        second = moments.second_moment
+        return Moments(
+            moments.losses,
+            {name: at_least_float32(moments.mean[name]) for name in names},
+            {name: at_least_float32(second[name]) for name in names if name in second},
+        )
+
+    def _noise_state(self, generator: torch.Generator | None) -> NoiseState:
+        return noise_state(generator, {p.device for p in self._params().values()})
+
+    def _training_noise(self) -> torch.Generator | None:
+        """Where the noise of this step comes from."""
+        if self._processes is None or self.generator is None:
+            return self.generator
+        return self._processes.noise(self.generator.initial_seed(), self.steps + self.skipped_steps)
+
+    def _with_generator(self, draws: DrawOptions) -> DrawOptions:
+        """The same options, with the optimizer's generator where none is given."""
+        return {**draws, "generator": draws.get("generator") or self.generator}
+
+    # Inner workings: the step.
+
+    def _is_asked_for_its_state(self) -> bool:
+        """Whether this is no step, but the request to make the states that `torch.distributed.checkpoint` wants to see.
+
+        It makes it of every optimizer that has none, by a step with zeros in all `p.grad`, and learning rates of zero.
+        """
+        if self.state or self._pending.observations.parts or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        gradients = [p.grad for p in self._params().values() if p.requires_grad]
+        return all(g is not None for g in gradients) and not any(bool(g.any()) for g in gradients if g is not None)
+
+    #: Asks `torch.amp.GradScaler.step` to say whether gradients overflowed, instead of leaving this step out.
+    _step_supports_amp_scaling = True
+
+    def _scaler_overflowed(self) -> bool:
+        """Whether a gradient scaler found gradients that are not finite, as it does now and then on purpose."""
+        found_inf = getattr(self, "found_inf", None)  # set by GradScaler.step for the time of the step
+        if found_inf is None:
+            return False
+        if self._pending.observations.without_scaler:
+            raise UsageError(
+                "The loss was scaled by a GradScaler, but sampled_params() was not told: write "
+                "sampled_params(train=True, grad_scaler=scaler), so that the scale can be taken out before squaring."
+            )
+        return bool(found_inf) if self._processes is None else self._processes.any(bool(found_inf))
 
     def _apply(self, new: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
         """Give the parameters their new means and states, unless they are not finite."""
@@ -269,168 +441,6 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
         self.skipped_in_a_row = 0
         if self.steps >= FIRST_LOOK and (self.steps // FIRST_LOOK).bit_count() == 1 and self.steps % FIRST_LOOK == 0:
             self._look()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step.
-
-        Inside `sampled_params()` and closures only the gradients are reset.
-        """
-        super().zero_grad(set_to_none)
-        if not self._drawn:
-            self._forget()
-            self._used = {}
-
-    def _forget(self) -> None:
-        """Forget what was observed."""
-        self._observations, self._left = Observations(), None
-
-    @torch.no_grad()
-    def diagnostics(self) -> Diagnostics:
-        """Return how the training goes: effective learning rate, signal-to-noise ratio and σ of each parameter.
-
-        Raises:
-            UsageError: inside `sampled_params()`, where the model holds a draw.
-        """
-        self._refuse_while_drawn("diagnostics()")
-        self._follow_model()
-        layers: dict[str, LayerDiagnostics] = {}
-        for part in self._parts(self._params()):
-            scale = core.precision_to_scale(self._part_precision(part))
-            rows = zip(part.names, part.mean, scale, self._effective_lr(part), strict=True)
-            layers |= {name: layer_diagnostics(mean, sigma, lr) for name, mean, sigma, lr in rows}
-        return Diagnostics(self.steps, self.skipped_steps, layers)
-
-    @property
-    def posterior(self) -> Posterior:
-        """The posterior as it is now, with tensors of its own and the optimizer's model.
-
-        Raises:
-            UsageError: inside `sampled_params()`, where the model holds a draw.
-        """
-        self._refuse_while_drawn("posterior")
-        self._follow_model()
-        params = self._params()
-        precision = dict(zip(params, self._precision(), strict=True))
-        mean = {name: p.detach().to(precision[name].dtype, copy=True) for name, p in params.items()}
-        return Posterior(mean, precision, self.model)
-
-    @property
-    def prior(self) -> Prior:
-        """The prior over the trained parameters."""
-        self._follow_model()
-        mean: dict[str, Tensor] = {}
-        precision: dict[str, Tensor] = {}
-        for part in self._parts(self._params()):
-            mean |= part.per_weight(part.prior_mean)
-            precision |= part.per_weight(part.prior_precision)
-        return Prior(mean, precision)
-
-    # Inner workings.
-
-    def _follow_model(self) -> None:
-        """Take notice of what changed in the model, and refuse what cannot be followed.
-
-        Parameters that have another name now, as after pruning, are followed.
-
-        Raises:
-            UsageError: a parameter was replaced, removed, resized, or tied by its memory; or it has another name than
-                when it was observed.
-            UnsupportedModelError: a parameter was sharded.
-        """
-        settings_of_run(vars(self))
-        seen = fingerprint(self.model), [id(p) for group in self.param_groups for p in group["params"]]
-        if seen == self._seen:
-            return
-        for group in self.param_groups:
-            self._follow_group(group)
-        trained = self._params()
-        refuse_shared_memory(trained)
-        ids = {id(p) for p in trained.values()}
-        for param in [p for p in self.state if id(p) not in ids]:  # of which the user has taken the place in its group
-            del self.state[param]
-        warn_of_untrained(self.model, trained.values(), self._known_as_untrained)
-        self._seen = seen
-
-    def _follow_group(self, group: dict[str, Any]) -> None:
-        params = group["params"]
-        present = present_names(self.model, params, group["param_names"])
-        of_weights = [group[setting] for setting in OF_WEIGHTS if isinstance(group[setting], list)]
-        if any(len(values) != len(params) for values in of_weights):
-            raise UsageError(
-                "The parameters of a group were changed by hand, but not its prior_mean and prior_precision, which "
-                "have a tensor for each of them."
-            )
-        for name, param, *kept in zip(present, params, *of_weights, strict=True):
-            refuse_resized(name, param, [*kept, *_tensors(self.state.get(param, {}))])
-        if present != group["param_names"] and self._observations.parts:
-            raise UsageError(
-                "Parameters have other names than when they were observed: call step(), or zero_grad() to forget what "
-                "was observed, before the model is changed."
-            )
-        group["param_names"] = present
-
-    def _is_asked_for_its_state(self) -> bool:
-        """Whether this is no step, but the request to make the states that `torch.distributed.checkpoint` wants to see.
-
-        It makes it of every optimizer that has none, by a step with zeros in all `p.grad`, and learning rates of zero.
-        """
-        if self.state or self._observations.parts or any(group["lr"] != 0 for group in self.param_groups):
-            return False
-        gradients = [p.grad for p in self._params().values() if p.requires_grad]
-        return all(g is not None for g in gradients) and not any(bool(g.any()) for g in gradients if g is not None)
-
-    #: Asks `torch.amp.GradScaler.step` to say whether gradients overflowed, instead of leaving this step out.
-    _step_supports_amp_scaling = True
-
-    def _scaler_overflowed(self) -> bool:
-        """Whether a gradient scaler found gradients that are not finite, as it does now and then on purpose."""
-        found_inf = getattr(self, "found_inf", None)  # set by GradScaler.step for the time of the step
-        if found_inf is None:
-            return False
-        if self._observations.without_scaler:
-            raise UsageError(
-                "The loss was scaled by a GradScaler, but sampled_params() was not told: write "
-                "sampled_params(train=True, grad_scaler=scaler), so that the scale can be taken out before squaring."
-            )
-        return bool(found_inf) if self._processes is None else self._processes.any(bool(found_inf))
-
-    def _params(self) -> dict[str, Tensor]:
-        """All trained parameters by name, in the order of the groups."""
-        named = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
-        return {name: p for pairs in named for name, p in pairs}
-
-    def _state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of `param`, made at its first use, and moved and cast wherever the model was moved and cast."""
-        state: dict[str, Any] = self.state[param]
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        if not state:
-            with torch.no_grad(), torch.inference_mode(False):  # training goes on from it, even if a prediction made it
-                state |= {"step": 0, **self._new_state(param.detach().to(dtype), settings)}
-        for key, value in state.items():
-            if isinstance(value, Tensor) and (value.dtype != dtype or value.device != param.device):
-                state[key] = value.to(param.device, dtype)
-        return state
-
-    def _make_states(self) -> None:
-        self._parts(self._params())
-
-    def _parts(self, names: Iterable[str]) -> list[Part]:
-        """The parameters called `names`, group by group."""
-        size = self.data_size * self.augmentation
-        parts = [
-            make_part(group, self._state, data_size=size, step=self.steps, names=names) for group in self.param_groups
-        ]
-        return [part for part in parts if part.names]
-
-    def _precision(self) -> list[Tensor]:
-        """The precision of the posterior over all trained parameters, in the order of the groups."""
-        total: list[Tensor] = []
-        for part in self._parts(self._params()):
-            precision = self._part_precision(part)
-            if part.is_flat:
-                check_positive(dict(zip(part.names, precision, strict=True)))
-            total += precision
-        return total
 
     def _look(self) -> None:
         """Warn of known ways to fail, of each once."""
@@ -454,18 +464,6 @@ class VariationalOptimizer(WithDraws, WithPosterior, WithSaving):
             means = [mean.to(params[name].dtype) for name, mean in zip(part.names, means, strict=True)]
             new += list(zip(part.names, means, states, strict=True))
         return new
-
-
-def _settings_of(prior: Any) -> dict[str, Any]:
-    """The prior as settings of the rule."""
-    if isinstance(prior, Posterior):
-        prior = prior.as_prior()
-    if not isinstance(prior, Prior):
-        raise OptionError(
-            f"prior is of type {type(prior).__name__}: pass a persample.Prior, for example posterior.as_prior(); one "
-            "number for all weights is prior_precision."
-        )
-    return {"prior_mean": prior.mean, "prior_precision": prior.precision}
 
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:

@@ -5,13 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, Required, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError
 from persample.sources.recording.results import LossReduction
+from persample.vogn.prior import Prior
+
+
+class Shared(TypedDict, total=False):
+    """The settings that all rules have; what each means and its default are with `VariationalOptimizer`."""
+
+    data_size: Required[int]
+    prior_precision: float | Mapping[str, Tensor]
+    prior_mean: float | Mapping[str, Tensor]
+    prior: Prior | None
+    temperature: float
+    temperature_start: float
+    temperature_steps: int
+    max_grad_norm: float | None
+    augmentation: float
+    mc_samples: int
+    loss_reduction: LossReduction
+    generator: torch.Generator | None
+    params: Iterable[Any] | None
+    process_group: ProcessGroup | None
 
 
 def _is_number(value: object) -> bool:

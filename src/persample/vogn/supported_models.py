@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -59,6 +59,15 @@ def _averages(several_processes: bool) -> str:
         "averages gradients over processes, but not what the posterior needs, so the replicas would drift apart: "
         f"{_UNWRAP}; {instead}."
     )
+
+
+def refuse_processes(rule: str) -> NoReturn:
+    """Refuse a `process_group` for a rule that keeps draws apart, which several processes cannot add up.
+
+    Raises:
+        OptionError: always.
+    """
+    raise OptionError(f"{rule} takes no process_group: of the rules, VOGN and OGN train in several processes.")
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from persample.sources.recording.results import LossReduction
 from persample.vogn import core
 from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.core import Tensors
@@ -17,9 +16,9 @@ from persample.vogn.loss import loss_of
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
-from persample.vogn.prior import Prior
+from persample.vogn.pending import MomentSource
 from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
-from persample.vogn.with_draws import MomentSource
+from persample.vogn.settings import Shared
 
 
 class MeanFieldVI(VariationalOptimizer):
@@ -80,48 +79,19 @@ class MeanFieldVI(VariationalOptimizer):
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
-        data_size: int,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        prior_precision: float | Mapping[str, Tensor] = 1.0,
-        prior_mean: float | Mapping[str, Tensor] = 0.0,
-        prior: Prior | None = None,
         scale_init: float = 0.01,
-        temperature: float = 1.0,
-        temperature_start: float = 0.01,
-        temperature_steps: int = 0,
-        max_grad_norm: float | None = None,
-        augmentation: float = 1.0,
-        mc_samples: int = 1,
-        loss_reduction: LossReduction = "mean",
-        generator: torch.Generator | None = None,
-        params: Iterable[Any] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {
+        settings = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
-            "prior_precision": prior_precision,
-            "prior_mean": prior_mean,
             "scale_init": scale_init,
-            "temperature": temperature,
-            "temperature_start": temperature_start,
-            "temperature_steps": temperature_steps,
         }
-        super().__init__(
-            model,
-            loss_fn,
-            defaults,
-            data_size=data_size,
-            augmentation=augmentation,
-            mc_samples=mc_samples,
-            loss_reduction=loss_reduction,
-            max_grad_norm=max_grad_norm,
-            prior=prior,
-            generator=generator,
-            params=params,
-        )
+        super().__init__(model, loss_fn, settings, **shared)
 
     def _make_source(self) -> MomentSource:
         return BatchGradient(self.model, loss_of(self.loss_fn, self.model))

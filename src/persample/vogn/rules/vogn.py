@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError
 from persample.sources import make_source
-from persample.sources.recording.results import LossReduction
 from persample.vogn import core
 from persample.vogn.checks import warn_of_first_step
 from persample.vogn.core import Tensors
@@ -21,9 +19,9 @@ from persample.vogn.loss import loss_of
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
-from persample.vogn.prior import Prior
+from persample.vogn.pending import MomentSource
 from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
-from persample.vogn.with_draws import MomentSource
+from persample.vogn.settings import Shared
 
 
 class VOGN(VariationalOptimizer):
@@ -112,11 +110,7 @@ class VOGN(VariationalOptimizer):
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
-        data_size: int,
         lr: float = 1e-3,
-        prior_precision: float | Mapping[str, Tensor] = 1.0,
-        prior_mean: float | Mapping[str, Tensor] = 0.0,
-        prior: Prior | None = None,
         decay: float = 0.999,
         hess_init: float = 0.01,
         order: core.Order = "printed",
@@ -124,28 +118,17 @@ class VOGN(VariationalOptimizer):
         bias_correction: bool = True,
         average_prior: bool = False,
         damping: float = 0.0,
-        temperature: float = 1.0,
-        temperature_start: float = 0.01,
-        temperature_steps: int = 0,
         max_update: float | None = None,
-        max_grad_norm: float | None = None,
-        augmentation: float = 1.0,
-        mc_samples: int = 1,
-        loss_reduction: LossReduction = "mean",
         backend: str = "fused",
         backend_options: Mapping[str, Any] | None = None,
-        generator: torch.Generator | None = None,
-        params: Iterable[Any] | None = None,
-        process_group: ProcessGroup | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
         self.backend = backend
         if not isinstance(backend_options, Mapping | None):
             raise OptionError(f"backend_options is of type {type(backend_options).__name__}: pass a dict.")
         self.backend_options = dict(backend_options or {})
-        defaults = {
+        settings = {
             "lr": lr,
-            "prior_precision": prior_precision,
-            "prior_mean": prior_mean,
             "decay": decay,
             "hess_init": hess_init,
             "order": order,
@@ -153,25 +136,9 @@ class VOGN(VariationalOptimizer):
             "bias_correction": bias_correction,
             "average_prior": average_prior,
             "damping": damping,
-            "temperature": temperature,
-            "temperature_start": temperature_start,
-            "temperature_steps": temperature_steps,
             "max_update": max_update,
         }
-        super().__init__(
-            model,
-            loss_fn,
-            defaults,
-            data_size=data_size,
-            augmentation=augmentation,
-            mc_samples=mc_samples,
-            loss_reduction=loss_reduction,
-            max_grad_norm=max_grad_norm,
-            prior=prior,
-            generator=generator,
-            params=params,
-            process_group=process_group,
-        )
+        super().__init__(model, loss_fn, settings, **shared)
 
     def _make_source(self) -> MomentSource:
         return make_source(self.backend, self.model, loss_of(self.loss_fn, self.model), **self.backend_options)
