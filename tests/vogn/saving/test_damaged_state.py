@@ -16,7 +16,7 @@ from persample.losses import cross_entropy
 from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam
 
-from .ways import RULES, Batch, by_observing
+from ..ways import RULES, Batch, by_observing
 
 Change = Callable[[dict[str, Any]], Any]
 

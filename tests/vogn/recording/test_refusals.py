@@ -15,7 +15,7 @@ from persample import backends
 from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.vogn import MeanFieldVI, Vadam, VariationalOptimizer, core
 
-from .ways import RECORDING, RULES_AND_BACKENDS, Batch, by_closure, by_context, make, network
+from ..ways import RECORDING, RULES_AND_BACKENDS, Batch, by_closure, by_context, make, network
 
 
 @pytest.mark.parametrize(("rule", "backend"), RULES_AND_BACKENDS)

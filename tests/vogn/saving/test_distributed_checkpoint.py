@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from persample.errors import OptionError, UsageError
 from persample.vogn import VOGN, MeanFieldVI
 
+from ..ways import RULES, Batch, by_observing
 from .test_damaged_state import layers, make, same, trained
-from .ways import RULES, Batch, by_observing
 
 
 def go_on(optimizer: Any, batch: Batch) -> list[Any]:

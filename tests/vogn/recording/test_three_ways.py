@@ -14,7 +14,7 @@ from persample.errors import UsageError
 from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, LossReductionWarning, MeanFieldVI, Vadam, VariationalOptimizer
 
-from .ways import (
+from ..ways import (
     RECORDING,
     RULES_AND_BACKENDS,
     Batch,

@@ -15,7 +15,7 @@ from persample.errors import UnsupportedModelError, UsageError
 from persample.sources.recording.replay import gradients_by_the_loss
 from persample.testing.devices import generator_of
 
-from .ways import RECORDING, Batch, by_closure, by_context, by_observing, make, network
+from ..ways import RECORDING, Batch, by_closure, by_context, by_observing, make, network
 
 REPLAYING = ["loop", "vmap"]
 

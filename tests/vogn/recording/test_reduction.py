@@ -14,7 +14,7 @@ from persample.errors import UnsupportedModelError, UsageError
 from persample.testing.devices import generator_of
 from persample.vogn import LossReductionWarning
 
-from .ways import RECORDING, Batch, make
+from ..ways import RECORDING, Batch, make
 
 
 def contrastive(outputs: Tensor) -> Tensor:
