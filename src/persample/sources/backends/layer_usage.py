@@ -30,6 +30,7 @@ def uses_of_layers(
     batch: Batch | None,
     reason_against: Callable[[nn.Module], str | None],
     try_rule: Callable[[ModuleCall, Tensor], object],
+    on_call: Callable[[ModuleCall], None] = lambda call: None,
 ) -> Iterator[Use]:
     """Yield the uses of the parameters of `source`, whose rules are for calls of layers.
 
@@ -38,6 +39,7 @@ def uses_of_layers(
         batch: the batch; None to go by what can be seen without one.
         reason_against: returns why there is no rule for a module that owns parameters, or None.
         try_rule: applies the rule to a call, given δ.
+        on_call: is given each call of the forward pass.
     """
     names = {id(p): name for name, p in source.parameters().items()}
     layers: dict[str, nn.Module] = {}
@@ -56,7 +58,7 @@ def uses_of_layers(
     if batch is None:
         return
     refuse_lists(batch)
-    with recorded_calls(layers) as calls:
+    with recorded_calls(layers, on_call) as calls:
         losses = source.losses(batch)
     reached = nodes_behind(losses)
     reasons = _reasons_in_another_batch(source, batch, layers)

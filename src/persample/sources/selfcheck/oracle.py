@@ -154,6 +154,8 @@ def require_repeatable(source: Contract, batch: Batch, before: RandomState) -> N
 
 
 def _repeated(source: Contract, batch: Batch, before: RandomState) -> Tensor:
+    for parameter in source.parameters().values():
+        parameter.grad = None  # what a refused backward pass may have left
     with state_restored(source.state()), random_state_restored(source.model, before):
         return source.losses(batch).detach()
 

@@ -118,6 +118,21 @@ def test_served(name: str, batch: int, positions: int) -> None:
     torch.testing.assert_close(dict(moments.second_moment), {k: g.square().mean(0) for k, g in expected.items()})
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_explained_and_recorded_as_served(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Net(SERVED[name]).double(), torch.randn(4, 2, 4, dtype=torch.float64)
+    y = torch.randn(4, dtype=torch.float64)
+    explained = persample.explain(model, x, y, loss_fn)
+    assert explained.supported, explained
+    source = persample.make_source("fused", model, loss_fn)
+    for _ in range(2):  # the second time there are gradients already
+        with source.recording() as recorded:
+            loss_fn(model(x), y).mean().backward()
+        squares = {name: g.square().mean(0) for name, g in truth(model, x, y).items()}
+        torch.testing.assert_close(dict(recorded.moments().second_moment), squares)
+
+
 class Unseen(torch.autograd.Function):
     """Nobody sees where the samples are in its result."""
 
@@ -137,8 +152,12 @@ class Unseen(torch.autograd.Function):
 def test_refused(function: Any) -> None:
     model = Net(lambda m, x: function.apply(m.inner(x), m.v)).double()
     source = persample.make_source("fused", model, loss_fn, check="never")
+    x, y = torch.randn(4, 2, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     with pytest.raises(PersampleError, match=r"autograd\.Function"):
-        source.per_sample(torch.randn(4, 2, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+        source.per_sample(x, y)
+    with pytest.raises(PersampleError, match=r"autograd\.Function"), source.recording():
+        loss_fn(model(x), y).mean().backward()
+    assert "autograd.Function" in str(persample.explain(model, x, y, loss_fn))
 
 
 def test_nothing_remains_on_a_graph_that_outlives_the_call() -> None:
@@ -154,3 +173,13 @@ def test_nothing_remains_on_a_graph_that_outlives_the_call() -> None:
     persample.make_source("fused", model, keeping, check="never").per_sample(x, y)
     loss_fn(model(x), y).sum().backward()
     torch.testing.assert_close(model.w.grad, truth(model, x, y)["w"].sum(0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_of_samples_that_cancel_are_no_mixing(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = Net(lambda m, x: Linear.apply(m.inner(x), m.w, m.b)), torch.randn(3, 2, 4)
+    x, signs = torch.cat([x, x * (1 + 1e-6)]), torch.tensor([1.0] * 3 + [-1.0] * 3)
+    source = persample.make_source("fused", model, lambda outputs, targets: 1e3 * outputs.sum(1) * targets)
+    rows = source.per_sample(x, signs)["w"]
+    assert rows.sum(0).norm() < 1e-4 * rows.norm()

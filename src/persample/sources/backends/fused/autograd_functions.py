@@ -7,7 +7,7 @@ that belongs to sample i: one call for each sample, of this function alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,17 +43,25 @@ class Kernel:
     """
 
     def __init__(self, trace: Trace, node: Any, results: Results, expressions: Mapping[int, Expression]) -> None:
-        self.trace, self.results, self.expressions = trace, results, expressions
-        self.handles = [
-            node.register_prehook(lambda deltas: self._receive(node, deltas)),
-            node.register_hook(self._withheld),
-        ]
+        self.trace, self.node, self.results, self.expressions = trace, node, results, expressions
+        self._handles = [node.register_prehook(self.receive), node.register_hook(self._withheld)]
+
+    def remove(self) -> None:
+        """Leave the backward pass of the function to itself again."""
+        for handle in self._handles:
+            handle.remove()
 
     def _withheld(self, gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
         """Return the gradients of samples alone, so that a gradient that reaches a parameter was one of unseen use."""
         return tuple(None if place in self.expressions else g for place, g in enumerate(gradients))
 
-    def _receive(self, node: Any, deltas: tuple[Any, ...]) -> None:
+    def receive(self, deltas: Sequence[Any]) -> None:
+        """Give the capture the contributions from the gradients of the results.
+
+        Raises:
+            UnsupportedModelError: the function mixes the samples, or nobody saw where they are in a result.
+        """
+        node = self.node
         with torch.no_grad(), torch._C.DisableTorchFunction():
             given = [
                 torch.zeros(like.shape, dtype=like.dtype, device=like.device) if d is None else d
@@ -77,7 +85,8 @@ class Kernel:
                     raise self._refusal("gives a gradient for the batch that it does not give for each sample")
                 stacked = torch.stack([row for row in rows if row is not None])
                 summed, allowed = stacked.sum(0), tolerance(total)
-                if not torch.allclose(summed, total, allowed, allowed * float(total.abs().max()), equal_nan=True):
+                largest = float(stacked.abs().sum(0).nan_to_num().max()) if total.numel() else 0.0  # they may cancel
+                if not torch.allclose(summed, total, allowed, allowed * largest, equal_nan=True):
                     raise self._refusal("is not linear in the gradient of its results, so it mixes the samples")
                 if place in self.expressions:
                     self.trace.receive(self.expressions[place], Terms(precise(stacked).unsqueeze(1)))

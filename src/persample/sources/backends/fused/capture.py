@@ -174,8 +174,7 @@ class Capture(Trace):
             yield
         finally:
             for kernel in served:
-                for handle in kernel.handles:
-                    handle.remove()
+                kernel.remove()
 
     @contextmanager
     def during_backward(self, roots: Iterable[Tensor] = ()) -> Iterator[None]:

@@ -15,13 +15,13 @@ from persample.sources.backends.contributions import Contribution, without_autoc
 from persample.sources.backends.fused.accumulators import Moment
 from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture
-from persample.sources.backends.fused.expressions import Expression
+from persample.sources.backends.fused.expressions import Expression, version_of
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.propagation import Lost
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import unseen_use
 from persample.sources.model.autograd_graph import nodes_behind
-from persample.sources.model.refusals import refuse_impossible
+from persample.sources.model.refusals import VMAP_OR_VJP, refuse_impossible
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.reduction import refuse_uses_past_outputs, used_outside
@@ -46,8 +46,10 @@ class FusedRecorder(Recorder):
         self.source = source
         self.capture: Capture | None = None
         self._moment = Moment(0)
+        self._unseen_outputs = False  # whether an output with entries for the samples seems made of parameters alone
         self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
         self._mixed: dict[Node, str] = {}
+        self._before: dict[str, tuple[Tensor | None, int]] = {}  # gradients before the backward pass, and versions
         for name, p in parameters.items():
             self.hold(p.register_post_accumulate_grad_hook(self._unseen(name)))
 
@@ -80,6 +82,7 @@ class FusedRecorder(Recorder):
 
     def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
         if self.capture is not None:
+            self._unseen_outputs = any(self.capture.expression(outputs[i]) is not None for i in forward_pass.outputs)
             forward_pass.outputs = [i for i in forward_pass.outputs if self._is_batch_first(outputs[i])]
 
     def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -101,6 +104,7 @@ class FusedRecorder(Recorder):
         return result
 
     def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        self._refuse_parameters_alone(losses)
         self._refuse_mixing(losses)
         self.refuse_unseparable(losses, self.source)
         with torch._C.DisableTorchFunction():
@@ -115,6 +119,7 @@ class FusedRecorder(Recorder):
     @contextmanager
     def _during_backward(self, losses: Sequence[Tensor]) -> Iterator[None]:
         if self.capture is not None:
+            self._before = {name: _version(p.grad) for name, p in self.recorded.parameters.items()}
             with self.capture.during_backward(losses):
                 yield
         else:
@@ -157,7 +162,11 @@ class FusedRecorder(Recorder):
         def refuse(parameter: Tensor) -> None:
             if self._finishing:
                 raise inner_backward_pass(name)
-            if self.in_backward and self.capture is not None:
+            # Autograd tells of a gradient that is not defined, too: that of a custom function of the parameter.
+            before, version = self._before.get(name, (None, 0))
+            with torch._C.DisableTorchFunction():
+                unchanged = parameter.grad is before and _version(parameter.grad)[1] == version
+            if self.in_backward and self.capture is not None and not unchanged:
                 raise UnsupportedModelError(unseen_use(name))
 
         return refuse
@@ -167,6 +176,19 @@ class FusedRecorder(Recorder):
         place = where.place(output.shape) if isinstance(where, Layout) else None
         return place is None or place.dim == 0
 
+    def _refuse_parameters_alone(self, losses: Iterable[Tensor]) -> None:
+        """Raise if a loss is made of parameters alone, as far as was seen."""
+        for loss in losses:
+            expression = self.capture.expression(loss) if self.capture is not None else None
+            if expression is not None and self._unseen_outputs:
+                raise UnsupportedModelError(
+                    "The model's outputs depend on the samples by an operation that backend 'fused' does not see while "
+                    f"recording (a transform of torch.func such as vmap, or compiled code): {VMAP_OR_VJP}; or call "
+                    "moments() or observe(), where 'fused' may serve it."
+                )
+            if expression is not None:
+                raise UnsupportedModelError(used_outside(expression.names[0]))
+
     def _refuse_mixing(self, losses: Iterable[Tensor]) -> None:
         """Raise if samples met in a tensor that the loss was computed from, before the losses were added up."""
         for node in (node for loss in losses for node in nodes_behind(loss)) if self._mixed else ():
@@ -175,3 +197,7 @@ class FusedRecorder(Recorder):
                     f"The model or the loss mixes the samples ({self._mixed[node]}), so the gradient of a single "
                     "sample does not exist. Make every sample's loss depend on that sample alone."
                 )
+
+
+def _version(gradient: Tensor | None) -> tuple[Tensor | None, int]:
+    return gradient, 0 if gradient is None else version_of(gradient)

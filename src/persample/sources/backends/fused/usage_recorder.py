@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.fused.accumulators import added_up
 from persample.sources.backends.fused.arguments import tensors_in
+from persample.sources.backends.fused.autograd_functions import Kernel
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.carry import plain
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.op_table import name_of
 from persample.sources.backends.fused.propagation import Lost
 from persample.sources.backends.fused.vjp import Mapped, MappedRows
-from persample.sources.model.autograd_graph import nodes_behind, variables_of
+from persample.sources.model.autograd_graph import nodes_behind
 from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.model.usage import Use
 from persample.sources.selfcheck.oracle import REENTRANT
@@ -119,10 +121,20 @@ class Recorder(Capture):
         reached = nodes_behind(losses)
         if any("CheckpointFunction" in node.name() for node in reached):
             raise UnsupportedModelError(REENTRANT)
+        kernels = {
+            node: Kernel(self, node, results, taken)
+            for node, results in self.kernels.items()
+            if node in reached and (taken := self.taken(node))
+        }
+        self.kernels.clear()
         for node, tapped in self._taps.items():
             if node in reached:
                 yield from self._tried(node, tapped)
-        unseen = variables_of(reached)
+        for kernel in kernels.values():
+            used = {number for node in reached for following, number in node.next_functions if following is kernel.node}
+            yield from self._tried_kernel(kernel, used)
+        others = (node for node in reached if node not in kernels)
+        unseen = {getattr(following, "variable", None) for node in others for following, _ in node.next_functions}
         for name, parameter in self._parameters.items():
             if parameter in unseen:
                 yield Use(name, "refused", "an operation that is not seen", "", unseen_use(name))
@@ -167,6 +179,26 @@ class Recorder(Capture):
         for expression, contribution in self._sink.received:
             kind: Any = "fallback" if isinstance(contribution, Mapped | MappedRows) else "rule"
             yield from (Use(name, kind, tapped.by, tapped.module) for name in expression.names)
+
+    def _tried_kernel(self, kernel: Kernel, used: Collection[int]) -> Iterator[Use]:
+        """Apply the backward pass of a custom function of autograd to some δ of those of its results that are used."""
+        kernel.remove()
+        names = dict.fromkeys(name for expression in kernel.expressions.values() for name in expression.names)
+        by = kernel.node.name().removesuffix("Backward")
+        try:
+            results = enumerate(kernel.node._input_metadata)
+            kernel.receive([_numbers(like) if number in used else None for number, like in results])
+        except UnsupportedModelError as refusal:
+            yield from (Use(name, "refused", by, "", str(refusal)) for name in names)
+        else:
+            yield from (Use(name, "fallback", by, "") for name in names)
+
+
+def _numbers(like: Any) -> Tensor | None:
+    """Return a gradient for a result of that shape, dtype and device, with entries that are all different."""
+    if not (like.dtype.is_floating_point or like.dtype.is_complex):
+        return None
+    return torch.linspace(1, 2, math.prod(like.shape), dtype=like.dtype, device=like.device).view(tuple(like.shape))
 
 
 def unseen_use(name: str) -> str:

@@ -79,7 +79,13 @@ class HooksSource(PerSampleGradSource):
             for contribution in contributions_of(call, delta, rows).values():
                 contribution.per_sample()
 
-        return uses_of_layers(self, batch, reason_against, try_rule)
+        def refuse_gradient(delta: Tensor) -> None:
+            raise _inner_gradient()
+
+        def on_call(call: ModuleCall) -> None:
+            call.origin.register_hook(refuse_gradient)  # no backward pass but one of the model's own follows
+
+        return uses_of_layers(self, batch, reason_against, try_rule, on_call)
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         gradients = {name: zeros(p, batch.size) for name, p in self.parameters().items()}
@@ -124,10 +130,7 @@ class HooksSource(PerSampleGradSource):
 
             def take(delta: Tensor) -> None:
                 if in_outer_backward is None:
-                    raise UnsupportedModelError(
-                        "The model or the loss computes gradients itself (torch.autograd.grad in the forward pass), "
-                        f"which backend 'hooks' would take for those of the losses: {VMAP_OR_VJP}."
-                    )
+                    raise _inner_gradient()
                 if in_outer_backward():
                     uses.give(call, delta.reshape(shape), receive)
 
@@ -147,3 +150,10 @@ class HooksSource(PerSampleGradSource):
 
     def _in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: values[name].to(p.dtype) for name, p in self.parameters().items()}
+
+
+def _inner_gradient() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "The model or the loss computes gradients itself (torch.autograd.grad in the forward pass), which backend "
+        f"'hooks' would take for those of the losses: {VMAP_OR_VJP}."
+    )
