@@ -13,6 +13,8 @@ from persample.vogn.diagnostics import StuckCurvatureWarning as StuckCurvatureWa
 from persample.vogn.distributed import SeparateProcessesWarning as SeparateProcessesWarning
 from persample.vogn.elbo import Elbo as Elbo
 from persample.vogn.loss import UntrainedLossWarning as UntrainedLossWarning
+from persample.vogn.monte_carlo import DrawOptions as DrawOptions
+from persample.vogn.monte_carlo import for_each_draw as for_each_draw
 from persample.vogn.optimizer import VariationalOptimizer as VariationalOptimizer
 from persample.vogn.posterior import Posterior as Posterior
 from persample.vogn.prediction import ClassPrediction as ClassPrediction
@@ -22,3 +24,5 @@ from persample.vogn.rules.mean_field import MeanFieldVI as MeanFieldVI
 from persample.vogn.rules.ogn import OGN as OGN
 from persample.vogn.rules.vadam import Vadam as Vadam
 from persample.vogn.rules.vogn import VOGN as VOGN
+from persample.vogn.sampling import draw as draw
+from persample.vogn.sampling import standard_noise as standard_noise

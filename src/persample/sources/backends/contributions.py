@@ -2,8 +2,7 @@
 
 Index legend: B samples, G groups, L positions in a sample (of a sequence, or output pixels of a convolution),
 I inputs and O outputs of a group. The gradient of sample i is always a sum over its L positions, taken **before**
-squaring. The formula printed in the paper squares first and so drops the cross terms; each kind has it too, under
-`printed_second_moment_sum`.
+squaring.
 """
 
 from __future__ import annotations
@@ -61,9 +60,6 @@ class Contribution(Protocol):
     def sums(self) -> tuple[Tensor, Tensor]:
         """Return Σ_i g_i and Σ_i g_i², each of the parameter's shape."""
 
-    def printed_second_moment_sum(self) -> Tensor:
-        """Return Σ_i Σ_l (term l of g_i)², the paper's printed approximation."""
-
 
 @dataclass(frozen=True)
 class OuterProducts:
@@ -88,7 +84,7 @@ class OuterProducts:
     def sums(self) -> tuple[Tensor, Tensor]:
         if self.a.shape[-1] == 1:
             # One position: g_i² = (δ_i)² (a_iᵀ)², so that no per-sample gradient is needed (Goodfellow, 2015).
-            return self._product(self.delta, self.a), self._product(self.delta.square(), self.a.square())
+            return self.product(self.delta, self.a), self.product(self.delta.square(), self.a.square())
         total = self.delta.new_zeros(self.shape)
         squares = torch.zeros_like(total)
         rows = samples_at_once(self.shape.numel(), self.delta.device)
@@ -98,11 +94,8 @@ class OuterProducts:
             squares += squares_of(g)
         return total, squares
 
-    def printed_second_moment_sum(self) -> Tensor:
-        return self._product(self.delta.square(), self.a.square())
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Σ_i Σ_l left_il right_ilᵀ."""
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return Σ_i Σ_l left_il right_ilᵀ, for factors of the shapes of δ and a."""
         return torch.einsum("bgol,bgil->goi", left, right).reshape(self.shape)
 
 
@@ -128,9 +121,6 @@ class Terms:
             return g.sum(0), g.square().sum(0)
         g = self.per_sample()
         return g.sum(0), squares_of(g)
-
-    def printed_second_moment_sum(self) -> Tensor:
-        return self.terms.square().sum((0, 1))
 
 
 def unique_at_most(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,14 +163,12 @@ class Lookups:
         sample = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
         numbers = sample * self.count + self.indices
         pairs, place = unique_at_most(numbers) if numbers.is_cuda else numbers.unique(return_inverse=True)
-        g = self._add_up(place, self.delta, len(pairs))
+        g = add_up(place, self.delta, len(pairs))
         index = pairs % self.count
-        return self._add_up(index, g, self.count), self._add_up(index, g.square(), self.count)
+        return add_up(index, g, self.count), add_up(index, g.square(), self.count)
 
-    def printed_second_moment_sum(self) -> Tensor:
-        return self._add_up(self.indices, self.delta.square(), self.count)
 
-    @staticmethod
-    def _add_up(index: Tensor, values: Tensor, rows: int) -> Tensor:
-        width = values.shape[-1]
-        return values.new_zeros(rows, width).index_add_(0, index.reshape(-1), values.reshape(-1, width))
+def add_up(index: Tensor, values: Tensor, rows: int) -> Tensor:
+    """Return the sums of those `values`, `(…, D)`, that have the same index, as `(rows, D)`."""
+    width = values.shape[-1]
+    return values.new_zeros(rows, width).index_add_(0, index.reshape(-1), values.reshape(-1, width))

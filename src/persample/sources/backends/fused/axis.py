@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,11 +28,3 @@ class Place(NamedTuple):
         """Return what `sample_first` made `parts` of."""
         folded: Tensor = parts.unflatten(self.dim + 1, (self.before, self.after)).movedim(0, self.dim + 1)
         return folded.flatten(self.dim, self.dim + 2)
-
-
-def place_of_rows(shape: Sequence[int], batch: int, samples: Iterable[Place]) -> Place | None:
-    """Return where an operand of `shape` has an entry for each sample, if it has, in the manner of the `samples`."""
-    for place in samples:
-        if place.dim < len(shape) and shape[place.dim] == batch * place.folded:
-            return place
-    return None

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import samples_at_once, squares_of
 from persample.sources.backends.fused.autotune import COMPILED, Key, choose
 from persample.sources.backends.fused.onednn import product_for
@@ -82,9 +81,6 @@ class Convolution:
         kind = ("convolution", self.geometry, self.images, self.x.dtype, self.x.device)
         key = Key(kind, (len(self.x) // self.images, *self.x.shape[2:], *self.delta.shape[2:]))
         return choose(key, lambda: forms(self), self)
-
-    def printed_second_moment_sum(self) -> Tensor:
-        raise UnsupportedModelError("The printed formula is a curvature of backend 'hooks' only.")
 
 
 def forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:

@@ -42,9 +42,6 @@ class OwnRows:
         total = self.place.put_back(total)
         return total, total.square()
 
-    def printed_second_moment_sum(self) -> Tensor:
-        return self.sums()[1]
-
 
 @dataclass(frozen=True)
 class PickedRows:
@@ -69,6 +66,3 @@ class PickedRows:
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return self.delta.clone(), self.delta.square()  # δ may be that of other parameters, too
-
-    def printed_second_moment_sum(self) -> Tensor:
-        return self.delta.square()

@@ -121,11 +121,6 @@ class Layout(NamedTuple):
         return along.view([-1 if d == place.dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
-def batch_first(x: Tensor, batch: int) -> Layout:
-    """The layout of a tensor whose dim 0 is the sample."""
-    return Layout(1, batch, x.numel() // batch)
-
-
 def layout_of(x: Tensor, dim: int | None, labels: Tensor | None, batch: int) -> Layout:
     """Return the layout of a tensor of the batch.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.backends.contributions import OuterProducts, samples_at_once, squares_of
+from persample.sources.backends.contributions import samples_at_once, squares_of
 from persample.sources.backends.fused.autotune import COMPILED, Key, choose
 from persample.sources.backends.fused.onednn import product_for
 
@@ -44,11 +44,6 @@ class LinearProducts:
             return choose(Key(("linear", kind), (batch,)), lambda: _likely_first(one_position(a), delta, a), delta, a)
         key = Key(("linear on positions", kind), (batch, positions))
         return choose(key, lambda: many_positions(self.delta, self.a), self.delta, self.a)
-
-    def printed_second_moment_sum(self) -> Tensor:
-        return OuterProducts(
-            self.delta.mT.unsqueeze(1), self.a.mT.unsqueeze(1), torch.Size((self.delta.shape[2], self.a.shape[2]))
-        ).printed_second_moment_sum()
 
 
 def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:

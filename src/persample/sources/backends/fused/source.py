@@ -20,7 +20,7 @@ from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.malloc import keep_freed_memory
 from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.torch_function_bypass import opened
-from persample.sources.backends.fused.usage_recorder import Recorder, unseen_use
+from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
 from persample.sources.batch import Batch
 from persample.sources.contract import Check
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
@@ -97,7 +97,7 @@ class FusedSource(PerSampleGradSource):
                 if p in reached
             ]
         with current_module(self.model) as module, deterministic_choice(True):
-            recorder = Recorder(self.parameters(), batch.size, module)
+            recorder = UsageRecorder(self.parameters(), batch.size, module)
             losses = self._forward(batch, recorder)
             return list(recorder.uses(losses))
 

@@ -18,7 +18,7 @@ from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.backends.fused.expressions import Expression, express
-from persample.sources.backends.fused.layout import Layout, batch_first
+from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import name_of
 from persample.sources.backends.fused.owners import Owners
 from persample.sources.backends.fused.parts import PartTable
@@ -171,10 +171,6 @@ class Trace(TorchFunctionMode):
                 f"backend 'fused' needs the samples there for this operation: {VMAP_OR_VJP}."
             )
         return place.after
-
-    def batch_first(self, tensor: Tensor) -> Layout:
-        """Return the layout of a tensor whose dim 0 is the sample."""
-        return batch_first(tensor, self.batch_size)
 
     def follow_as(self, tensor: Tensor, layout: Layout) -> Tensor:
         """Follow `tensor`, which may be made of parameters, with the given layout, and return it."""

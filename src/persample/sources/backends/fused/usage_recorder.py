@@ -57,7 +57,7 @@ class _Sink:
         self.received.append((expression, contribution))
 
 
-class Recorder(Capture):
+class UsageRecorder(Capture):
     """A capture that goes on where an operation is refused, and needs no backward pass.
 
     Args:

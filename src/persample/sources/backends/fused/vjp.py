@@ -59,9 +59,6 @@ class Mapped:
     def sums(self) -> tuple[Tensor, Tensor]:
         return _sums(self, len(self.delta), self.theta)
 
-    def printed_second_moment_sum(self) -> Tensor:
-        raise no_rule(self.name, "the printed formula is defined for layers only")
-
 
 @dataclass(frozen=True)
 class MappedRows:
@@ -93,9 +90,6 @@ class MappedRows:
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return _sums(self, self.last - self.first, self.mapped.theta)
-
-    def printed_second_moment_sum(self) -> Tensor:
-        return self.mapped.printed_second_moment_sum()
 
 
 def _sums(contribution: Mapped | MappedRows, samples: int, theta: Tensor) -> tuple[Tensor, Tensor]:

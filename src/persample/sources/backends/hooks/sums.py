@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from persample.sources.backends.contributions import Contribution
+from persample.sources.backends.hooks.printed import printed_second_moment
 
 
 class HookSums:
@@ -29,7 +30,7 @@ class HookSums:
         """Add a contribution to a parameter that is used `uses` times."""
         if not self.exact:
             self.total[name] += contribution.sums()[0]
-            self.squares[name] += contribution.printed_second_moment_sum()
+            self.squares[name] += printed_second_moment(contribution)
         elif uses == 1:
             self.total[name], self.squares[name] = contribution.sums()
         else:

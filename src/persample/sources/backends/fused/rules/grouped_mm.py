@@ -103,9 +103,3 @@ class GroupedProducts:
         for group in self.groups:
             total[group.index], squares[group.index] = group.products.sums()
         return total, squares
-
-    def printed_second_moment_sum(self) -> Tensor:
-        squares = torch.zeros_like(self.matrices)
-        for group in self.groups:
-            squares[group.index] = group.products.printed_second_moment_sum()
-        return squares
