@@ -45,6 +45,15 @@ def with_bias(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
     return torch.tanh(F.linear(h, net.wh, net.bias).add(F.linear(rows, net.wi)))
 
 
+def with_bias_behind(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
+    return torch.tanh(2 * (F.linear(h, net.wh) + net.bias) + F.linear(rows, net.wi))
+
+
+def scaled(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
+    """As independent recurrent units do."""
+    return torch.tanh((h * net.bias - net.wh[0]).relu() + F.linear(rows, net.wi))
+
+
 def product(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
     return torch.sigmoid(h @ net.wh) * F.linear(rows, net.wi) + h
 
@@ -80,6 +89,15 @@ def their_sum(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
     return (F.linear(rows, net.wi) + F.linear(h, net.wh).sum(0)).tanh()
 
 
+def scaled_sum(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
+    return (F.linear(rows, net.wi) + (h + net.bias).sum(0)).tanh()
+
+
+def scaled_of_two_samples(net: Backwards, rows: Tensor, h: Tensor) -> Tensor:
+    u = h * net.bias + 1
+    return (F.linear(rows, net.wi) + u + (u * net.bias).flip(0)).tanh()
+
+
 def loss_fn(outputs: Tensor, targets: Any) -> Tensor:
     return outputs.square().sum(1) + outputs.sin()[:, 0]
 
@@ -90,7 +108,9 @@ def problem(step: Step, start: float) -> tuple[Backwards, Tensor]:
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])
-@pytest.mark.parametrize("step", [linear, with_bias, product, two_layers, parts, rnn_cell, gru_cell])
+@pytest.mark.parametrize(
+    "step", [linear, with_bias, with_bias_behind, scaled, product, two_layers, parts, rnn_cell, gru_cell]
+)
 def test_belong_to_the_sample_that_they_meet(step: Step, start: float) -> None:
     model, x = problem(step, start)
     parameters = dict(model.named_parameters())
@@ -107,7 +127,7 @@ def test_belong_to_the_sample_that_they_meet(step: Step, start: float) -> None:
         torch.testing.assert_close(moments.second_moment[name], expected.square().mean(0), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [of_two_samples, their_sum])
+@pytest.mark.parametrize("step", [of_two_samples, their_sum, scaled_sum, scaled_of_two_samples])
 def test_that_meet_several_samples_are_refused(step: Step) -> None:
     model, x = problem(step, 0.0)
     with pytest.raises(UnsupportedModelError):

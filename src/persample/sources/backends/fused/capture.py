@@ -138,7 +138,12 @@ class Capture(Trace):
             return self.aliased(used, plain(self, func, *self.values((args, dict(kwargs)))))
         if followed:
             where = self._mixture(followed)
-            return self._use(func, args, kwargs) if where is None else self._use_mixed(func, args, kwargs, where)
+            waits = (
+                where is not None and where.pending is not None and len(followed) == 1 and func in op_table.POINTWISE
+            )
+            return (
+                self._use(func, args, kwargs) if where is None or waits else self._use_mixed(func, args, kwargs, where)
+            )
         self._require_constants(func, [t for t in tensors if id(t) not in self.expressions])
         if in_place.writes(func, args):
             return in_place.write_parameters(self, func, args, kwargs)

@@ -124,6 +124,22 @@ class Trace(TorchFunctionMode):
             return where._replace(owners=Owners(where.owners.labels, where.batch))
         return self.layout(tensor, operation)
 
+    def rows_in(self, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Layout]:
+        """Return the same as `samples_in` for operations entry by entry; rows may have no owner, as `layout_of_rows`.
+
+        Raises:
+            UnsupportedModelError: nobody can tell.
+        """
+        followed = [t for t in tensors_in((args, dict(kwargs))) if t in self.layouts]
+        if len(followed) == 1:
+            (operand,) = followed
+            where = self.layouts.get(operand)
+            if isinstance(where, Lost) and where.pending is not None:
+                return {id(operand): where.pending}
+            if isinstance(where, Layout):
+                return {id(operand): self.layout_of_rows(operand, "An operation with parameters")}
+        return self.samples_in(args, kwargs)
+
     def known(self, where: Where, operation: str, shape: torch.Size) -> Layout:
         """Return `where` if it is a layout.
 

@@ -30,7 +30,7 @@ def entry_by_entry(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Map
     """Operations entry by entry on operands that are broadcast to each other."""
     operands = tensors_in((args, dict(kwargs)))
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
-    samples = capture.samples_in(args, kwargs)
+    samples = capture.rows_in(args, kwargs)
     try:
         layout = agreed(samples, [t for t in operands if id(t) in samples], shape, aligned)
     except Unknown:
