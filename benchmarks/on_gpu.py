@@ -22,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +44,8 @@ from persample.files import replacing
 HERE = Path(__file__).resolve().parent
 TESTS = ("conformance", "vogn", "sources", "checks", "testing")
 BATCHES = {
-    **{"LeNet-5": 512, "MNIST ConvNet": 512, "ResNet-18": 512, "GPT-2 small": 16, "ViT-S": 128},
-    **{"ResNet-20": 512, "Transformer": 512, "MLP": 512, "VGG-like": 512, "ResNet-50": 64},
+    **{"LeNet-5": 512, "ResNet-18": 512, "GPT-2 small": 16, "ViT-S": 128, "MNIST ConvNet": 512},
+    **{"ResNet-50": 64, "Transformer": 512, "MLP": 512, "ResNet-20": 512, "VGG-like": 512},
 }
 SMALL = {"MNIST ConvNet": 4}
 DATA_SIZE = 50_000
@@ -182,7 +184,9 @@ def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seco
     model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
     report: dict[str, Any] = {"batch": batch, "parameters": sum(p.numel() for p in model.parameters())}
     report |= {"moments": {}, "steps": {}, "refused": {}}
-    for kind, makers in (("moments", MOMENTS), ("steps", STEPS)):
+    graphs = {} if device == "cpu" else {"plain": plain, "fused in a CUDA graph": in_cuda_graph}
+    # A capture that fails leaves nothing that works, so it comes last.
+    for kind, makers in (("moments", MOMENTS), ("steps", STEPS), ("moments", graphs)):
         calls: dict[str, Call] = {}
         for way, make in makers.items():
             if quick and way in SLOW_TO_MAKE:
@@ -203,7 +207,13 @@ def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seco
         for way, call in calls.items():
             if kind == "moments":
                 report["moments"][way] = {"peak_bytes": peak_memory(call, torch.device(device))}
-        times = alternate(calls, device, rounds=2 if quick else 15, end=end)
+        if device != "cpu" and makers is not graphs:
+            own = {way: call for way, call in calls.items() if way in ("fused", "VOGN")}
+            report.setdefault("waits for the GPU", {}).update({way: waits(call) for way, call in own.items()})
+            report.setdefault("kernels", {}).update({way: kernels(call) for way, call in own.items()})
+        times = alternate(calls, device, rounds=2 if quick else 9, end=end)
+        if not times:
+            continue
         baseline = next(iter(calls))
         for way, took in times.items():
             ratios = [own / plain for own, plain in zip(took, times[baseline], strict=True)]
@@ -251,6 +261,34 @@ def synchronize(device: str) -> None:
     """Wait for the GPU."""
     if device != "cpu":
         torch.cuda.synchronize(device)
+
+
+def waits(call: Call) -> list[str]:
+    """Return where a call makes the processor wait for the GPU."""
+    found: list[str] = []
+
+    def note(*_: Any, **__: Any) -> None:
+        own = [frame for frame in traceback.extract_stack() if "persample" in frame.filename]
+        found.append(" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in own[::-1][:3]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def kernels(call: Call) -> list[str]:
+    """Return what the GPU spends its time on."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    averages = sorted(profiler.key_averages(), key=lambda average: -average.device_time_total)
+    return [f"{a.device_time_total / 1000:.2f} ms, {a.count} times: {a.key[:120]}" for a in averages[:12]]
 
 
 def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -346,7 +384,7 @@ MOMENTS: dict[str, Callable[..., Call]] = {
     "BackPACK": moments_by("backpack", machinery="extend"),
 }
 STEPS: dict[str, Callable[..., Call]] = {"Adam": adam, "VOGN": vogn, "IVON": ivon}
-SLOW_TO_MAKE = ("plain, compiled", "fused in a CUDA graph")
+SLOW_TO_MAKE = ("plain, compiled",)
 
 
 # The report.
@@ -369,7 +407,8 @@ def tables(report: dict[str, Any]) -> str:
     told = report["machine"]
     lines = [f"{told['device']}, PyTorch {told['torch']}, CUDA {told['CUDA']}, float32 without TF32", ""]
     measured = {name: part for name, part in report["parts"].items() if part.get("moments")}
-    for kind, key, makers in (("moments", "ratio", MOMENTS), ("steps", "ratio", STEPS), ("memory", "memory", MOMENTS)):
+    ways = {**MOMENTS, "fused in a CUDA graph": in_cuda_graph}
+    for kind, key, makers in (("moments", "ratio", ways), ("steps", "ratio", STEPS), ("memory", "memory", ways)):
         lines += [f"{kind} ({'ratio to ' + next(iter(makers))})", ""]
         lines += ["| model | batch | " + " | ".join(makers) + " |", "|---" * (len(makers) + 2) + "|"]
         for name, part in measured.items():
@@ -401,7 +440,7 @@ def picture(measured: Mapping[str, Any], path: Path, device: str) -> None:
 
     figure = Figure(figsize=(9, 1.5 + 0.5 * len(measured)), layout="constrained")
     axes = figure.subplots()
-    for index, way in enumerate(w for w in MOMENTS if w != "plain"):
+    for index, way in enumerate([*(w for w in MOMENTS if w != "plain"), "fused in a CUDA graph"]):
         found = [(i, part["moments"].get(way, {}).get("ratio")) for i, part in enumerate(measured.values())]
         points = [(ratio, i) for i, ratio in found if ratio is not None]
         if points:

@@ -62,7 +62,10 @@ _Generator = tuple[Callable[[], Any], Callable[[Any], object]]
 
 def _generators_of_torch(model: nn.Module) -> Iterator[_Generator]:
     yield torch.get_rng_state, torch.set_rng_state
-    for device in sorted({p.device for p in model.parameters() if p.is_cuda}, key=str):
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    if devices and torch.cuda.is_current_stream_capturing():
+        return  # whoever captures a CUDA graph has its generators' states in hand
+    for device in sorted(devices, key=str):
         yield partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
 
 
