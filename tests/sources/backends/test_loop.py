@@ -27,15 +27,15 @@ def test_linear_regression(size: int, width: int, seed: int) -> None:
     weight, bias = residual[:, :, None] * x.numpy(force=True)[:, None, :], residual
 
     gradients = source.per_sample(x, y)
-    np.testing.assert_allclose(gradients["weight"], weight, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(gradients["bias"], bias, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(gradients["weight"].cpu(), weight, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(gradients["bias"].cpu(), bias, rtol=1e-12, atol=1e-14)
 
     moments = source.moments(x, y)
-    np.testing.assert_allclose(moments.mean["weight"], weight.mean(0), rtol=1e-11, atol=1e-14)
-    np.testing.assert_allclose(moments.second_moment["weight"], (weight**2).mean(0), rtol=1e-11, atol=1e-14)
-    np.testing.assert_allclose(moments.second_moment["bias"], (bias**2).mean(0), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(moments.mean["weight"].cpu(), weight.mean(0), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(moments.second_moment["weight"].cpu(), (weight**2).mean(0), rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(moments.second_moment["bias"].cpu(), (bias**2).mean(0), rtol=1e-11, atol=1e-14)
     np.testing.assert_allclose(
-        moments.losses, 0.5 * residual[:, 0] ** 2 + 0.5 * np.log(2 * np.pi), rtol=1e-12, atol=1e-14
+        moments.losses.cpu(), 0.5 * residual[:, 0] ** 2 + 0.5 * np.log(2 * np.pi), rtol=1e-12, atol=1e-14
     )
 
 
@@ -49,9 +49,9 @@ def test_softmax_regression(size: int, classes: int, seed: int) -> None:
     delta = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(classes)[labels.numpy(force=True)]
     gradients = persample.make_source("loop", model, losses.cross_entropy).per_sample(x, labels)
     np.testing.assert_allclose(
-        gradients["weight"], delta[:, :, None] * x.numpy(force=True)[:, None, :], rtol=1e-10, atol=1e-13
+        gradients["weight"].cpu(), delta[:, :, None] * x.numpy(force=True)[:, None, :], rtol=1e-10, atol=1e-13
     )
-    np.testing.assert_allclose(gradients["bias"], delta, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(gradients["bias"].cpu(), delta, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("method", ["moments", "per_sample"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from persample.errors import OptionError, PersampleError
 from persample.losses import cross_entropy
-from persample.testing.devices import generator_of
+from persample.testing.devices import generator_of, on_cuda
 from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam
 
 from ..ways import RULES, Batch, by_observing
@@ -152,9 +152,14 @@ DAMAGES: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+OF_A_CPUS_GENERATOR = ("a generator of other bytes", "half a generator", "draws of other bytes")
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damages_are_refused_and_nothing_is_changed(rule: Any, damage: str, batch: Batch) -> None:
+    if on_cuda() and damage in OF_A_CPUS_GENERATOR:
+        pytest.skip("the generator of a GPU has other states")
     change, match = DAMAGES[damage]
     state = copy.deepcopy(trained(rule, batch).state_dict())
     change(state)

@@ -29,7 +29,7 @@ class Backwards(nn.Module):
         self.rnn, self.gru = nn.RNNCell(3, 4), nn.GRUCell(3, 4)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         h = x.new_zeros(0, 4)
         for rows in reversed(packed.data.split(packed.batch_sizes.tolist())):
             h = torch.cat([h, h.new_full((len(rows) - len(h), 4), self.start)])
