@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
 from importlib.metadata import version as version_of
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 project = "persample"
 author = "The persample developers"
@@ -29,6 +33,10 @@ html_theme = "furo"
 html_title = "persample"
 html_show_sourcelink = False
 
+# The pages are complete without a network: MathJax comes from a package, as one file without fonts of its own.
+html_static_path = [str(files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js")]
+mathjax_path = "tex-svg.js"
+
 
 def mark_code_blocks(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Mark indented blocks after a paragraph as code, which Markdown takes for granted and reST marks by `::`."""
@@ -45,5 +53,18 @@ def mark_code_blocks(app: Sphinx, what: str, name: str, obj: Any, options: Any, 
     lines[:] = marked
 
 
+_LOADS = re.compile(r'<(?:script|img|link\b[^>]*rel="(?:stylesheet|preload)")[^>]*(?:src|href)="(?:https?:)?//[^"]+')
+
+
+def refuse_the_network(app: Sphinx, exception: Exception | None) -> None:
+    """Fail the build if a page loads a script, a style sheet or a picture from elsewhere."""
+    if exception is not None or app.builder.format != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        if found := _LOADS.search(page.read_text(encoding="utf-8")):
+            raise ExtensionError(f"{page.name} loads from the network: {found[0]}")
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("build-finished", refuse_the_network)
     app.connect("autodoc-process-docstring", mark_code_blocks, priority=400)  # before napoleon

@@ -60,7 +60,7 @@ class Batch:
 
     @staticmethod
     def of(tree: Tree, size: int) -> Batch:
-        """Return the batch of these arguments and targets, in which `Split`s say what is split otherwise."""
+        """Return the batch of these arguments and targets, where a `Split` says what is split otherwise."""
         split = not _is_simple(tree) and any(isinstance(leaf, Split) for leaf in pytree.tree_leaves(tree))
         args, kwargs, targets = plain(tree) if split else tree
         return Batch(args, kwargs, targets, size, tree if split else None)
@@ -70,7 +70,7 @@ class Batch:
         return self.split_tree or (self.args, dict(self.kwargs), self.targets)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with their `Split`s, as `with_inputs` takes them."""
+        """Return the arguments, each `Split` among them, as `with_inputs` takes them."""
         args, kwargs, _ = self.tree()
         return args, kwargs
 
