@@ -173,7 +173,7 @@ def test_training_steps_are_no_losses() -> None:
 
 def test_check_losses_returns_a_good_loss() -> None:
     vector = torch.tensor([1.0, 2.0], requires_grad=True)
-    assert losses.check_losses(vector, 2) is vector
+    assert losses.require_losses(vector, 2) is vector
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_check_losses_returns_a_good_loss() -> None:
 )
 def test_check_losses_refuses(value: Any, message: str) -> None:
     with pytest.raises(LossError, match=f"(?s){message}"):
-        losses.check_losses(value, 2)
+        losses.require_losses(value, 2)
 
 
 def test_scalars_are_told_apart() -> None:
@@ -212,12 +212,12 @@ def test_scalars_are_told_apart() -> None:
         (torch.tensor(1.0), nobody),
     ):
         with pytest.raises(LossError, match=rf"a scalar, .*{reason}.*reduction='none'"):
-            losses.check_losses(loss, 4)
+            losses.require_losses(loss, 4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_check_losses_names_the_first_sample_that_is_not_finite(bad: float) -> None:
     with pytest.raises(NonFiniteLossError, match=rf"loss of sample 1 is {bad} \(2 of 4") as raised:
-        losses.check_losses(torch.tensor([0.0, bad, 1.0, bad]), 4)
+        losses.require_losses(torch.tensor([0.0, bad, 1.0, bad]), 4)
     assert isinstance(raised.value, PersampleError)
     assert isinstance(raised.value, ValueError)

@@ -203,7 +203,7 @@ def _divisor(scalar: Tensor) -> str:
 _MOST_STEPS = 5  # from the scalar to the loss of PyTorch's, past views and products with numbers
 
 
-def check_losses(losses: Any, batch_size: int) -> Tensor:
+def require_losses(losses: Any, batch_size: int) -> Tensor:
     """Return `losses` if it is a finite floating-point vector of length `batch_size`.
 
     Raises:

@@ -91,7 +91,7 @@ class Overlooking(LoopSource):
     """Answers where the samples are mixed, with the gradients of a loss that is not the user's."""
 
     def losses(self, batch: Any, model: Any = None) -> Tensor:
-        return torch.cat([super(Overlooking, self).losses(batch.rows([i]), model) for i in range(batch.size)])
+        return torch.cat([super(Overlooking, self).losses(batch.take([i]), model) for i in range(batch.size)])
 
 
 @pytest.fixture

@@ -261,7 +261,7 @@ def crosscheck(
     and the loss of each sample. A batch by --shape is random. Without a loss, a weighted sum of the outputs stands for
     it. Ends with an error when a backend disagrees; refusing is no disagreement.
     """
-    _check_backends(backend)
+    _require_backends(backend)
     asked = _asked(model, shape, tokens, batch_size, 16, dtype, eval_mode, seed)
     agreements = persample.crosscheck(*asked.arguments(), backends=backend)
     Console().print(agreement_table(agreements, asked.title))
@@ -285,7 +285,7 @@ def bench(
 
     Model and batch are those of 'crosscheck'. A backend that disagrees with the loop over the samples is not timed.
     """
-    _check_backends(backend)
+    _require_backends(backend)
     asked = _asked(model, shape, tokens, batch_size, 128, dtype, eval_mode, seed)
     costs = persample.benchmark(*asked.arguments(), backends=backend, rounds=rounds)
     Console().print(cost_table(costs, asked.title))
@@ -309,7 +309,7 @@ def explain(
     Model and batch are those of 'crosscheck'. Nothing is computed but forward passes on the batch; without one it goes
     by the modules.
     """
-    _check_backends(backend)
+    _require_backends(backend)
     asked = _asked(model, shape, tokens, batch_size, 3, dtype, eval_mode, seed)
     for name in backend or ["fused"]:
         Console().print(persample.explain(asked.model, asked.inputs, asked.targets, asked.loss_fn, backend=name))
@@ -348,7 +348,7 @@ def _run(
     typer.echo(f"Figure: {outcome.figure}")
 
 
-def _check_backends(names: list[str] | None) -> None:
+def _require_backends(names: list[str] | None) -> None:
     known = dict.fromkeys([*persample.backends(), *names_side_by_side()])
     if unknown := [name for name in names or () if name not in known]:
         raise UnknownBackendError(f"no backend is called {unknown[0]!r}; choose among {', '.join(known)}")

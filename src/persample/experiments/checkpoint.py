@@ -61,7 +61,7 @@ def restore(run: Run, path: Path) -> None:
         OptionError: The settings differ, or all epochs are done already.
     """
     state = _load(path)
-    _check_same_settings(run, state["config"], path)
+    _require_same_settings(run, state["config"], path)
     if state["epoch"] > run.config.epochs:
         raise OptionError(
             f"{path} has {state['epoch']} epochs done, more than the {run.config.epochs} asked for; ask for more epochs"
@@ -97,7 +97,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} cannot be read as a checkpoint ({reason}); start again with --overwrite")
 
 
-def _check_same_settings(run: Run, saved: dict[str, Any], path: Path) -> None:
+def _require_same_settings(run: Run, saved: dict[str, Any], path: Path) -> None:
     own = run.config.as_dict()
     free = {"epochs"} if run.config.schedule == "constant" else set()
     different = [name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)]

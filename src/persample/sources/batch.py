@@ -29,8 +29,8 @@ from persample.sources.splits.tree import (
     kind_of_tensor,
     map_tensors,
     plain,
-    rows_at,
-    take_rows,
+    samples_at,
+    take_samples,
     tensors_in,
 )
 
@@ -117,10 +117,10 @@ class Batch:
         """Return the batch in float64; whole numbers stay as they are."""
         return Batch.of(in_float64(self.tree()), self.size)
 
-    def rows(self, index: Index) -> Batch:
+    def take(self, index: Index) -> Batch:
         """Return the batch of the samples at `index`, in that order."""
         size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
-        return Batch.of(take_rows(self.tree(), index, rows_at(index)), size)
+        return Batch.of(take_samples(self.tree(), index, samples_at(index)), size)
 
     def not_first(self) -> list[Tensor]:
         """Return the tensors whose dim 0 is not the sample."""

@@ -118,7 +118,7 @@ class PerSampleGradSource(Contract):
                     found += uses_of(self, batch)
                     verify_unmixed(self, batch, start)
                     if self.parameters().keys() - {use.parameter for use in found}:
-                        refuse_hidden_uses(self, batch.rows(slice(0, 2)))
+                        refuse_hidden_uses(self, batch.take(slice(0, 2)))
         except UnsupportedModelError as refusal:
             found.append(Use(None, "refused", "the model", "", str(refusal)))
         return found
@@ -172,7 +172,7 @@ class PerSampleGradSource(Contract):
             losses = self.losses(batch)
             reached = variables_of(nodes_behind(losses))
             names = [name for name, p in self.parameters().items() if p in reached]
-            few = batch.rows(slice(0, 2))
+            few = batch.take(slice(0, 2))
             losses_of_part(self, few)
             moments_of(self, few)
         return [Use(name, "rule", self.method, "") for name in names]

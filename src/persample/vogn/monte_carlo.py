@@ -17,7 +17,7 @@ from persample.sources.model.isolation import State, state_restored
 from persample.sources.selfcheck.tolerances import tolerance
 from persample.sources.splits.tree import plain
 from persample.vogn.sampling import draw, restored
-from persample.vogn.settings import check_count, check_generator
+from persample.vogn.settings import require_count, require_generator
 
 Weights: TypeAlias = dict[str, Tensor]
 Forward: TypeAlias = Callable[[Weights], Tensor]
@@ -97,11 +97,11 @@ def for_each_draw(
         UsageError: the model, or `pick`, returns something else than a tensor of floating-point numbers.
         BatchError: `inputs` is of another type.
     """
-    check_count("samples", samples)
-    check_generator("generator", generator)
+    require_count("samples", samples)
+    require_generator("generator", generator)
     params = _params(model, posterior.mean)
     forward = _forward(model, inputs, rows_at_once, pick)
-    at_once = _affordable(params) if draws_at_once is None else check_count("draws_at_once", draws_at_once)
+    at_once = _affordable(params) if draws_at_once is None else require_count("draws_at_once", draws_at_once)
     draws = _draws(posterior, params, samples, generator)
     first = next(draws)
     outputs: list[Tensor] = []
@@ -132,9 +132,9 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
     args, kwargs = arguments(inputs, model)
     batches = [plain((args, kwargs))]
     if rows_at_once is not None:
-        size = check_count("rows_at_once", rows_at_once)
+        size = require_count("rows_at_once", rows_at_once)
         batch = split_batch(args, kwargs, None, for_gradients=False)
-        parts = [batch.rows(slice(start, start + size)) for start in range(0, batch.size, size)]
+        parts = [batch.take(slice(start, start + size)) for start in range(0, batch.size, size)]
         batches = [(part.args, part.kwargs) for part in parts or [batch]]
 
     def forward(weights: Weights) -> Tensor:

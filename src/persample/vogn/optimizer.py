@@ -17,10 +17,10 @@ from persample.moments import Moments
 from persample.sources.recording.recorder import ModelNotCalledError
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.vogn import core
-from persample.vogn.checks import first_non_finite, skip_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import FIRST_LOOK, Diagnostics, LayerDiagnostics, layer_diagnostics, warn_of_width
 from persample.vogn.elbo import Elbo
+from persample.vogn.failures import first_non_finite, skip_step
 from persample.vogn.loss import require_loss
 from persample.vogn.monte_carlo import DrawOptions
 from persample.vogn.observations import Observations, Observed
@@ -28,7 +28,7 @@ from persample.vogn.param_group import Part
 from persample.vogn.posterior_state import PosteriorState
 from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood, likelihood_of
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
-from persample.vogn.settings import check_generator, check_settings
+from persample.vogn.settings import require_generator, require_settings
 from persample.vogn.supported_models import refuse_replicas
 
 
@@ -158,7 +158,7 @@ class VariationalOptimizer(PosteriorState):
 
         If it raises, what was observed before stays, and nothing is added to it.
         """
-        check_generator("generator", generator)
+        require_generator("generator", generator)
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise OptionError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
         noisy = self.draws_for_training or not train
@@ -459,7 +459,7 @@ class VariationalOptimizer(PosteriorState):
         params = self._params()
         new = []
         for part in self._parts(gradient):
-            check_settings(part.settings)
+            require_settings(part.settings)
             means, states = self._update(part, part.of(gradient), observations.parts)
             means = [mean.to(params[name].dtype) for name, mean in zip(part.names, means, strict=True)]
             new += list(zip(part.names, means, states, strict=True))

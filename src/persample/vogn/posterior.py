@@ -18,10 +18,10 @@ from persample.vogn import core
 from persample.vogn.elbo import Elbo, LikelihoodTable
 from persample.vogn.monte_carlo import DrawOptions, for_each_draw
 from persample.vogn.prediction import ClassPrediction, ClassSummary, GaussianPrediction, GaussianSummary, Likelihood
-from persample.vogn.prior import Prior, check_same_shapes
+from persample.vogn.prior import Prior, require_same_shapes
 from persample.vogn.sampling import draw
 from persample.vogn.saving import posterior_file
-from persample.vogn.settings import check_count, check_generator
+from persample.vogn.settings import require_count, require_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Posterior:
     model: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_same_shapes(self.mean, self.precision)
+        require_same_shapes(self.mean, self.precision)
 
     @property
     def scale(self) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class Posterior:
         Raises:
             OptionError: `generator` is none.
         """
-        check_generator("generator", generator)
+        require_generator("generator", generator)
         names, mean = zip(*self.mean.items(), strict=True)
         scale = self.scale
         return dict(zip(names, draw(mean, [scale[name] for name in names], generator), strict=True))
@@ -85,7 +85,7 @@ class Posterior:
             UsageError: the posterior was pruned: it has no density.
         """
         self._refuse_pruned("a density")
-        check_same_shapes(self.mean, weights)
+        require_same_shapes(self.mean, weights)
         return _total(
             -0.5 * (self.precision[name] * (weights[name] - mean).square() - (self.precision[name] / math.tau).log())
             for name, mean in self.mean.items()
@@ -121,7 +121,7 @@ class Posterior:
             prior._refuse_pruned("a divergence")
         elif not isinstance(prior, Prior):
             prior = Prior.isotropic(prior, self.mean)
-        check_same_shapes(self.mean, prior.mean)
+        require_same_shapes(self.mean, prior.mean)
         if not all(bool((value > 0).all()) for value in prior.precision.values()):
             raise OptionError("The divergence from a flat prior (precision 0) is infinite: give it a precision > 0.")
         terms = []
@@ -260,7 +260,7 @@ class Posterior:
             PersampleError: as `log_likelihoods` and `kl`.
         """
         table = self.log_likelihoods(loss_fn, inputs, targets, **draws)
-        size = table.shape[1] if data_size is None else check_count("data_size", data_size)
+        size = table.shape[1] if data_size is None else require_count("data_size", data_size)
         return Elbo(table.double().mean(1) * size, self.kl(prior).item(), size)
 
     def save(self, path: str | PathLike[str]) -> None:

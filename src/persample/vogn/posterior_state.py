@@ -20,9 +20,9 @@ from persample.vogn.changed_parameters import (
     refuse_shared_memory,
     warn_of_untrained,
 )
-from persample.vogn.checks import check_positive
 from persample.vogn.core import Tensors
 from persample.vogn.distributed import Processes, warn_of_separate_processes
+from persample.vogn.failures import require_positive
 from persample.vogn.lending import Lending
 from persample.vogn.param_group import Part, make_part
 from persample.vogn.pending import MomentSource, Pending
@@ -35,13 +35,13 @@ from persample.vogn.settings import (
     OF_RUN,
     OF_WEIGHTS,
     RUN,
-    check_generator,
-    check_settings,
     each_weights,
     groups_of,
     name_params,
     params_of_group,
     refuse_unknown_settings,
+    require_generator,
+    require_settings,
     settings_of_run,
 )
 from persample.vogn.supported_models import refuse_model, refuse_processes
@@ -134,7 +134,7 @@ class PosteriorState(torch.optim.Optimizer):
         refuse_model(model, several_processes=not self.keeps_draws_apart)
         if process_group is not None and self.keeps_draws_apart:
             refuse_processes(type(self).__name__)
-        check_generator("generator", generator)
+        require_generator("generator", generator)
         of_run = {
             "data_size": data_size,
             "augmentation": augmentation,
@@ -213,7 +213,7 @@ class PosteriorState(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         for setting in OF_WEIGHTS:
             group[setting] = each_weights(setting, group[setting], named)
-        check_settings(group)
+        require_settings(group)
         super().add_param_group({**group, "params": list(named.items()), RUN: None})
 
     @property
@@ -408,7 +408,7 @@ class PosteriorState(torch.optim.Optimizer):
         for part in self._parts(self._params()):
             precision = self._part_precision(part)
             if part.is_flat:
-                check_positive(dict(zip(part.names, precision, strict=True)))
+                require_positive(dict(zip(part.names, precision, strict=True)))
             total += precision
         return total
 

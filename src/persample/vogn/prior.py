@@ -27,7 +27,7 @@ class Prior:
     precision: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        check_same_shapes(self.mean, self.precision)
+        require_same_shapes(self.mean, self.precision)
         for name, mean in self.mean.items():
             precision = self.precision[name]
             if not bool(mean.isfinite().all()) or not bool((precision.isfinite() & (precision >= 0)).all()):
@@ -49,7 +49,7 @@ class Prior:
         )
 
 
-def check_same_shapes(mean: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> None:
+def require_same_shapes(mean: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> None:
     """Check that mean and precision belong to the same parameters.
 
     Raises:

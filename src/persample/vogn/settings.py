@@ -125,7 +125,7 @@ def refuse_unknown_settings(group: Mapping[str, Any], known: Collection[str]) ->
         raise OptionError(f"A parameter group has the setting {name!r}, which {reason}.")
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def require_settings(settings: Mapping[str, Any]) -> None:
     """Check those of the settings of a parameter group that are known.
 
     Raises:
@@ -142,7 +142,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_count(name: str, value: object) -> int:
+def require_count(name: str, value: object) -> int:
     """Return `value` if it is a whole number >= 1.
 
     Raises:
@@ -153,7 +153,7 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
-def check_positive_number(name: str, value: object) -> float:
+def require_positive_number(name: str, value: object) -> float:
     """Return `value` if it is a number above 0.
 
     Raises:
@@ -164,7 +164,7 @@ def check_positive_number(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _check_reduction(name: str, value: object) -> object:
+def _require_reduction(name: str, value: object) -> object:
     if not isinstance(value, str) or value not in get_args(LossReduction):
         raise OptionError(f'{name}={value!r}: must be "mean" or "sum".')
     return value
@@ -172,11 +172,11 @@ def _check_reduction(name: str, value: object) -> object:
 
 #: The settings that are not of groups, with their checks.
 OF_RUN: Mapping[str, Callable[[str, object], object]] = {
-    "data_size": check_count,
-    "augmentation": check_positive_number,
-    "mc_samples": check_count,
-    "loss_reduction": _check_reduction,
-    "max_grad_norm": lambda name, value: None if value is None else check_positive_number(name, value),
+    "data_size": require_count,
+    "augmentation": require_positive_number,
+    "mc_samples": require_count,
+    "loss_reduction": _require_reduction,
+    "max_grad_norm": lambda name, value: None if value is None else require_positive_number(name, value),
 }
 
 
@@ -189,7 +189,7 @@ def settings_of_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: check(name, settings[name]) for name, check in OF_RUN.items()}
 
 
-def check_generator(name: str, generator: object) -> None:
+def require_generator(name: str, generator: object) -> None:
     """Raise unless `generator` is a source of noise, or None.
 
     Raises:

@@ -29,7 +29,7 @@ def truth(model: nn.Module, loss: Callable[..., Tensor], inputs: Any, targets: A
     parameters = dict(model.named_parameters())
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for i in range(batch.size):
-        one = batch.rows([i])
+        one = batch.take([i])
         value = loss(model(*one.args, **one.kwargs), one.targets)[0]
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for (name, p), g in zip(parameters.items(), found, strict=True):

@@ -512,8 +512,8 @@ def test_objects_that_cannot_be_split_are_refused_by_name(held: Any) -> None:
     said = refusal((torch.zeros(4, 3), Opaque(held)))
     assert "inputs[1] is of type Opaque, which holds tensors" in said
     assert "persample.shared(it)" in said
-    assert as_batch((torch.zeros(4, 3), shared(Opaque(held))), None).rows([1]).args[1].store
-    assert as_batch((torch.zeros(2, 3), [Opaque(held), Opaque(3)]), None).rows([1]).args[1][0].store == {"held": [3]}
+    assert as_batch((torch.zeros(4, 3), shared(Opaque(held))), None).take([1]).args[1].store
+    assert as_batch((torch.zeros(2, 3), [Opaque(held), Opaque(3)]), None).take([1]).args[1][0].store == {"held": [3]}
     assert as_batch((torch.zeros(4, 3), Opaque("nothing")), None).size == 4
 
 
@@ -548,7 +548,7 @@ def test_what_lists_mean() -> None:
         ((x, shared(["a", "b", "c"])), ["a", "b", "c"]),
         ((x, {"sizes": [4, 5, 6]}), {"sizes": [5]}),
     ):
-        assert repr(as_batch(inputs, None).rows([1]).args[1]) == repr(of_second)
+        assert repr(as_batch(inputs, None).take([1]).args[1]) == repr(of_second)
     assert as_batch(([torch.zeros(5), torch.zeros(2)],), None).size == 2
     assert as_batch(([torch.zeros(5), torch.zeros(5, 2)],), None).size == 5
 
@@ -586,9 +586,9 @@ def test_a_tensor_that_stands_for_several_samples_is_refused(backend: str) -> No
 def test_what_the_batch_keeps() -> None:
     inputs = ({"x": torch.zeros(3, 2), "state": batched(torch.zeros(1, 3), dim=1), "mask": shared(torch.ones(2, 2))},)
     batch = as_batch(inputs, [0, 1, 2])
-    assert batch.double().rows([2, 0]).args[0]["state"].shape == (1, 2)
+    assert batch.double().take([2, 0]).args[0]["state"].shape == (1, 2)
     assert batch.double().args[0]["mask"].dtype == torch.float64
-    assert batch.with_inputs(*batch.inputs()).rows(slice(0, 2)).size == 2
+    assert batch.with_inputs(*batch.inputs()).take(slice(0, 2)).size == 2
     assert batch.kind() == as_batch(inputs, [2, 1, 0]).kind()
     longer = ({**inputs[0], "mask": shared(torch.ones(9, 9))},)
     assert batch.kind() == as_batch(longer, [2, 1, 0]).kind()

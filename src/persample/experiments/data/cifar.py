@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from persample.errors import DataError
-from persample.experiments.data.dataset import Bytes, RawImages, check_labels
+from persample.experiments.data.dataset import Bytes, RawImages, require_labels
 
 TRAIN_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_BATCH = "test_batch.bin"
@@ -37,7 +37,7 @@ def read_cifar_batch(content: bytes, num_classes: int, source: str) -> tuple[Byt
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     labels = records[:, 0]
-    check_labels(labels, num_classes, source)
+    require_labels(labels, num_classes, source)
     return records[:, 1:].reshape(-1, *_IMAGE), labels
 
 

@@ -56,7 +56,7 @@ class RawImages:
     test_labels: Bytes
 
 
-def check_labels(labels: Bytes, num_classes: int, source: str) -> None:
+def require_labels(labels: Bytes, num_classes: int, source: str) -> None:
     """Refuse labels outside of 0 to `num_classes` - 1.
 
     Raises:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from persample.errors import DataError
-from persample.experiments.data.dataset import Bytes, RawImages, check_labels
+from persample.experiments.data.dataset import Bytes, RawImages, require_labels
 
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 TRAIN_LABELS = "train-labels-idx1-ubyte.gz"
@@ -80,7 +80,7 @@ def _read_pair(files: Mapping[str, bytes], images: str, labels: str, num_classes
         raise _damaged(images, f"its images are {pixels.shape[1:]} instead of {(_SIDE, _SIDE)}")
     if len(pixels) != len(classes):
         raise _damaged(labels, f"it has {len(classes)} labels for {len(pixels)} images in {images}")
-    check_labels(classes, num_classes, labels)
+    require_labels(classes, num_classes, labels)
     return pixels[:, None], classes
 
 

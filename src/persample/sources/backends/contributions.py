@@ -51,8 +51,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 class Contribution(Protocol):
     """The gradients g_i of one parameter, from one use of it."""
 
-    def rows(self, rows: slice) -> Contribution:
-        """Return the contribution of some of the samples."""
+    def take(self, samples: slice) -> Contribution:
+        """Return the contribution of some of the samples alone."""
 
     def per_sample(self) -> Tensor:
         """Return g_i for each sample, shape `(B, *parameter.shape)`."""
@@ -75,8 +75,8 @@ class OuterProducts:
     a: Tensor
     shape: torch.Size
 
-    def rows(self, rows: slice) -> OuterProducts:
-        return OuterProducts(self.delta[rows], self.a[rows], self.shape)
+    def take(self, samples: slice) -> OuterProducts:
+        return OuterProducts(self.delta[samples], self.a[samples], self.shape)
 
     def per_sample(self) -> Tensor:
         return (self.delta @ self.a.mT).reshape(len(self.a), *self.shape)
@@ -109,8 +109,8 @@ class Terms:
 
     terms: Tensor
 
-    def rows(self, rows: slice) -> Terms:
-        return Terms(self.terms[rows])
+    def take(self, samples: slice) -> Terms:
+        return Terms(self.terms[samples])
 
     def per_sample(self) -> Tensor:
         return self.terms.sum(1)
@@ -150,8 +150,8 @@ class Lookups:
     delta: Tensor
     count: int
 
-    def rows(self, rows: slice) -> Lookups:
-        return Lookups(self.indices[rows], self.delta[rows], self.count)
+    def take(self, samples: slice) -> Lookups:
+        return Lookups(self.indices[samples], self.delta[samples], self.count)
 
     def per_sample(self) -> Tensor:
         samples, _, width = self.delta.shape

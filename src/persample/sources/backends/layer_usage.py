@@ -85,7 +85,7 @@ def _reasons_in_another_batch(
 
     There another dimension that is as long as the batch by chance does not pass for the samples.
     """
-    fewer = batch.rows(slice(0, batch.size - 1))
+    fewer = batch.take(slice(0, batch.size - 1))
     reasons: dict[str, str] = {}
     if fewer.size:
         with state_restored(source.state()), recorded_calls(layers) as calls:

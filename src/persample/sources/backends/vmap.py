@@ -15,7 +15,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
 from persample.errors import LossError, NonFiniteLossError, OptionError, UnsupportedModelError
-from persample.losses import check_losses
+from persample.losses import require_losses
 from persample.moments import Moments
 from persample.sources.backends.chunks import Chunk, moments_of_chunks, per_sample_of_chunks, refuse_chunk_size
 from persample.sources.backends.vjp_products import batched_grad
@@ -94,7 +94,7 @@ class VmapSource(PerSampleGradSource):
         self._stateful = False
         for start in range(0, batch.size, size):
             set_random_state(before)
-            gradients = self._gradients(batch.rows(slice(start, start + size)), state)
+            gradients = self._gradients(batch.take(slice(start, start + size)), state)
             self._stateful |= state.changed()
             state.put_back()  # what was kept under the map is of no use, and the next chunk begins from the same
             yield gradients
@@ -119,7 +119,7 @@ class VmapSource(PerSampleGradSource):
             # An error that the plain model raises too is the user's own, and is the one to show.
             state.put_back()
             gradient(self.losses(batch).sum(), self)
-            losses_of_part(self, batch.rows([0]))
+            losses_of_part(self, batch.take([0]))
             raise self._unsupported(error) from error
         self._refuse_unseen_uses(losses)
         if self.randomness != "same" and not same_random_state(before, other_random_state(self.model)):
@@ -133,7 +133,7 @@ class VmapSource(PerSampleGradSource):
     def _finite(self, losses: Tensor, batch: Batch) -> Tensor:
         """Return `losses`, of single samples, or tell whether the batch has finite ones together."""
         try:
-            return check_losses(losses, batch.size)
+            return require_losses(losses, batch.size)
         except NonFiniteLossError as error:
             self.losses(batch)
             raise runs_in_batches_only(1, error) from error
@@ -244,7 +244,7 @@ class _ModelLoss(nn.Module):
         losses = self.loss_fn(self.model(*args, **kwargs), targets)
         self.rebinds = any(len(t) != len(before) or not all(map(is_, t.values(), before)) for t, before in held)
         if not isinstance(losses, Tensor) or losses.shape != (1,) or not losses.is_floating_point():
-            check_losses(losses, 1)  # raises; that the value is finite can be seen only after the map
+            require_losses(losses, 1)  # raises; that the value is finite can be seen only after the map
         loss: Tensor = losses[0]
         return loss
 

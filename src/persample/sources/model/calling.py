@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from persample.errors import BatchError, LossError, UnsupportedModelError
-from persample.losses import PerSampleLoss, advice_to_take_out, check_losses, tensors_by_name
+from persample.losses import PerSampleLoss, advice_to_take_out, require_losses, tensors_by_name
 
 
 def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -59,7 +59,7 @@ def _signature(call: Callable[..., Any]) -> inspect.Signature:
 
 
 def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: int) -> Tensor:
-    """Return the losses of the samples, checked as by `check_losses`.
+    """Return the losses of the samples, checked as by `require_losses`.
 
     Raises:
         LossError: they are no vector of length `batch_size`, or `loss_fn` does not take what the model returned.
@@ -80,7 +80,7 @@ def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: in
             "the labels out of the inputs, pass them as targets, and compute the loss of each sample from the other "
             "outputs: lambda outputs, targets: F.cross_entropy(outputs.logits, targets, reduction='none')."
         )
-    return check_losses(losses, batch_size)
+    return require_losses(losses, batch_size)
 
 
 def refuse_backward_in_forward(parameters: Mapping[str, nn.Parameter]) -> None:

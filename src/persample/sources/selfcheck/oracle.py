@@ -94,7 +94,7 @@ def _gradients_alone(
         try:
             with state_restored(after):
                 state.put_back()
-                alone = losses_of_part(source, batch.rows(part))
+                alone = losses_of_part(source, batch.take(part))
                 rows = differentiate(alone)
         except UnsupportedModelError as refusal:
             raise _of_state(source, batch, state, refusal) from refusal

@@ -17,7 +17,7 @@ from persample.sources.model.random_state import RandomState, random_state_resto
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
 from persample.sources.selfcheck.perturbation import rounding_left
 from persample.sources.selfcheck.tolerances import MOVED, least_precise
-from persample.sources.selfcheck.verify import replayed, some_rows, verify
+from persample.sources.selfcheck.verify import replayed, some_samples, verify
 
 
 def only_rounded(
@@ -54,7 +54,7 @@ def only_rounded(
 
 def _rounding_left(source: Contract, batch: Batch, before: RandomState) -> dict[str, float]:
     """What rounding leaves of the gradient of a sample, where it vanishes for all of those that are looked at."""
-    few = some_rows(batch)
+    few = some_samples(batch)
     with replayed(source, before):
         dtype = least_precise(source.losses(batch))
 

@@ -144,7 +144,7 @@ def _verify_exchange(
     rows = [last if i == first else i for i in range(batch.size)]
     others = [i for i in range(batch.size) if i != first]
     with state_restored(source.state()):
-        exchanged = source.losses(batch.rows(rows)).detach()
+        exchanged = source.losses(batch.take(rows)).detach()
     if same_random_state(after, random_state(source.model)):
         _require_unmixed(
             exchanged[others], losses[others], rounding, f"when sample {first} is exchanged for another one"
@@ -154,7 +154,7 @@ def _verify_exchange(
 def _verify_halves(source: Contract, batch: Batch, losses: Tensor, order: list[int], rounding: float) -> None:
     for half in (sorted(order[::2]), sorted(order[1::2])):
         with state_restored(source.state()):
-            alone = losses_of_part(source, batch.rows(half)).detach()
+            alone = losses_of_part(source, batch.take(half)).detach()
         _require_unmixed(alone, losses[half], rounding, "in a smaller batch")
 
 
@@ -220,7 +220,7 @@ def refuse_slight_mixing(source: Contract, batch: Batch, before: RandomState) ->
         if not same_random_state(before, random_state(source.model)):
             return
         together, allowance = gradient(losses.sum(), source), Allowance.of(losses)
-    few, order, count = some_rows(batch), _order(batch), min(batch.size, _PARTS)
+    few, order, count = some_samples(batch), _order(batch), min(batch.size, _PARTS)
     for i in few:
         with replayed(source, before):
             inside = gradient(source.losses(batch)[i], source)
@@ -270,7 +270,7 @@ def _verify_moments(
     require_close(source, "mean gradient", claimed.mean, mean, allowance)
     if not source.exact:
         return
-    few = batch.rows(some_rows(batch))
+    few = batch.take(some_samples(batch))
     state = random_state(source.model)
     with state_restored(source.state()):
         claimed_few = moments_of(source, few)
@@ -301,7 +301,7 @@ def _verify_rows(
         weighted = gradient((weights * source.losses(batch)).sum(), source)
     found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
     require_close(source, "weighted sum of the per-sample gradients", found, weighted, allowance, batch.size)
-    few = some_rows(batch)
+    few = some_samples(batch)
     _, rows = sample_gradients(source, batch, few)
     for i, row in zip(few, rows, strict=True):
         claimed_row = {name: g[i] for name, g in gradients.items()}
@@ -313,7 +313,7 @@ def signed_root(second_moment: Tensor) -> Tensor:
     return second_moment.abs().sqrt().copysign(second_moment)
 
 
-def some_rows(batch: Batch) -> list[int]:
+def some_samples(batch: Batch) -> list[int]:
     """Return the numbers of the samples that are compared with the loop."""
     return sorted(_order(batch)[:_SAMPLES])
 

@@ -20,8 +20,8 @@ from persample.sources.splits.tree import (
     Columns,
     Followed,
     Index,
-    Rows,
     Split,
+    Take,
     TensorFunction,
     column_of,
     columns_of,
@@ -31,7 +31,7 @@ from persample.sources.splits.tree import (
     map_tensors,
     plain,
     sizes_of,
-    take_rows,
+    take_samples,
     tensors_in,
 )
 
@@ -49,7 +49,7 @@ class Shared(Split):
     def sizes(self, where: str) -> Iterator[tuple[str, int]]:
         return iter(())
 
-    def take(self, index: Index, rows: Rows) -> Split:
+    def take(self, index: Index, take: Take) -> Split:
         return self
 
     def map(self, function: TensorFunction) -> Split:
@@ -80,9 +80,9 @@ class Batched(Split):
     def sizes(self, where: str) -> Iterator[tuple[str, int]]:
         return ((where, tensor.shape[self.dim]) for tensor in tensors_in(self.tree))
 
-    def take(self, index: Index, rows: Rows) -> Split:
+    def take(self, index: Index, take: Take) -> Split:
         def taken(tensor: Tensor) -> Tensor:
-            part = rows(tensor, self.dim % tensor.dim())
+            part = take(tensor, self.dim % tensor.dim())
             return part.contiguous() if tensor.is_contiguous() else part  # cuDNN refuses first states with gaps
 
         return self.map(taken)
@@ -120,7 +120,7 @@ class Entries(Split):
     def sizes(self, where: str) -> Iterator[tuple[str, int]]:
         yield where, len(self.entries)
 
-    def take(self, index: Index, rows: Rows) -> Split:
+    def take(self, index: Index, take: Take) -> Split:
         chosen = self.entries[index] if isinstance(index, slice) else [self.entries[i] for i in index]
         return Entries(chosen, self.guessed)
 
@@ -167,7 +167,7 @@ class Packed(Split):
     def sizes(self, where: str) -> Iterator[tuple[str, int]]:
         yield where, int(self.packed.batch_sizes[0])
 
-    def take(self, index: Index, rows: Rows) -> Split:
+    def take(self, index: Index, take: Take) -> Split:
         sequences = unpack_sequence(self.packed)
         chosen = sequences[index] if isinstance(index, slice) else [sequences[i] for i in index]
         packed = pack_sequence(chosen, enforce_sorted=False)
@@ -211,8 +211,8 @@ class Fields(Split):
         for path, leaf in leaves_of(where, self.fields):
             yield from sizes_of(path, leaf)
 
-    def take(self, index: Index, rows: Rows) -> Split:
-        return Fields(self.original, take_rows(self.fields, index, rows))
+    def take(self, index: Index, take: Take) -> Split:
+        return Fields(self.original, take_samples(self.fields, index, take))
 
     def map(self, function: TensorFunction) -> Split:
         return Fields(self.original, map_tensors(function, self.fields))

@@ -34,8 +34,8 @@ SHARED = (None, None)
 """The dimension and the owners of what all samples share."""
 
 
-Rows = Callable[[Tensor, int], Tensor]
-"""Returns the rows of some samples, for a tensor and the dimension along which its samples are."""
+Take = Callable[[Tensor, int], Tensor]
+"""Returns what belongs to some samples, of a tensor and the dimension along which its samples are."""
 
 
 class Column(NamedTuple):
@@ -69,8 +69,8 @@ class Split(ABC):
         """Yield how many samples it has, with the name of what says so."""
 
     @abstractmethod
-    def take(self, index: Index, rows: Rows) -> Split:
-        """Return the same part of the samples at `index`, whose rows `rows` gives."""
+    def take(self, index: Index, take: Take) -> Split:
+        """Return the same part of the samples at `index`, which `take` gives."""
 
     @abstractmethod
     def map(self, function: TensorFunction) -> Split:
@@ -125,25 +125,25 @@ def map_tensors(function: TensorFunction, tree: Any) -> Any:
     return pytree.tree_map(of_leaf, tree)
 
 
-def rows_at(index: Index) -> Rows:
-    """Return what gives the rows at `index`; of a tensor in two places, the same ones."""
+def samples_at(index: Index) -> Take:
+    """Return what gives the samples at `index`; of one tensor in two arguments, the same object."""
     along: dict[int, TensorFunction] = {}
 
-    def rows(tensor: Tensor, dim: int) -> Tensor:
+    def take(tensor: Tensor, dim: int) -> Tensor:
         if dim not in along:
             along[dim] = entering(lambda tensor: tensor[(slice(None),) * dim + (index,)])
         return along[dim](tensor)
 
-    return rows
+    return take
 
 
-def take_rows(tree: Any, index: Index, rows: Rows) -> Any:
+def take_samples(tree: Any, index: Index, take: Take) -> Any:
     """Return `tree` with the samples at `index` alone; what is neither a tensor nor a `Split` stays as it is."""
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return rows(leaf, 0)
-        return leaf.take(index, rows) if isinstance(leaf, Split) else leaf
+            return take(leaf, 0)
+        return leaf.take(index, take) if isinstance(leaf, Split) else leaf
 
     return pytree.tree_map(of_leaf, tree)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from persample.errors import OptionError
 from persample.sources import make_source
 from persample.vogn import core
-from persample.vogn.checks import warn_of_first_step
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import warn_of_stuck_curvature
+from persample.vogn.failures import warn_of_first_step
 from persample.vogn.loss import loss_of
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer

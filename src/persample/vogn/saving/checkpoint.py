@@ -18,11 +18,11 @@ from torch import Tensor
 
 from persample.errors import OptionError
 from persample.vogn.observations import Observations
-from persample.vogn.saving.noise import check_packed_generator
+from persample.vogn.saving.noise import require_packed_generator
 from persample.vogn.saving.observations import checked_observations
 from persample.vogn.saving.parameter_matching import Position, positions
-from persample.vogn.saving.state_schema import Kinds, check_state, check_values, is_count
-from persample.vogn.settings import OF_RUN, OF_WEIGHTS, RUN, check_settings, refuse_unknown_settings, settings_of_run
+from persample.vogn.saving.state_schema import Kinds, is_count, require_state, require_values
+from persample.vogn.settings import OF_RUN, OF_WEIGHTS, RUN, refuse_unknown_settings, require_settings, settings_of_run
 
 #: The counts of an optimizer.
 COUNTS = ("steps", "skipped_steps", "skipped_in_a_row")
@@ -95,7 +95,7 @@ def checked(
         for group, position in zip(groups, found, strict=True)
         for saved_name, name, param in zip(position.names, group["param_names"], group["params"], strict=True)
     }
-    check_packed_generator(run["generator"])
+    require_packed_generator(run["generator"])
     device = None if run["generator"] is None else run["generator"]["device"]
     observations = checked_observations(run["observations"], own_names, draws_apart=draws_apart, generator=device)
     return Loaded(loaded_groups, states, settings | counts, observations, run["generator"])
@@ -158,7 +158,7 @@ def _settings(
     for setting in OF_WEIGHTS:
         if isinstance(settings[setting], list | tuple):
             settings[setting] = _of_weights(setting, settings[setting], group, position)
-    check_settings(settings)
+    require_settings(settings)
     return settings
 
 
@@ -167,7 +167,7 @@ def _of_weights(setting: str, values: Sequence[Any], group: Mapping[str, Any], p
         raise OptionError(f"The saved {setting} has {len(values)} tensors for {len(group['params'])} parameters.")
     in_order = [values[place] for place in position.of_weights]
     for name, param, value in zip(group["param_names"], group["params"], in_order, strict=True):
-        check_values(f"{setting} of {name!r}", value, param)
+        require_values(f"{setting} of {name!r}", value, param)
     return [value.to(param.device) for value, param in zip(in_order, group["params"], strict=True)]
 
 
@@ -188,7 +188,7 @@ def _states(
         for name, param, key in zip(group["param_names"], group["params"], position.ids, strict=True):
             if key not in saved or saved[key] == {}:
                 raise OptionError(f"The saved state is damaged: that of {name!r} is missing.")
-            check_state(name, param, saved[key], kinds, steps)
+            require_state(name, param, saved[key], kinds, steps)
             states[param] = {
                 entry: value.detach().to(param.device) if isinstance(value, Tensor) else value
                 for entry, value in saved[key].items()

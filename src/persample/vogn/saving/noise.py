@@ -18,7 +18,7 @@ def pack_generator(generator: torch.Generator | None) -> dict[str, Any] | None:
     return {"device": str(generator.device), "state": generator.get_state()}
 
 
-def check_packed_generator(packed: Any) -> None:
+def require_packed_generator(packed: Any) -> None:
     """Raise unless `packed` is what `pack_generator` returns.
 
     Raises:
@@ -28,10 +28,10 @@ def check_packed_generator(packed: Any) -> None:
         return
     if not isinstance(packed, Mapping) or not {"device", "state"} <= packed.keys():
         raise OptionError("The saved generator is damaged: it must have a device and a state.")
-    check_noise_state(packed["device"], packed["state"])
+    require_noise_state(packed["device"], packed["state"])
 
 
-def check_noise_state(device: Any, state: Any) -> None:
+def require_noise_state(device: Any, state: Any) -> None:
     """Raise unless a generator on `device` can be in `state`; where there is none to try, unless that is of bytes.
 
     Raises:

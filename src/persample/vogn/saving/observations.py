@@ -10,8 +10,8 @@ from torch import Tensor
 
 from persample.errors import OptionError
 from persample.vogn.observations import Observations
-from persample.vogn.saving.noise import check_noise_state
-from persample.vogn.saving.state_schema import check_values
+from persample.vogn.saving.noise import require_noise_state
+from persample.vogn.saving.state_schema import require_values
 
 
 def checked_observations(
@@ -42,7 +42,7 @@ def checked_observations(
             raise _other_observations("a draw must be a dict of states of generators")
         for device, state in draw.items():
             # Of a generator that was given to sampled_params() alone, nobody knows the device.
-            check_noise_state(device if device != "own" else "meta" if generator is None else generator, state)
+            require_noise_state(device if device != "own" else "meta" if generator is None else generator, state)
     unpacked = [_part(part, names, draws_apart=draws_apart) for part in parts]
     return Observations.unpacked({**packed, "parts": unpacked})
 
@@ -60,7 +60,7 @@ def _part(part: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bo
             if saved_name not in names:
                 raise _other_observations(f"this optimizer has no parameter {saved_name!r}")
             name, param = names[saved_name]
-            check_values(f"{what} of {name!r}", value, param)
+            require_values(f"{what} of {name!r}", value, param)
             values[name] = value.detach().to(param.device)
         return values
 

@@ -38,7 +38,7 @@ def positions(saved: Groups, own: Groups) -> list[Position]:
         OptionError: there are other groups, or parameters whose names say that they are in other places.
     """
     ids = [list(group["params"]) for group in saved]
-    _check_ids(list(chain.from_iterable(ids)))
+    _require_ids(list(chain.from_iterable(ids)))
     listed = [_listed(group) for group in saved]
     sizes, own_sizes = [len(keys) for keys in ids], [len(group["params"]) for group in own]
     if sorted(sizes) != sorted(own_sizes):
@@ -95,7 +95,7 @@ def _require_other_names(saved: list[list[str]], own: list[list[str]]) -> None:
             )
 
 
-def _check_ids(ids: list[Any]) -> None:
+def _require_ids(ids: list[Any]) -> None:
     in_order = all(type(key) is int for key in ids) and ids == list(range(len(ids)))
     if not in_order and not (_are_names(ids) and len(set(ids)) == len(ids)):
         raise OptionError(

@@ -49,7 +49,7 @@ def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dic
         OptionError: there is no such device here.
         DataError: the file is missing, damaged, or not a posterior.
     """
-    _check_device(device)
+    _require_device(device)
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -66,14 +66,14 @@ def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dic
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}): it is damaged, or no file of safetensors.") from error
     for name in names:
-        _check_values(path, name, mean[name], precision[name])
+        _require_values(path, name, mean[name], precision[name])
     return (
         {name: value.to(device) for name, value in mean.items()},
         {name: value.to(device) for name, value in precision.items()},
     )
 
 
-def _check_device(device: torch.device | str) -> None:
+def _require_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a build of PyTorch without CUDA
@@ -99,7 +99,7 @@ def _names(path: Path, header: Mapping[str, str], keys: set[str]) -> list[str]:
     return names
 
 
-def _check_values(path: Path, name: str, mean: Tensor, precision: Tensor) -> None:
+def _require_values(path: Path, name: str, mean: Tensor, precision: Tensor) -> None:
     """Check what no posterior lacks: real numbers, of one shape, finite means, precisions above 0."""
     if not mean.is_floating_point() or mean.dtype != precision.dtype or mean.shape != precision.shape:
         raise DataError(f"{path} is a damaged posterior: mean and precision of {name!r} have other types or shapes.")

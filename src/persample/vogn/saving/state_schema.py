@@ -37,7 +37,7 @@ NOT_NEGATIVE = Kept("finite numbers >= 0", lambda values: values.isfinite() & (v
 MASS = Kept("a number from 0 to 1", lambda value: isinstance(value, float | int) and 0 <= value <= 1, is_tensor=False)
 
 
-def check_state(name: str, param: Tensor, state: Any, kinds: Kinds, steps: int) -> None:
+def require_state(name: str, param: Tensor, state: Any, kinds: Kinds, steps: int) -> None:
     """Check that `state` is one of a parameter.
 
     Args:
@@ -57,7 +57,7 @@ def check_state(name: str, param: Tensor, state: Any, kinds: Kinds, steps: int) 
         raise OptionError(f"The saved state of {name!r} has the entry {unknown[0]!r}, which is not one of this rule.")
     for key, kept in entries.items():
         if key in state:
-            _check_entry(f"{key} of {name!r}", param, state[key], kept)
+            _require_entry(f"{key} of {name!r}", param, state[key], kept)
         elif not kept.optional:
             raise OptionError(f"The saved state of {name!r} is damaged: {key!r} is missing.")
     optional = [key for key, kept in entries.items() if kept.optional]
@@ -65,15 +65,15 @@ def check_state(name: str, param: Tensor, state: Any, kinds: Kinds, steps: int) 
         raise OptionError(f"The saved state of {name!r} is damaged: it lacks one of {' and '.join(optional)}.")
 
 
-def _check_entry(what: str, param: Tensor, value: Any, kept: Kept) -> None:
+def _require_entry(what: str, param: Tensor, value: Any, kept: Kept) -> None:
     if kept.is_tensor:
-        check_values(what, value, param)
+        require_values(what, value, param)
     if not (bool(torch.as_tensor(kept.holds(value)).all())):
         shown = "" if kept.is_tensor else f", not {value!r}"
         raise OptionError(f"The saved {what} must be {kept.allowed}{shown}: the state is damaged.")
 
 
-def check_values(what: str, value: Any, param: Tensor) -> None:
+def require_values(what: str, value: Any, param: Tensor) -> None:
     """Check that `value` is a tensor with a number for each weight of `param`, not rounded to less than float32.
 
     Raises:

@@ -15,43 +15,43 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.disjoint_rows import OwnRows
 from persample.sources.backends.fused.layout import Layout
 
-PLACES = st.builds(Place, st.integers(0, 2), st.integers(1, 3), st.integers(1, 3))
+AXES = st.builds(Axis, st.integers(0, 2), st.integers(1, 3), st.integers(1, 3))
 
 
-def tensor_with(place: Place, batch: int) -> Tensor:
-    """Numbers 0, 1, 2, … with B samples at `place` among three dimensions."""
+def tensor_with(axis: Axis, batch: int) -> Tensor:
+    """Numbers 0, 1, 2, … with B samples at `axis` among three dimensions."""
     shape = [2, 2, 2]
-    shape[place.dim] = place.before * batch * place.after
+    shape[axis.dim] = axis.before * batch * axis.after
     return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
 
 
-@given(place=PLACES, batch=st.integers(1, 4))
-def test_taking_samples_out_and_putting_them_back(place: Place, batch: int) -> None:
-    x = tensor_with(place, batch)
-    parts = place.sample_first(x, batch)
-    assert torch.equal(place.put_back(parts), x)
-    layout = Layout(1, batch, 1).at(place, x.shape)
+@given(axis=AXES, batch=st.integers(1, 4))
+def test_taking_samples_out_and_putting_them_back(axis: Axis, batch: int) -> None:
+    x = tensor_with(axis, batch)
+    parts = axis.sample_first(x, batch)
+    assert torch.equal(axis.put_back(parts), x)
+    layout = Layout(1, batch, 1).at(axis, x.shape)
     sample = torch.arange(x.numel()) // layout.inner % batch
     for i in range(batch):
         assert torch.equal(parts[i].flatten().sort().values, x.flatten()[sample == i])
 
 
-@given(place=PLACES, batch=st.integers(1, 4), first=st.integers(0, 3), size=st.integers(1, 4))
-def test_own_rows_are_zero_elsewhere(place: Place, batch: int, first: int, size: int) -> None:
-    x = tensor_with(place, batch) + 1
-    whole = OwnRows(place.sample_first(x, batch), place, batch)
+@given(axis=AXES, batch=st.integers(1, 4), first=st.integers(0, 3), size=st.integers(1, 4))
+def test_own_rows_are_zero_elsewhere(axis: Axis, batch: int, first: int, size: int) -> None:
+    x = tensor_with(axis, batch) + 1
+    whole = OwnRows(axis.sample_first(x, batch), axis, batch)
     rows = slice(min(first, batch - 1), min(first, batch - 1) + size)
-    part = whole.rows(rows).per_sample()
+    part = whole.take(rows).per_sample()
     assert torch.equal(part, whole.per_sample()[rows])
     assert torch.equal(whole.per_sample().sum(0), x)
     assert torch.equal(whole.per_sample().square().sum(0), x.square())
     assert all(torch.equal(a, b) for a, b in zip(whole.sums(), (x, x.square()), strict=True))
     for i, row in zip(range(batch)[rows], part, strict=True):
-        assert torch.equal(place.sample_first(row, batch)[i], place.sample_first(x, batch)[i])
+        assert torch.equal(axis.sample_first(row, batch)[i], axis.sample_first(x, batch)[i])
         assert row.count_nonzero() == x.numel() / batch
 
 

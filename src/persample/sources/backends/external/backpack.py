@@ -15,7 +15,7 @@ from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.moments import Moments
 from persample.sources.backends.external.backpack_extend import BackpackExtend
 from persample.sources.backends.external.backpack_layers import BATCH_NORMS, reason_against
-from persample.sources.backends.external.layer_rules import LayerUse, PeerRulesSource, trainable
+from persample.sources.backends.external.layer_rules import LayerCall, PeerRulesSource, trainable
 from persample.sources.backends.external.source import PeerSource
 from persample.sources.batch import Batch
 from persample.sources.contract import Check
@@ -55,7 +55,7 @@ class BackpackRules(PeerRulesSource):
             },
         )
 
-    def square_sums(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+    def square_sums(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
         uses = list(uses)
         times = Counter(p for use in uses for p in trainable(use.layer))
         squares: dict[nn.Parameter, Tensor] = {}
@@ -67,7 +67,7 @@ class BackpackRules(PeerRulesSource):
                 others.append(use)
         return squares | super().square_sums(others)
 
-    def rows(self, use: LayerUse) -> dict[nn.Parameter, Tensor]:
+    def rows(self, use: LayerCall) -> dict[nn.Parameter, Tensor]:
         return _extended(_BATCH_GRAD, use)
 
     def reason_against(self, layer: nn.Module) -> str | None:
@@ -108,7 +108,7 @@ class BackpackSource(PeerSource):
         super().__init__(model, loss_fn, check=check, machinery=machinery)
 
 
-def _is_summable(use: LayerUse, times: Counter[nn.Parameter]) -> bool:
+def _is_summable(use: LayerCall, times: Counter[nn.Parameter]) -> bool:
     """Whether SumGradSquared serves this use.
 
     It does not if a parameter is used elsewhere too, because all uses must be added up before they are squared. On a
@@ -118,12 +118,12 @@ def _is_summable(use: LayerUse, times: Counter[nn.Parameter]) -> bool:
     return not on_sequence and all(times[p] == 1 for p in trainable(use.layer))
 
 
-def _square_sums(use: LayerUse) -> dict[nn.Parameter, Tensor]:
+def _square_sums(use: LayerCall) -> dict[nn.Parameter, Tensor]:
     """Σ_i g_i² for the parameters of one layer."""
     return _extended(_SUM_GRAD_SQUARED, use)
 
 
-def _extended(extension: BatchGrad | SumGradSquared, use: LayerUse) -> dict[nn.Parameter, Tensor]:
+def _extended(extension: BatchGrad | SumGradSquared, use: LayerCall) -> dict[nn.Parameter, Tensor]:
     """Apply `extension` to one use, as BackPACK's backward hook would."""
     # A copy that shares the parameters, so that the attributes which BackPACK reads are not put on the user's module.
     layer = copy.copy(use.layer)

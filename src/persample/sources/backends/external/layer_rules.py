@@ -39,7 +39,7 @@ from persample.sources.source import PerSampleGradSource
 
 
 @dataclass(frozen=True)
-class LayerUse:
+class LayerCall:
     """One call of a layer that the losses depend on.
 
     Attributes:
@@ -56,7 +56,7 @@ class LayerUse:
 
 
 #: What a package computes for the parameters of a layer from one use of it.
-Rule = Callable[[LayerUse], Mapping[nn.Parameter, Tensor]]
+Rule = Callable[[LayerCall], Mapping[nn.Parameter, Tensor]]
 
 
 class PeerRulesSource(PerSampleGradSource):
@@ -75,7 +75,7 @@ class PeerRulesSource(PerSampleGradSource):
         """Return why the package has no right rule for `layer`, as a sentence without its subject; None if it has."""
 
     @abstractmethod
-    def rows(self, use: LayerUse) -> Mapping[nn.Parameter, Tensor]:
+    def rows(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         """Return what the package gives as per-sample gradients, `(B, *p.shape)`, for the layer's parameters."""
 
     def refuse_unsupported(self) -> None:
@@ -114,7 +114,7 @@ class PeerRulesSource(PerSampleGradSource):
 
     def backward(
         self, batch: Batch, parameters: Iterable[nn.Parameter] = ()
-    ) -> tuple[Tensor, list[Tensor | None], list[LayerUse]]:
+    ) -> tuple[Tensor, list[Tensor | None], list[LayerCall]]:
         """Run forward and backward once.
 
         Returns:
@@ -140,11 +140,11 @@ class PeerRulesSource(PerSampleGradSource):
         with PeerRecorder(self, loss_reduction) as recorder:
             yield recorder.recorded
 
-    def square_sums(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+    def square_sums(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
         """Return Σ_i g_i² of the parameters in use."""
         return {p: g.square().sum(0) for p, g in self.summed_rows(uses).items()}
 
-    def summed_rows(self, uses: Iterable[LayerUse]) -> dict[nn.Parameter, Tensor]:
+    def summed_rows(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
         """Return the per-sample gradients, each the sum over all uses of its parameter."""
         total: dict[nn.Parameter, Tensor] = {}
         for use in uses:
@@ -152,7 +152,7 @@ class PeerRulesSource(PerSampleGradSource):
                 total[p] = total[p] + g if p in total else g
         return total
 
-    def by_rule(self, rule: Rule, use: LayerUse) -> dict[nn.Parameter, Tensor]:
+    def by_rule(self, rule: Rule, use: LayerCall) -> dict[nn.Parameter, Tensor]:
         """Return what `rule` gives for the trainable parameters of one layer.
 
         Raises:
@@ -182,7 +182,7 @@ class PeerRecorder(CallRecorder):
 
     def __init__(self, source: PeerRulesSource, reduction: LossReduction) -> None:
         super().__init__(source, source.layers(), reduction)
-        self._uses: dict[ForwardPass, list[LayerUse]] = {}
+        self._uses: dict[ForwardPass, list[LayerCall]] = {}
 
     def begin(self, forward_pass: ForwardPass) -> None:
         super().begin(forward_pass)
@@ -219,7 +219,7 @@ def own_callable(layer: nn.Module) -> str | None:
     return next((name for name in vars(layer) if callable(getattr(type(layer), name, None))), None)
 
 
-def _use(call: ModuleCall, delta: Tensor) -> LayerUse:
+def _use(call: ModuleCall, delta: Tensor) -> LayerCall:
     refuse_changed_inputs(call)
     inputs = tuple(precise(a) for a in call.inputs)
-    return LayerUse(call.name, call.module, inputs, precise(delta.reshape(call.output.shape)))
+    return LayerCall(call.name, call.module, inputs, precise(delta.reshape(call.output.shape)))

@@ -196,13 +196,13 @@ class PeerMachinerySource(PerSampleGradSource):
             for call in calls:
                 if call.edge.node in reached:
                     yield from self._uses(call.module, call.path)
-        fewer = batch.rows(slice(0, batch.size - 1))
+        fewer = batch.take(slice(0, batch.size - 1))
         if fewer.size:
             # There another dimension that is as long as the batch by chance does not pass for the samples.
             with state_restored(self.state()), self.forward(fewer):
                 pass
         with state_restored(self.state()):
-            self.compute_moments(batch.rows(slice(0, 2)))
+            self.compute_moments(batch.take(slice(0, 2)))
 
     def attempt(self, batch: Batch, compute: Callable[[PerSampleGradSource], Result]) -> Result:
         """Return what `compute` returns for this source, which it asks about `batch`; if it fails, go back.

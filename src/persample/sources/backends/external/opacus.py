@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from persample.sources.backends.external.layer_rules import LayerUse, PeerRulesSource
+from persample.sources.backends.external.layer_rules import LayerCall, PeerRulesSource
 from persample.sources.backends.external.opacus_layers import (
     EMBEDDING_BAG,
     KNOWN,
@@ -36,7 +36,7 @@ class OpacusRules(PeerRulesSource):
 
     package = "Opacus"
 
-    def rows(self, use: LayerUse) -> Mapping[nn.Parameter, Tensor]:
+    def rows(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         inputs = list(use.inputs)
         if isinstance(use.layer, nn.Conv2d):
             # The rule reads the input by its strides as if they were those of a contiguous tensor.

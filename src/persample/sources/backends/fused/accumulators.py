@@ -49,7 +49,7 @@ class Moment:
                 _add(self.squares, name, piece.square().sum(0))
 
 
-class Rows:
+class PerSample:
     """Receives contributions and adds up the gradient g_i of each sample."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ def added_up(waiting: list[tuple[Expression, Contribution]], rows: slice) -> dic
     """Return g_i of the samples in `rows`, added up over all contributions, for each parameter that has any."""
     g: dict[str, Tensor] = {}
     for expression, contribution in waiting:
-        for name, piece in expression.pull_rows(contribution.rows(rows).per_sample()).items():
+        for name, piece in expression.pull_rows(contribution.take(rows).per_sample()).items():
             _add(g, name, piece)
     return g
 

@@ -53,7 +53,7 @@ class Kernel:
 
     def _withheld(self, gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
         """Return the gradients of samples alone, so that a gradient that reaches a parameter was one of unseen use."""
-        return tuple(None if place in self.expressions else g for place, g in enumerate(gradients))
+        return tuple(None if number in self.expressions else g for number, g in enumerate(gradients))
 
     def receive(self, deltas: Sequence[Any]) -> None:
         """Give the capture the contributions from the gradients of the results.
@@ -79,8 +79,8 @@ class Kernel:
                 for i in range(self.trace.batch_size)
             ]
             together = self._gradients(node, given)
-            for place, total in together.items():
-                rows = [g.get(place) for g in alone]
+            for number, total in together.items():
+                rows = [g.get(number) for g in alone]
                 if any(row is None for row in rows):
                     raise self._refusal("gives a gradient for the batch that it does not give for each sample")
                 stacked = torch.stack([row for row in rows if row is not None])
@@ -88,8 +88,8 @@ class Kernel:
                 largest = float(stacked.abs().sum(0).nan_to_num().max()) if total.numel() else 0.0  # they may cancel
                 if not torch.allclose(summed, total, allowed, allowed * largest, equal_nan=True):
                     raise self._refusal("is not linear in the gradient of its results, so it mixes the samples")
-                if place in self.expressions:
-                    self.trace.receive(self.expressions[place], Terms(precise(stacked).unsqueeze(1)))
+                if number in self.expressions:
+                    self.trace.receive(self.expressions[number], Terms(precise(stacked).unsqueeze(1)))
 
     def _labels(self, number: int, delta: Tensor) -> Any:
         if number not in self.results:
@@ -101,8 +101,8 @@ class Kernel:
         found = node.apply(*deltas)
         found = found if isinstance(found, tuple) else (found,)
         wanted = [g for g, needed in zip(found, node.needs_input_grad, strict=False) if needed]
-        edges = [place for place, (following, _) in enumerate(node.next_functions) if following is not None]
-        return {place: g for place, g in zip(edges, wanted, strict=True) if isinstance(g, Tensor)}
+        edges = [number for number, (following, _) in enumerate(node.next_functions) if following is not None]
+        return {number: g for number, g in zip(edges, wanted, strict=True) if isinstance(g, Tensor)}
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
         names = [name for expression in self.expressions.values() for name in expression.names]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class Axis(NamedTuple):
     """The samples are in dimension `dim` of a tensor, which has `before · B · after` entries there."""
 
     dim: int

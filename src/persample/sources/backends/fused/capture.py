@@ -21,7 +21,7 @@ from persample.errors import PersampleError, UnsupportedModelError
 from persample.sources.backends.fused import op_table, rule_table
 from persample.sources.backends.fused.arguments import substitute, tensors_in
 from persample.sources.backends.fused.autograd_functions import Kernel, Results, is_kernel
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.carry import carry, plain
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout, layout_of
@@ -64,15 +64,15 @@ class Capture(Trace):
         Raises:
             UnsupportedModelError: one tensor stands for several samples, or for one and for what all share.
         """
-        places: dict[int, object] = {}
+        held: dict[int, object] = {}
         for tensor, dim, owners in batch.followed():
-            place = dim, None if owners is None else owners.tolist()
-            if places.setdefault(id(tensor), place) != place:
+            along = dim, None if owners is None else owners.tolist()
+            if held.setdefault(id(tensor), along) != along:
                 raise UnsupportedModelError(
                     f"The same tensor, of shape {tuple(tensor.shape)}, stands for several samples, or for samples and "
                     "for what all of them share, which backend 'fused' cannot tell apart: pass a .clone() for each."
                 )
-            if place != SHARED:
+            if along != SHARED:
                 self.layouts[tensor] = layout_of(tensor, dim, owners, self.batch_size)
 
     def finish(self, losses: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Capture(Trace):
         """
         due = Layout(1, self.batch_size, 1)
         if self.expression(losses) is not None:
-            return copied(self, losses, 1, due, Place(0))
+            return copied(self, losses, 1, due, Axis(0))
         where = self.layouts.get(losses)
         mixed = where.mixed if isinstance(where, Lost) else where not in (None, due)
         if isinstance(where, Lost) and where.picked and self.parameters_repeated:
@@ -163,7 +163,7 @@ class Capture(Trace):
     def taken(self, node: Any) -> dict[int, Expression]:
         """Return the expressions that the custom function of `node` took, by the number of the edge to them."""
         variables = [getattr(following, "variable", None) for following, _ in node.next_functions]
-        return {place: e for place, v in enumerate(variables) if (e := self.expression(v)) is not None}
+        return {number: e for number, v in enumerate(variables) if (e := self.expression(v)) is not None}
 
     @contextmanager
     def _kernels_served(self) -> Iterator[None]:
@@ -261,10 +261,10 @@ class Capture(Trace):
 
     def _mixture(self, followed: list[Tensor]) -> Lost | None:
         """Return the reason if samples are mixed in one of the operands, or cannot be told apart in any; else None."""
-        places = [self.layouts.get(t) for t in followed]
-        lost = [where for where in places if isinstance(where, Lost)]
+        layouts = [self.layouts.get(t) for t in followed]
+        lost = [where for where in layouts if isinstance(where, Lost)]
         mixed = next((where for where in lost if where.mixed), None)
-        return lost[0] if mixed is None and len(lost) == len(places) else mixed
+        return lost[0] if mixed is None and len(lost) == len(layouts) else mixed
 
     def _use_mixed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: Lost) -> Any:
         """Run an operation on parameters and mixed samples, which is right as long as no gradient comes back."""

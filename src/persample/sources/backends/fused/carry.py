@@ -36,16 +36,16 @@ def carry(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
     outputs = outputs_of(func, args, result)
     if not outputs:
         return result
-    places = _after(trace, func, args, kwargs, followed, outputs)
-    parts = _parts_read(trace, outputs, places) if trace.parts else {}
+    layouts = _after(trace, func, args, kwargs, followed, outputs)
+    parts = _parts_read(trace, outputs, layouts) if trace.parts else {}
     if parts:
         result = substitute(result, parts)
-        kept = [(output, where) for output, where in zip(outputs, places, strict=True) if id(output) not in parts]
-        outputs, places = [output for output, _ in kept], [where for _, where in kept]
-    for output, where in zip(outputs, places, strict=True):
-        _place(trace, output, where, func)
+        kept = [(output, where) for output, where in zip(outputs, layouts, strict=True) if id(output) not in parts]
+        outputs, layouts = [output for output, _ in kept], [where for _, where in kept]
+    for output, where in zip(outputs, layouts, strict=True):
+        _note(trace, output, where, func)
     new = isinstance(result, Tensor) and not result._is_view() and all(result is not t for t in followed)
-    if places == [None] and new and result.requires_grad and not trace.beside_samples:
+    if layouts == [None] and new and result.requires_grad and not trace.beside_samples:
         # Nothing of the samples was moved into it, as if their mask were empty: it is a constant.
         return result.detach()
     return result
@@ -70,10 +70,10 @@ def _keeps_shape(
     return False
 
 
-def _parts_read(trace: Trace, outputs: list[Tensor], places: Sequence[Where]) -> dict[int, Tensor]:
+def _parts_read(trace: Trace, outputs: list[Tensor], layouts: Sequence[Where]) -> dict[int, Tensor]:
     """Return what stands for those of `outputs` that are a part made of parameters, by their id."""
     found = {}
-    for output, where in zip(outputs, places, strict=True):
+    for output, where in zip(outputs, layouts, strict=True):
         if trace.beside_samples or not isinstance(where, Layout) or where.owners is not None:
             part = read(trace, output)
             if part is not None:
@@ -89,14 +89,14 @@ def _after(
     followed: list[Tensor],
     outputs: list[Tensor],
 ) -> Sequence[Where]:
-    places = {id(t): trace.layouts.get(t) for t in followed}
-    samples = {key: where for key, where in places.items() if isinstance(where, Layout)}
-    losses = [where for where in places.values() if isinstance(where, Lost)]
+    layouts = {id(t): trace.layouts.get(t) for t in followed}
+    samples = {key: where for key, where in layouts.items() if isinstance(where, Layout)}
+    losses = [where for where in layouts.values() if isinstance(where, Lost)]
     lost = next((where for where in losses if where.mixed), losses[0] if losses else None)
     if func in op_table.RESHAPES_IN_PLACE:
         lost = Lost(f"{name_of(func)} gives a tensor another shape in place")
     elif lost is not None and lost.pending is not None:
-        pending = {key: where.pending for key, where in places.items() if isinstance(where, Lost)}
+        pending = {key: where.pending for key, where in layouts.items() if isinstance(where, Lost)}
         try:
             return bound(Call(func, args, kwargs, samples, trace.batch_size, outputs), pending)
         except Unknown:
@@ -111,7 +111,7 @@ def _after(
     return [lost for _ in outputs]
 
 
-def _place(trace: Trace, output: Tensor, where: Where, func: Any) -> None:
+def _note(trace: Trace, output: Tensor, where: Where, func: Any) -> None:
     """Note where the samples are in a result."""
     if where is None or (isinstance(where, Lost) and not output.is_floating_point()):
         return  # it holds no samples, or has no gradient, so that it may as well be a constant

@@ -69,8 +69,8 @@ class Convolution:
     geometry: Geometry
     images: int = 1
 
-    def rows(self, rows: slice) -> Convolution:
-        start, stop, _ = rows.indices(len(self.x) // self.images)
+    def take(self, samples: slice) -> Convolution:
+        start, stop, _ = samples.indices(len(self.x) // self.images)
         part = slice(start * self.images, stop * self.images)
         return Convolution(self.delta[part], self.x[part], self.geometry, self.images)
 
@@ -161,7 +161,7 @@ def _added_up(gradients: Iterable[Tensor], dim: int = 0) -> Sums:
 
 def _parts(c: Convolution, rows: int) -> Iterator[Convolution]:
     for start in range(0, len(c.x) // c.images, rows):
-        yield c.rows(slice(start, start + rows))
+        yield c.take(slice(start, start + rows))
 
 
 def _window_entries(c: Convolution) -> int:

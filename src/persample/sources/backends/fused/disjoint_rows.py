@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 
 
 @dataclass(frozen=True)
@@ -16,30 +16,30 @@ class OwnRows:
 
     Attributes:
         terms: t, of b samples: `(b, *shape of the operand in a batch of one)`.
-        place: where the operand has its entries for the samples.
+        axis: where the operand has its entries for the samples.
         count: B, as many samples as the operand has entries for.
         first: which of them is the first of these b.
     """
 
     terms: Tensor
-    place: Place
+    axis: Axis
     count: int
     first: int = 0
 
-    def rows(self, rows: slice) -> OwnRows:
-        start, _, _ = rows.indices(len(self.terms))
-        return OwnRows(self.terms[rows], self.place, self.count, self.first + start)
+    def take(self, samples: slice) -> OwnRows:
+        start, _, _ = samples.indices(len(self.terms))
+        return OwnRows(self.terms[samples], self.axis, self.count, self.first + start)
 
     def per_sample(self) -> Tensor:
         each = torch.arange(len(self.terms), device=self.terms.device)
         g = self.terms.new_zeros(len(self.terms), self.count, *self.terms.shape[1:])
         g[each, self.first + each] = self.terms
-        return torch.stack([self.place.put_back(parts) for parts in g])
+        return torch.stack([self.axis.put_back(parts) for parts in g])
 
     def sums(self) -> tuple[Tensor, Tensor]:
         total = self.terms.new_zeros(self.count, *self.terms.shape[1:])
         total[self.first : self.first + len(self.terms)] = self.terms
-        total = self.place.put_back(total)
+        total = self.axis.put_back(total)
         return total, total.square()
 
 
@@ -57,8 +57,8 @@ class PickedRows:
     labels: Tensor
     samples: Tensor
 
-    def rows(self, rows: slice) -> PickedRows:
-        return PickedRows(self.delta, self.labels, self.samples[rows])
+    def take(self, samples: slice) -> PickedRows:
+        return PickedRows(self.delta, self.labels, self.samples[samples])
 
     def per_sample(self) -> Tensor:
         own = self.labels == self.samples.view(-1, *[1] * self.delta.dim())

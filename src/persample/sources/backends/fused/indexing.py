@@ -37,12 +37,12 @@ def read(index: Any, table: Tensor) -> Lookup:
     """Return what `index` means for a tensor."""
     parts = [_part(part, table.device) for part in _as_tuple(index)]
     missing = [slice(None)] * (table.dim() - sum(map(_covered, parts)))
-    dots = next((place for place, part in enumerate(parts) if part is Ellipsis), len(parts))
+    dots = next((number for number, part in enumerate(parts) if part is Ellipsis), len(parts))
     parts[dots : dots + 1] = missing
     basic: list[Any] = []
     tensors: dict[int, Tensor] = {}
-    places: list[range] = []  # of the tensors, among the dimensions that integers leave
-    dim = place = 0
+    spans: list[range] = []  # of the tensors, among the dimensions that integers leave
+    dim = position = 0
     for part in parts:
         if isinstance(part, Tensor):
             width = part.dim() if is_mask(part) else 1
@@ -50,14 +50,14 @@ def read(index: Any, table: Tensor) -> Lookup:
             basic += [slice(None)] * width or [None]
             dim += width or 1
             if is_mask(part) or part.dim() > 0:
-                places.append(range(place, place + (width or 1)))
-                place += width or 1
+                spans.append(range(position, position + (width or 1)))
+                position += width or 1
         else:
             basic.append(part)
             kept = part is None or isinstance(part, slice)
-            dim, place = dim + kept, place + kept
-    beside = all(first.stop == second.start for first, second in pairwise(places))
-    return Lookup(tuple(basic), tensors, places[0].start if places and beside else 0)
+            dim, position = dim + kept, position + kept
+    beside = all(first.stop == second.start for first, second in pairwise(spans))
+    return Lookup(tuple(basic), tensors, spans[0].start if spans and beside else 0)
 
 
 def lookup_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lookup | None:

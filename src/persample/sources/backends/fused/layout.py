@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.owners import NOBODY, Owners
 
 Write = Callable[[Tensor], Tensor]
 
 
 class Layout(NamedTuple):
-    """The samples' place in a tensor of `outer · rows · inner` entries in row-major order.
+    """Where the samples are in a tensor of `outer · rows · inner` entries in row-major order.
 
     Attributes:
         outer: as many entries stand before the rows.
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
         """Return the layout after the trailing `before` features became `after`."""
         return self._replace(inner=self.inner // before * after)
 
-    def place(self, shape: Sequence[int]) -> Place | None:
+    def axis(self, shape: Sequence[int]) -> Axis | None:
         """Return the dimension of `shape` that holds the rows, or None if no single one does."""
         if 0 in shape:
             return None
@@ -87,22 +87,22 @@ class Layout(NamedTuple):
             if self.outer % before == 0 and self.inner % after == 0:
                 folded_before, folded_after = self.outer // before, self.inner // after
                 if size == folded_before * self.rows * folded_after:
-                    return Place(index, folded_before, folded_after)
+                    return Axis(index, folded_before, folded_after)
             before *= size
         return None
 
-    def at(self, place: Place, shape: Sequence[int]) -> Layout:
-        """Return the layout of a tensor of `shape` with the rows of this one in `place`."""
-        before, after = math.prod(shape[: place.dim]), math.prod(shape[place.dim + 1 :])
-        return Layout(before * place.before, self.batch, after * place.after, self.owners)
+    def at(self, axis: Axis, shape: Sequence[int]) -> Layout:
+        """Return the layout of a tensor of `shape` with the rows of this one in `axis`."""
+        before, after = math.prod(shape[: axis.dim]), math.prod(shape[axis.dim + 1 :])
+        return Layout(before * axis.before, self.batch, after * axis.after, self.owners)
 
-    def by_sample(self, x: Tensor, place: Place) -> Tensor:
-        """Return `x`, which holds the rows in `place`, as `(B, L, *others)`; the other dimensions keep their order."""
-        moved = x.movedim(place.dim, 0)
-        if place.folded == 1:
+    def by_sample(self, x: Tensor, axis: Axis) -> Tensor:
+        """Return `x`, which holds the rows in `axis`, as `(B, L, *others)`; the other dimensions keep their order."""
+        moved = x.movedim(axis.dim, 0)
+        if axis.folded == 1:
             rows = moved.unsqueeze(1)
         else:
-            parts = moved.reshape(place.before, self.rows, place.after, *moved.shape[1:])
+            parts = moved.reshape(axis.before, self.rows, axis.after, *moved.shape[1:])
             rows = parts.transpose(0, 1).flatten(1, 2)
         return rows if self.owners is None else self.owners.gather(rows)
 
@@ -113,12 +113,12 @@ class Layout(NamedTuple):
     def labels(self, shape: Sequence[int], device: torch.device, write: Write = lambda rows: rows) -> Tensor:
         """Return whose each entry of a tensor of `shape` is, as a tensor of that shape, in the numbers of `write`."""
         rows = write(self.row_labels(device))
-        place = self.place(shape)
-        if place is None:
+        axis = self.axis(shape)
+        if axis is None:
             return rows.view(1, -1, 1).expand(self.outer, -1, self.inner).reshape(tuple(shape))
         # An expanded vector, so that views of the labels cost nothing.
-        along = rows.view(1, -1, 1).expand(place.before, -1, place.after).reshape(-1)
-        return along.view([-1 if d == place.dim else 1 for d in range(len(shape))]).expand(tuple(shape))
+        along = rows.view(1, -1, 1).expand(axis.before, -1, axis.after).reshape(-1)
+        return along.view([-1 if d == axis.dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
 def layout_of(x: Tensor, dim: int | None, labels: Tensor | None, batch: int) -> Layout:

@@ -30,8 +30,8 @@ class LinearProducts:
     delta: Tensor
     a: Tensor
 
-    def rows(self, rows: slice) -> LinearProducts:
-        return LinearProducts(self.delta[rows], self.a[rows])
+    def take(self, samples: slice) -> LinearProducts:
+        return LinearProducts(self.delta[samples], self.a[samples])
 
     def per_sample(self) -> Tensor:
         return self.delta.mT @ self.a

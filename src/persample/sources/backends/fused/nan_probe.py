@@ -115,8 +115,8 @@ def _codes(batch: int) -> Tensor:
     """Return the codes of the samples, shape `(B, m)`, each with m // 2 bits set."""
     m = next(m for m in itertools.count(2) if math.comb(m, m // 2) >= batch)
     codes = torch.zeros(batch, m, dtype=torch.bool, device="cpu")
-    for i, places in enumerate(itertools.islice(itertools.combinations(range(m), m // 2), batch)):
-        codes[i, list(places)] = True
+    for i, bits in enumerate(itertools.islice(itertools.combinations(range(m), m // 2), batch)):
+        codes[i, list(bits)] = True
     return codes
 
 

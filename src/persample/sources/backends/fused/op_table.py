@@ -165,13 +165,13 @@ RESHAPES_IN_PLACE = functions("transpose_ t_ swapaxes_ swapdims_ resize_ resize_
 
 def index_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the arguments of an operation of `MOVES` that are indices."""
-    places = MOVES[func]
-    found = [args[place] for place in places if isinstance(place, int) and place < len(args)]
-    return found + [kwargs[place] for place in places if isinstance(place, str) and place in kwargs]
+    indices = MOVES[func]
+    found = [args[index] for index in indices if isinstance(index, int) and index < len(args)]
+    return found + [kwargs[index] for index in indices if isinstance(index, str) and index in kwargs]
 
 
 def gives_nothing_of_samples(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the result has no gradient and no trace of the samples: a shape or a type, or places of entries."""
+    """Whether the result has no gradient and no trace of the samples: a shape or a type, or indices of entries."""
     one_operand = len(args) + len(kwargs) == 1
     return func in CONSTANTS or func in PLACES_OF_ENTRIES or (one_operand and func in _WHERE)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from persample.sources.backends.fused import op_table
 from persample.sources.backends.fused.arguments import substitute, tensors_in
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.indexing import Lookup, is_mask, lookup_of, written_of
 from persample.sources.backends.fused.layout import Layout, Write, of_rows, rows_in, without_gaps
 from persample.sources.backends.fused.nan_probe import (
@@ -277,13 +277,13 @@ def agreed(samples: Mapping[int, Layout], operands: list[Tensor], shape: Sequenc
     found = set()
     for operand in operands:
         layout = samples[id(operand)]
-        place = layout.place(operand.shape)
-        if place is None:
+        axis = layout.axis(operand.shape)
+        if axis is None:
             raise Unknown
-        dim = dim_after(operand, place.dim, len(shape))
-        if not 0 <= dim < len(shape) or shape[dim] != operand.shape[place.dim]:
+        dim = dim_after(operand, axis.dim, len(shape))
+        if not 0 <= dim < len(shape) or shape[dim] != operand.shape[axis.dim]:
             raise Unknown
-        found.add(layout.at(place._replace(dim=dim), shape))
+        found.add(layout.at(axis._replace(dim=dim), shape))
     if len(found) != 1:
         raise Unknown
     return found.pop()
@@ -526,14 +526,14 @@ def _where(
     if not bool((rows != NOBODY).any()):
         return nobody
     if bool((rows == NOBODY).any()):
-        outer, rows, inner = rows_in(without_gaps(read(labels), likely or [place.dim for place in _places(call)]))
+        outer, rows, inner = rows_in(without_gaps(read(labels), likely or [axis.dim for axis in _axes(call)]))
     return of_rows(outer, rows, inner, call.batch)
 
 
-def _places(call: Call) -> Iterable[Place]:
+def _axes(call: Call) -> Iterable[Axis]:
     """Where the operands hold samples, if each is in one dimension."""
-    places = (call.samples[id(operand)].place(operand.shape) for operand in call.operands())
-    return (place for place in places if place is not None)
+    axes = (call.samples[id(operand)].axis(operand.shape) for operand in call.operands())
+    return (axis for axis in axes if axis is not None)
 
 
 # Remembering.

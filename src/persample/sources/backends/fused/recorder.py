@@ -173,8 +173,8 @@ class FusedRecorder(Recorder):
 
     def _is_batch_first(self, output: Tensor) -> bool:
         where = self.capture.layouts.get(output) if self.capture is not None else None
-        place = where.place(output.shape) if isinstance(where, Layout) else None
-        return place is None or place.dim == 0
+        axis = where.axis(output.shape) if isinstance(where, Layout) else None
+        return axis is None or axis.dim == 0
 
     def _refuse_parameters_alone(self, losses: Iterable[Tensor]) -> None:
         """Raise if a loss is made of parameters alone, as far as was seen."""

@@ -180,13 +180,13 @@ class Trace(TorchFunctionMode):
             UnsupportedModelError: the samples are elsewhere.
         """
         layout = self.layout(tensor, operation)
-        place = layout.place(tensor.shape)
-        if place is None or place[:2] != (0, 1) or layout.owners is not None:
+        axis = layout.axis(tensor.shape)
+        if axis is None or axis[:2] != (0, 1) or layout.owners is not None:
             raise UnsupportedModelError(
                 f"{operation} was called with a tensor of shape {tuple(tensor.shape)} whose dim 0 is not the sample: "
                 f"backend 'fused' needs the samples there for this operation: {VMAP_OR_VJP}."
             )
-        return place.after
+        return axis.after
 
     def follow_as(self, tensor: Tensor, layout: Layout) -> Tensor:
         """Follow `tensor`, which may be made of parameters, with the given layout, and return it."""

@@ -39,9 +39,9 @@ class Mapped:
     delta: Tensor
     name: str
 
-    def rows(self, rows: slice | Tensor) -> Mapped:
-        samples = tuple(x[rows] for x in self.samples)
-        return Mapped(self.operation, self.theta, samples, self.delta[rows], self.name)
+    def take(self, samples: slice | Tensor) -> Mapped:
+        taken = tuple(x[samples] for x in self.samples)
+        return Mapped(self.operation, self.theta, taken, self.delta[samples], self.name)
 
     def per_sample(self) -> Tensor:
         def one(delta: Tensor, *samples: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ class MappedRows:
     first: int
     last: int
 
-    def rows(self, rows: slice) -> MappedRows:
-        start, stop, _ = rows.indices(self.last - self.first)
+    def take(self, samples: slice) -> MappedRows:
+        start, stop, _ = samples.indices(self.last - self.first)
         return MappedRows(self.mapped, self.labels, self.first + start, self.first + stop)
 
     def per_sample(self) -> Tensor:
@@ -85,7 +85,7 @@ class MappedRows:
         gradients = theta.new_zeros(self.last - self.first, *theta.shape)
         chosen = ((self.labels >= self.first) & (self.labels < self.last)).nonzero().squeeze(1)
         if len(chosen):
-            gradients.index_add_(0, self.labels[chosen] - self.first, self.mapped.rows(chosen).per_sample())
+            gradients.index_add_(0, self.labels[chosen] - self.first, self.mapped.take(chosen).per_sample())
         return gradients
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _sums(contribution: Mapped | MappedRows, samples: int, theta: Tensor) -> tup
     total, squares = torch.zeros_like(theta), torch.zeros_like(theta)
     rows = samples_at_once(theta.numel(), theta.device)
     for start in range(0, samples, rows):
-        g = contribution.rows(slice(start, start + rows)).per_sample()
+        g = contribution.take(slice(start, start + rows)).per_sample()
         total += g.sum(0)
         squares += g.square().sum(0)
     return total, squares

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.rules.expanded import copied
 from persample.sources.backends.fused.trace import Trace
@@ -25,13 +25,13 @@ def in_groups(function: Callable[..., Tensor], rule: Rule) -> Rule:
         capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         layout = capture.layouts.get(input)
-        place = layout.place(input.shape) if isinstance(layout, Layout) else None
-        if not isinstance(layout, Layout) or place is None or place.dim != 1 or len(input) > 1:
+        axis = layout.axis(input.shape) if isinstance(layout, Layout) else None
+        if not isinstance(layout, Layout) or axis is None or axis.dim != 1 or len(input) > 1:
             return rule(capture, input, weight, bias, *args, **kwargs)
         copies = {}
         for operand in (weight, bias):
             if operand is not None and capture.expression(operand) is not None and len(operand) % layout.rows == 0:
-                rows = Place(0, after=len(operand) // layout.rows)
+                rows = Axis(0, after=len(operand) // layout.rows)
                 copies[id(operand)] = copied(capture, operand, operand.dim(), layout, rows)
         return capture.again(function, (input, weight, bias, *args), kwargs, copies)
 

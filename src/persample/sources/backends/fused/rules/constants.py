@@ -14,24 +14,24 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.fused.arguments import tensors_in
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.expressions import Made, version_of
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.propagation import Call, after
 from persample.sources.backends.fused.trace import Trace
 from persample.sources.selfcheck.tolerances import tolerance
 
-Copied = Callable[[Trace, Tensor, int, Layout, Place], Tensor]
+Copied = Callable[[Trace, Tensor, int, Layout, Axis], Tensor]
 
 
-def as_samples(capture: Trace, operand: Tensor, where: Layout, place: Place, copied: Copied) -> Tensor | None:
+def as_samples(capture: Trace, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
     """Return `operand`, an expression with an entry for each sample, made of samples; None if it cannot be.
 
     Args:
         capture: sees the operation.
         operand: the expression.
         where: where it has its entries for the samples,
-        place: and in which dimension.
+        axis: and in which dimension.
         copied: gives expressions an entry for each sample.
     """
     made = capture.expressions[id(operand)][1].made
@@ -39,18 +39,18 @@ def as_samples(capture: Trace, operand: Tensor, where: Layout, place: Place, cop
         return None
     key = (id(operand), where)
     if key not in capture.remade:
-        result = _remade(capture, made, operand, where, place, copied)
+        result = _remade(capture, made, operand, where, axis, copied)
         capture.remade[key] = None if result is None else (result, version_of(result))
     known = capture.remade[key]
     return None if known is None or version_of(known[0]) != known[1] else known[0]
 
 
-def _remade(capture: Trace, made: Made, operand: Tensor, where: Layout, place: Place, copied: Copied) -> Tensor | None:
-    places = _places(capture, made, operand.dim(), where, place)
-    if not places:
+def _remade(capture: Trace, made: Made, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
+    axes = _axes(capture, made, operand.dim(), where, axis)
+    if not axes:
         return None
     operands = {id(t): t for t in tensors_in((made.args, dict(made.kwargs)))}
-    layouts = {key: where.at(at, operands[key].shape) for key, at in places.items()}
+    layouts = {key: where.at(at, operands[key].shape) for key, at in axes.items()}
     if after(Call(made.func, made.args, made.kwargs, layouts, where.batch))[made.number or 0] != where:
         return None
     expression = capture.expressions[id(operand)][1]
@@ -61,7 +61,7 @@ def _remade(capture: Trace, made: Made, operand: Tensor, where: Layout, place: P
                 key: copied(capture, operands[key], operands[key].dim(), layouts[key], at)
                 if key in made.sources
                 else capture.follow_as(operands[key].detach(), layouts[key])
-                for key, at in places.items()
+                for key, at in axes.items()
             }
             result = capture.again(made.func, made.args, made.kwargs, samples)
     except UnsupportedModelError:
@@ -77,9 +77,9 @@ def _remade(capture: Trace, made: Made, operand: Tensor, where: Layout, place: P
     return remade
 
 
-def _places(capture: Trace, made: Made, ndim: int, where: Layout, place: Place) -> dict[int, Place]:
+def _axes(capture: Trace, made: Made, ndim: int, where: Layout, axis: Axis) -> dict[int, Axis]:
     """Return where the operands have entries for the samples, by their id; none if one is not what it was any more."""
-    places = {}
+    axes = {}
     for t in tensors_in((made.args, dict(made.kwargs))):
         source = made.sources.get(id(t))
         if source is None:
@@ -88,16 +88,16 @@ def _places(capture: Trace, made: Made, ndim: int, where: Layout, place: Place) 
         elif source is not capture.expression(t):
             return {}
         if source is None or not source.is_parameter:
-            at = _place(t, ndim, where, place)
+            at = _axis(t, ndim, where, axis)
             if at is not None:
-                places[id(t)] = at
-    return places
+                axes[id(t)] = at
+    return axes
 
 
-def _place(t: Tensor, ndim: int, where: Layout, place: Place) -> Place | None:
+def _axis(t: Tensor, ndim: int, where: Layout, axis: Axis) -> Axis | None:
     """Return the likely dimension with entries for the samples: that of the result, counted from behind or before."""
-    likely = (place.dim - ndim + t.dim(), place.dim, *range(t.dim()))
-    for parts in (place, Place(0)):
+    likely = (axis.dim - ndim + t.dim(), axis.dim, *range(t.dim()))
+    for parts in (axis, Axis(0)):
         for dim in likely:
             if 0 <= dim < t.dim() and t.shape[dim] == where.rows * parts.folded:
                 return parts._replace(dim=dim)

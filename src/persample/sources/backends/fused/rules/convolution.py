@@ -34,7 +34,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
         groups: int = 1,
     ) -> Tensor:
         name = f"F.conv{dimensions}d"
-        rows, after = _place(capture, name, input, dimensions)
+        rows, after = _layout(capture, name, input, dimensions)
         kernel = tuple(weight.shape[2:])
         strides, dilations = _each(stride, dimensions), _each(dilation, dimensions)
         sizes = padding if isinstance(padding, str) else _each(padding, dimensions)
@@ -74,7 +74,7 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
         dilation: Any = 1,
     ) -> Tensor:
         name = f"F.conv_transpose{dimensions}d"
-        rows, after = _place(capture, name, input, dimensions)
+        rows, after = _layout(capture, name, input, dimensions)
         values = capture.value(weight), capture.value(bias)
         result = function(input, *values, stride, padding, output_padding, groups, dilation)
         kernel = tuple(weight.shape[2:])
@@ -92,7 +92,7 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
     return rule
 
 
-def _place(capture: Trace, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
+def _layout(capture: Trace, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
             f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 are channels: put the samples "

@@ -94,8 +94,8 @@ def _numbers(given: Tensor) -> list[Tensor]:
     if not is_mask(given):
         return [given.long()]
     mask = given.bool() if given.dim() > 0 else given.bool().unsqueeze(0)
-    places = [torch.arange(size, device=mask.device) for size in mask.shape]
-    return [place[mask] for place in torch.meshgrid(*places, indexing="ij")]
+    indices = [torch.arange(size, device=mask.device) for size in mask.shape]
+    return [index[mask] for index in torch.meshgrid(*indices, indexing="ij")]
 
 
 def take(capture: Trace, input: Tensor, index: Tensor) -> Any:
@@ -125,8 +125,8 @@ def gather(capture: Trace, input: Tensor, dim: int, index: Tensor, *, sparse_gra
         number = index * steps[dim]
         for d in range(table.dim()):
             if d != dim:
-                place = torch.arange(index.shape[d], device=index.device) * steps[d]
-                number = number + place.view([-1 if k == d else 1 for k in range(index.dim())])
+                along = torch.arange(index.shape[d], device=index.device) * steps[d]
+                number = number + along.view([-1 if k == d else 1 for k in range(index.dim())])
         return table.flatten()[number]
 
 

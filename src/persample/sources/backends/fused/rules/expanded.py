@@ -14,7 +14,7 @@ from torch import Tensor
 
 from persample.sources.backends.contributions import Contribution, Terms
 from persample.sources.backends.fused.arguments import substitute, tensors_in
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.disjoint_rows import OwnRows, PickedRows
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
@@ -37,9 +37,9 @@ def entry_by_entry(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Map
         values, named = capture.values((args, dict(kwargs)))
         where = after(Call(func, values, named, samples, capture.batch_size))[0]
         layout = capture.known(where, getattr(func, "__name__", ""), shape)
-    place = place_in(layout, shape)
+    axis = axis_in(layout, shape)
     copies = {
-        id(t): copied(capture, t, len(shape), layout, place) for t in operands if capture.expression(t) is not None
+        id(t): copied(capture, t, len(shape), layout, axis) for t in operands if capture.expression(t) is not None
     }
     replaced = substitute((args, dict(kwargs)), copies)
     result = func(*replaced[0], **replaced[1])
@@ -55,15 +55,15 @@ def beside_each_other(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: 
     tensors = args[0] if args else kwargs["tensors"]
     beside = next(t for t in tensors if capture.expression(t) is None and id(t) in capture.samples_in(args, kwargs))
     layout = capture.layout(beside, "torch.cat")
-    place = place_in(layout, beside.shape)
+    axis = axis_in(layout, beside.shape)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
     dim = dim % (beside.dim() + JOINING[func])
     expressions = [t for t in tensors if capture.expression(t) is not None]
-    whole = not JOINING[func] and dim == place.dim and layout.rows > 1
+    whole = not JOINING[func] and dim == axis.dim and layout.rows > 1
     if whole:
         copies = {id(t): capture.of_nobody(t, func) for t in expressions}
     else:
-        copies = {id(t): copied(capture, t, beside.dim(), layout, place) for t in expressions}
+        copies = {id(t): copied(capture, t, beside.dim(), layout, axis) for t in expressions}
     joined: Tensor = capture.again(func, args, kwargs, copies)
     put_beside(capture, func, tensors, dim, joined, samples=whole)
     return joined
@@ -75,11 +75,11 @@ def batched(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[st
     samples = capture.samples_in(args, kwargs)
     largest = max((t for t in operands if id(t) in samples), key=Tensor.dim)
     layout = samples[id(largest)]
-    place = place_in(layout, largest.shape)
-    if place.dim >= largest.dim() - 2:
+    axis = axis_in(layout, largest.shape)
+    if axis.dim >= largest.dim() - 2:
         return capture.fall_back(func, args, kwargs)
     copies = {
-        id(t): copied(capture, t, largest.dim(), layout, place) for t in operands if capture.expression(t) is not None
+        id(t): copied(capture, t, largest.dim(), layout, axis) for t in operands if capture.expression(t) is not None
     }
     return capture.again(func, args, kwargs, copies)
 
@@ -101,10 +101,10 @@ def own_of_one_sample(capture: Trace, args: Any, kwargs: Mapping[str, Any]) -> d
     if len(owners) != 1 or NOBODY in owners:
         return {}
     layout = layouts[0]
-    return {id(t): copied(capture, t, t.dim(), layout, Place(0)) for t in operands if capture.expression(t) is not None}
+    return {id(t): copied(capture, t, t.dim(), layout, Axis(0)) for t in operands if capture.expression(t) is not None}
 
 
-def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, place: Place) -> Tensor:
+def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, axis: Axis) -> Tensor:
     """Return `operand`, which is made of parameters, with an entry for each sample, followed.
 
     Args:
@@ -112,7 +112,7 @@ def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, place: Pl
         operand: has size 1 where the samples are, or no such dimension, or an entry for each sample already.
         ndim: its dimensions are the last of so many.
         layout: where the samples are in another operand, with so many dimensions,
-        place: and in which of them.
+        axis: and in which of them.
 
     Raises:
         ValueError: the operand has another size there.
@@ -120,16 +120,16 @@ def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, place: Pl
     expression = capture.expressions[id(operand)][1]
     if layout.rows == 1:  # all is of one sample
         whole = Layout(1, layout.batch, operand.numel(), layout.owners)
-        return capture.copies(expression.value, whole, expression, _of_own_rows(whole, Place(0)))
+        return capture.copies(expression.value, whole, expression, _of_own_rows(whole, Axis(0)))
     missing = ndim - operand.dim()
-    own = place._replace(dim=place.dim - missing)
-    size = layout.rows * place.folded
+    own = axis._replace(dim=axis.dim - missing)
+    size = layout.rows * axis.folded
     if own.dim < 0 or operand.shape[own.dim] == 1:
         shape = [1] * missing + list(operand.shape)
         values = expression.value.reshape(shape)
-        shape[place.dim] = size
-        where = layout.at(place, shape)
-        return capture.copies(values.expand(shape), where, expression, _of_all(expression, layout, place))
+        shape[axis.dim] = size
+        where = layout.at(axis, shape)
+        return capture.copies(values.expand(shape), where, expression, _of_all(expression, layout, axis))
     if operand.shape[own.dim] != size:
         raise ValueError("it has neither one entry nor one for each sample where the samples are")
     where = layout.at(own, operand.shape)
@@ -142,41 +142,41 @@ def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, place: Pl
     return capture.copies(expression.value, where, expression, _of_own_rows(where, own)) if made is None else made
 
 
-def _of_own_rows(layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+def _of_own_rows(layout: Layout, axis: Axis) -> Callable[[Tensor], Contribution]:
     def contribution(delta: Tensor) -> Contribution:
         if layout.owners is None:
-            return OwnRows(place.sample_first(delta, layout.batch), place, layout.batch)
+            return OwnRows(axis.sample_first(delta, layout.batch), axis, layout.batch)
         samples = torch.arange(layout.batch, device=delta.device)
         return PickedRows(delta, layout.labels(delta.shape, delta.device), samples)
 
     return contribution
 
 
-def _of_all(expression: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
+def _of_all(expression: Expression, layout: Layout, axis: Axis) -> Callable[[Tensor], Contribution]:
     def contribution(delta: Tensor) -> Terms:
-        parts = layout.by_sample(delta, place)
+        parts = layout.by_sample(delta, axis)
         return Terms(parts.reshape(*parts.shape[:2], *expression.value.shape))
 
     return contribution
 
 
-def _of_repeated(once: Expression, layout: Layout, place: Place) -> Callable[[Tensor], Contribution]:
-    length = once.value.shape[place.dim]
+def _of_repeated(once: Expression, layout: Layout, axis: Axis) -> Callable[[Tensor], Contribution]:
+    length = once.value.shape[axis.dim]
 
     def contribution(delta: Tensor) -> Terms:
-        parts = layout.by_sample(delta, place).unflatten(1, (-1, length))
-        return Terms(parts.movedim(2, 2 + place.dim))
+        parts = layout.by_sample(delta, axis).unflatten(1, (-1, length))
+        return Terms(parts.movedim(2, 2 + axis.dim))
 
     return contribution
 
 
-def place_in(layout: Layout, shape: torch.Size) -> Place:
+def axis_in(layout: Layout, shape: torch.Size) -> Axis:
     """Return the dimension of `shape` that holds the samples.
 
     Raises:
         ValueError: no single one does.
     """
-    place = layout.place(shape)
-    if place is None:
+    axis = layout.axis(shape)
+    if axis is None:
         raise ValueError("the samples are not in one dimension")
-    return place
+    return axis

@@ -15,7 +15,7 @@ from torch import Tensor
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.fused.arguments import substitute, tensors_in
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import is_in_place, name_of
@@ -61,23 +61,23 @@ def _rows(
     """
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
     samples = capture.samples_in(args, kwargs)
-    known = [(layout, layout.place(operands[key].shape)) for key, layout in samples.items()]
-    places = {}
+    known = [(layout, layout.axis(operands[key].shape)) for key, layout in samples.items()]
+    axes = {}
     for key, operand in operands.items():
         expression = capture.expression(operand)
-        for layout, place in known:
-            if expression is None or place is None or place.dim >= operand.dim():
+        for layout, axis in known:
+            if expression is None or axis is None or axis.dim >= operand.dim():
                 continue
-            if operand.shape[place.dim] == layout.rows * place.folded and wanted(expression, place.dim):
-                places[key] = layout, place
-    if not places:
+            if operand.shape[axis.dim] == layout.rows * axis.folded and wanted(expression, axis.dim):
+                axes[key] = layout, axis
+    if not axes:
         return {}
-    rows = {id(operands[key]): layout.at(place, operands[key].shape) for key, (layout, place) in places.items()}
+    rows = {id(operands[key]): layout.at(axis, operands[key].shape) for key, (layout, axis) in axes.items()}
     in_order = all(layout.owners is None for layout in samples.values())
     for where in after(Call(func, args, kwargs, samples | rows, capture.batch_size)):
         if not isinstance(where, Layout) or (where.owners is None) != in_order:
             return {}
-    return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in places.items()}
+    return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in axes.items()}
 
 
 def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -86,12 +86,12 @@ def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[st
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
     expressions = {key: e for key, t in operands.items() if (e := capture.expression(t)) is not None}
     samples = capture.samples_in(args, kwargs)
-    places = {}
+    axes = {}
     for key, layout in samples.items():
-        place = layout.place(operands[key].shape)
-        if place is None:
+        axis = layout.axis(operands[key].shape)
+        if axis is None:
             raise no_rule(name, "the samples are not in one dimension")
-        places[key] = place
+        axes[key] = axis
     labels = _labels(name, samples.values())
     batch = capture.batch_size if labels is None else len(labels)  # rows are taken for samples
 
@@ -108,10 +108,10 @@ def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[st
     args_of_values, kwargs_of_values = substitute((args, dict(kwargs)), values)
     where = after(Call(func, args_of_values, kwargs_of_values, samples, capture.batch_size, [result]))[0]
     layout = capture.known(where, name, result.shape)
-    at = layout.place(result.shape)
+    at = layout.axis(result.shape)
 
     def run_alone(row: int) -> Any:
-        return run(values | {key: places[key].sample_first(operands[key].detach(), batch)[row] for key in places})
+        return run(values | {key: axes[key].sample_first(operands[key].detach(), batch)[row] for key in axes})
 
     # Rows that were picked may be several of one sample, which must not meet either.
     tried = (-1,) if labels is None else (0, -1)
@@ -124,17 +124,17 @@ def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
     def contribution_of(key: int) -> Callable[..., Contribution]:
         def operation(theta: Tensor, *parts: Tensor) -> Any:
-            return run(values | {key: theta} | dict(zip(places, parts, strict=True)))
+            return run(values | {key: theta} | dict(zip(axes, parts, strict=True)))
 
         def contribution(delta: Tensor, *saved: Tensor) -> Contribution:
-            parts = tuple(place.sample_first(x, batch) for place, x in zip(places.values(), saved, strict=True))
+            parts = tuple(axis.sample_first(x, batch) for axis, x in zip(axes.values(), saved, strict=True))
             mapped = Mapped(operation, values[key], parts, at.sample_first(delta, batch), name)
             return mapped if labels is None else MappedRows(mapped, labels, 0, capture.batch_size)
 
         return contribution
 
     uses = [(expression, contribution_of(key)) for key, expression in expressions.items()]
-    return capture.tap(result.clone(), layout, uses, tuple(operands[key] for key in places))
+    return capture.tap(result.clone(), layout, uses, tuple(operands[key] for key in axes))
 
 
 def _labels(name: str, layouts: Iterable[Layout]) -> Tensor | None:
@@ -151,7 +151,7 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(first, second)
 
 
-def _is_part(result: Tensor, at: Place, batch: int, row: int, run_alone: Callable[[int], Tensor]) -> bool:
+def _is_part(result: Tensor, at: Axis, batch: int, row: int, run_alone: Callable[[int], Tensor]) -> bool:
     """Whether a sample alone, that in `row`, gives its part of the result for the batch."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[result.device] if result.is_cuda else []):

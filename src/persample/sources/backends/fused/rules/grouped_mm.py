@@ -68,10 +68,10 @@ class Group:
     samples: Tensor
     products: LinearProducts
 
-    def rows(self, start: int, stop: int) -> Group:
+    def take(self, start: int, stop: int) -> Group:
         """Return the part of the samples `start` ≤ i < `stop`, counted from `start`."""
         first, last = (int((self.samples < end).sum()) for end in (start, stop))
-        return Group(self.index, self.samples[first:last] - start, self.products.rows(slice(first, last)))
+        return Group(self.index, self.samples[first:last] - start, self.products.take(slice(first, last)))
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class GroupedProducts:
     matrices: Tensor
     batch: int
 
-    def rows(self, rows: slice) -> GroupedProducts:
-        start, stop, _ = rows.indices(self.batch)
-        return GroupedProducts([group.rows(start, stop) for group in self.groups], self.matrices, stop - start)
+    def take(self, samples: slice) -> GroupedProducts:
+        start, stop, _ = samples.indices(self.batch)
+        return GroupedProducts([group.take(start, stop) for group in self.groups], self.matrices, stop - start)
 
     def per_sample(self) -> Tensor:
         g = self.matrices.new_zeros(self.batch, *self.matrices.shape)

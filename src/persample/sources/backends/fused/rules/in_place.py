@@ -19,7 +19,7 @@ from persample.sources.backends.fused.arguments import memory_of, substitute, te
 from persample.sources.backends.fused.expressions import Expression, origins, own_saved_tensors
 from persample.sources.backends.fused.op_table import RESHAPES_IN_PLACE, functions, is_in_place, name_of
 from persample.sources.backends.fused.propagation import Call, after
-from persample.sources.backends.fused.rules.expanded import copied, place_in
+from persample.sources.backends.fused.rules.expanded import axis_in, copied
 from persample.sources.backends.fused.trace import Trace
 
 
@@ -72,7 +72,7 @@ def write_samples(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapp
     values, named = capture.values((args, dict(kwargs)))
     where = after(Call(func, values, named, capture.samples_in(args, kwargs), capture.batch_size))[0]
     layout = capture.known(where, name_of(func), target.shape)
-    copies = copied(capture, target, target.dim(), layout, place_in(layout, target.shape))
+    copies = copied(capture, target, target.dim(), layout, axis_in(layout, target.shape))
     if target.requires_grad:
         target.detach_()
     # Memory of its own, because what its expression was made of must stay as it is.
@@ -118,7 +118,7 @@ def _for_places(capture: Trace, x: Tensor, index: Any, value: Tensor) -> Tensor:
     samples = capture.samples_in((x, index), {})
     where = after(Call(Tensor.__getitem__, (x, index), {}, samples, capture.batch_size))[0]
     layout = capture.known(where, "__setitem__", shape)
-    return copied(capture, value, len(shape), layout, place_in(layout, shape))
+    return copied(capture, value, len(shape), layout, axis_in(layout, shape))
 
 
 def _require_own_memory(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -43,8 +43,8 @@ def put_beside(
 def _repeated(part: Tensor, new: bool, dim: int, start: int, shape: torch.Size) -> Whole:
     def whole(trace: Trace) -> Tensor:
         along: Tensor = trace.again(Tensor.unsqueeze, (part, dim), {}, {}) if new else part
-        places = (torch.arange(shape[dim], device=part.device) - start).clamp(0, along.shape[dim] - 1)
-        func, args = (Tensor.expand, shape) if along.shape[dim] == 1 else (torch.index_select, (dim, places))
+        indices = (torch.arange(shape[dim], device=part.device) - start).clamp(0, along.shape[dim] - 1)
+        func, args = (Tensor.expand, shape) if along.shape[dim] == 1 else (torch.index_select, (dim, indices))
         result: Tensor = trace.again(func, (along, *args), {}, {})
         return result
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.sources.backends.contributions import Terms, precise
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.linear import LinearProducts
 from persample.sources.backends.fused.owners import Owners
@@ -122,16 +122,16 @@ def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[
     capture.rounds_otherwise = True
     if packed:
         sequences = Sequences(x, args[1].tolist(), layout)
-        of_state, place = _of_first_rows(layout, sequences.sizes[0]), Place(1)
+        of_state, axis = _of_first_rows(layout, sequences.sizes[0]), Axis(1)
     else:
         time_first = x.transpose(0, 1) if batch_first else x
-        at = layout.place(x.shape)
+        at = layout.axis(x.shape)
         if at is None or at.dim != (0 if batch_first else 1):
             raise ValueError("the samples are not where the layer has its sequences, so that it mixes them")
-        layout, place = layout.at(at._replace(dim=1), time_first.shape), at._replace(dim=1)
+        layout, axis = layout.at(at._replace(dim=1), time_first.shape), at._replace(dim=1)
         sequences = Sequences(time_first.flatten(0, 1), [time_first.shape[1]] * len(time_first), layout)
         of_state = layout
-    states = [_state(capture, s, of_state, place) for s in (hx if isinstance(hx, tuple | list) else (hx,))]
+    states = [_state(capture, s, of_state, axis) for s in (hx if isinstance(hx, tuple | list) else (hx,))]
     last = []
     directions = 2 if bidirectional else 1
     count = len(parameters) // (layers * directions)
@@ -154,10 +154,10 @@ def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[
     capture.follow_as(result, sequences.layout)
     if batch_first:
         result = result.transpose(0, 1)
-        capture.follow_as(result, sequences.layout.at(place._replace(dim=0), result.shape))
+        capture.follow_as(result, sequences.layout.at(axis._replace(dim=0), result.shape))
     ends = [torch.stack(parts) for parts in zip(*last, strict=True)]
     for end in ends:
-        capture.follow_as(end, of_state.at(place, end.shape))
+        capture.follow_as(end, of_state.at(axis, end.shape))
     return result, *ends
 
 
@@ -167,13 +167,13 @@ def _weights(parameters: Sequence[Tensor], biases: bool) -> Weights:
     return Weights(ih, hh, b_ih, b_hh, others[0] if others else None)
 
 
-def _state(capture: Trace, state: Tensor, layout: Layout, place: Place) -> Tensor:
+def _state(capture: Trace, state: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """Return the states before the first step, of shape `(layers and directions, sequences, features)`."""
     if capture.expression(state) is not None:
-        return copied(capture, state, 3, layout, place)
+        return copied(capture, state, 3, layout, axis)
     if state in capture.layouts:
         own = capture.layout(state, "A recurrent layer")
-        due = layout.at(place, state.shape)
+        due = layout.at(axis, state.shape)
         if not torch.equal(own.labels(state.shape, state.device), due.labels(state.shape, state.device)):
             raise ValueError("its initial states are not those of the same samples as its sequences")
     return state

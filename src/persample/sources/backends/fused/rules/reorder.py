@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from persample.sources.backends.fused.axis import Place
+from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.trace import Trace
 
@@ -24,14 +24,14 @@ def in_order(rule: Rule) -> Rule:
 
     def for_any_order(capture: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = capture.layout(input, getattr(rule, "__name__", "An operation"))
-        place = layout.place(input.shape)
-        if place is None or place.dim != 0 or (place.before == 1 and layout.owners is None):
+        axis = layout.axis(input.shape)
+        if axis is None or axis.dim != 0 or (axis.before == 1 and layout.owners is None):
             return rule(capture, input, *args, **kwargs)
-        rows = layout.by_sample(input.flatten(1) if input.dim() > 1 else input.unsqueeze(1), place)
+        rows = layout.by_sample(input.flatten(1) if input.dim() > 1 else input.unsqueeze(1), axis)
         images = _as(input, rows.flatten(0, 1).unflatten(1, input.shape[1:]))
         capture.follow_as(images, Layout(1, layout.batch, images.numel() // layout.batch))
         result = rule(capture, images, *args, **kwargs)
-        return capture.follow_as(_back(result, layout, place), layout.at(place, (len(input), *result.shape[1:])))
+        return capture.follow_as(_back(result, layout, axis), layout.at(axis, (len(input), *result.shape[1:])))
 
     return for_any_order
 
@@ -41,12 +41,12 @@ def _as(given: Tensor, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=suggest_memory_format(given))
 
 
-def _back(images: Tensor, layout: Layout, place: Place) -> Tensor:
+def _back(images: Tensor, layout: Layout, axis: Axis) -> Tensor:
     result = images
     if layout.owners is not None:
-        result = result.unflatten(0, (-1, place.folded))[layout.owners.slots].flatten(0, 1)
+        result = result.unflatten(0, (-1, axis.folded))[layout.owners.slots].flatten(0, 1)
         rows = layout.rows
     else:
         rows = layout.batch
-    parts: Tensor = result.unflatten(0, (rows, place.before, place.after))
+    parts: Tensor = result.unflatten(0, (rows, axis.before, axis.after))
     return _as(images, parts.transpose(0, 1).flatten(0, 2))

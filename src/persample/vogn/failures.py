@@ -90,7 +90,7 @@ def skip_step(name: str, skipped: int) -> None:
     warn(what, SkippedStepWarning)
 
 
-def check_positive(precision: Mapping[str, Tensor]) -> None:
+def require_positive(precision: Mapping[str, Tensor]) -> None:
     """Check that the posterior is proper: all precisions are above 0.
 
     Raises:
