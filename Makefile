@@ -10,7 +10,7 @@ help:
 	@echo "make demo          train a Bayesian ConvNet by VOGN beside Adam on real digits (about two minutes)"
 	@echo "make test          run the tests"
 	@echo "make conformance   run the conformance suite with thousands of drawn cases (slow)"
-	@echo "make support       write docs/support.md: what each backend serves, from a run"
+	@echo "make support       write docs/support.md and its short page: what each backend serves, from a run"
 	@echo "make sweep         run PyTorch's own list of modules through the backends fused and hooks"
 	@echo "make lint          ruff and mypy"
 	@echo "make docs          build the documentation into docs/_build/html"

@@ -31,7 +31,7 @@ pytest_collect_file = SybilCollection(
     [
         Sybil(
             parsers=[PythonCodeBlockParser(), SkipParser()],
-            patterns=["README.md", "docs/*.md"],
+            patterns=["README.md", "docs/*.md", "docs/*/*.md"],
             fixtures=["global_state"],
         ),
         Sybil(parsers=[DocTestParser()], path="src", pattern="*.py"),

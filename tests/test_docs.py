@@ -10,17 +10,17 @@ import pytest
 import persample
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert missing == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing-a-backend.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/backends.md"])
 def test_every_backend_has_a_row_in_the_table(page: str) -> None:
     rows = re.findall(r'^\| `"(\w+)"` \|', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
     own = {name for name, backend in persample.backends().items() if backend.location.startswith("persample.")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-backend.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "own-backend.md"
 pytest_plugins = ["pytester"]
 
 
