@@ -21,9 +21,8 @@ from dataclasses import asdict
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import matplotlib
 import torch
 import typer
 from matplotlib.figure import Figure
@@ -114,45 +113,45 @@ def machine(*peers: str, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the ratios as a Markdown table: time, and memory in brackets."""
+def table(results: list[dict[str, Any]], figure: Literal["time_ratio", "memory_ratio"]) -> str:
+    """Return the ratios of time or memory as a Markdown table; – where a backend refuses the model."""
     lines = ["| model | batch | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 2) + "|"]
     for result in results:
-        cells = [_cell(result["costs"].get(backend)) for backend in BACKENDS]
+        cells = [_cell(result["costs"].get(backend), figure) for backend in BACKENDS]
         lines.append(f"| {result['model']} | {result['batch']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(cost: dict[str, Any] | None) -> str:
-    if cost is None:
+def _cell(cost: dict[str, Any] | None, figure: str) -> str:
+    if cost is None or (figure not in cost and cost["problem"] is None):
         return "not run"
-    if cost["problem"] is not None:
-        return "–"
-    spread = f"{cost['time_ratio_low']:.2f}–{cost['time_ratio_high']:.2f}"
-    return f"{cost['time_ratio']:.2f} ({spread}), {cost['memory_ratio']:.2f}"
+    return "–" if cost["problem"] is not None else f"{cost[figure]:.2f}"
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the time ratios of all backends as bars, model by model."""
-    figure = Figure(figsize=(11, 1 + 1.1 * len(results)), layout="constrained")
+    """Draw the time ratios of all backends as points, a line for each model, and name those that refuse it."""
+    figure = Figure(figsize=(10, 1.5 + 0.55 * len(results)), layout="constrained")
     axes = figure.subplots()
-    colours = matplotlib.colormaps["tab10"]
-    height = 0.8 / len(BACKENDS)
-    for j, backend in enumerate(BACKENDS):
-        for i, result in enumerate(results):
-            cost = result["costs"].get(backend)
-            if cost is not None and cost["problem"] is None:
-                y = i + (j - len(BACKENDS) / 2) * height
-                axes.barh(y, cost["time_ratio"], height, color=colours(j), label=backend if i == 0 else None)
+    for backend, marker in zip(BACKENDS, "osDdv^<>", strict=True):
+        costs = [(i, result["costs"].get(backend)) for i, result in enumerate(results)]
+        points = [(cost["time_ratio"], i) for i, cost in costs if cost is not None and cost["problem"] is None]
+        axes.plot(*zip(*points, strict=True), marker, label=backend, markersize=9 if backend == "fused" else 6)
+    for i, result in enumerate(results):
+        refused = [backend for backend in BACKENDS if (result["costs"].get(backend) or {}).get("problem")]
+        if refused:
+            axes.text(0.995, i, "refused: " + ", ".join(refused), ha="right", va="center", fontsize=7, color="grey",
+                      transform=axes.get_yaxis_transform())  # fmt: skip
     axes.axvline(1, color="black", linewidth=1)
+    axes.grid(axis="x", alpha=0.3)
     axes.set_xscale("log")
-    axes.set_xticks([1, 1.5, 2, 3, 5, 10, 20, 50], ["1", "1.5", "2", "3", "5", "10", "20", "50"])
+    axes.set_xlim(0.9, 150)
+    axes.set_xticks([1, 1.5, 2, 3, 5, 10, 20, 50, 100], ["1", "1.5", "2", "3", "5", "10", "20", "50", "100"])
     axes.minorticks_off()
-    axes.set_yticks(range(len(results)), [f"{r['model']}\nbatch {r['batch']}" for r in results])
+    axes.set_yticks(range(len(results)), [f"{r['model']}, batch {r['batch']}" for r in results])
     axes.invert_yaxis()
     axes.set_xlabel("time over an ordinary forward and backward pass (1 = no extra cost)")
     axes.set_title("Mean gradient and exact second moment of the single samples")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 
@@ -178,7 +177,7 @@ def main(
             results[job] = in_fresh_process(measure, *job, device, rounds, backends.split(";"))
         if memory_too:
             measure_memory(results[job], device)
-        print(table([results[job]]), flush=True)
+        print(table([results[job]], "time_ratio"), flush=True)
         write(file, [results[job] for job in sorted(results, key=order)], device)
 
 
@@ -193,7 +192,7 @@ def write(file: Path, results: list[dict[str, Any]], device: str) -> None:
     with replacing(file) as new:
         new.write_text(json.dumps(report, indent=2) + "\n")
     with replacing(file.with_suffix(".md")) as new:
-        new.write_text(table(results))
+        new.write_text("Time:\n\n" + table(results, "time_ratio") + "\nMemory:\n\n" + table(results, "memory_ratio"))
     with replacing(file.with_suffix(".png")) as new:
         picture(results, new)
     print(f"written to {file.parent}")

@@ -49,7 +49,8 @@ class Keeping(FusedSource):
                 kept.append((next(iter(expression.parameters)), contribution))
 
         losses = self._backward(batch, self.parameters(), Kept(batch.size))
-        return Moments(losses, {}, {})
+        nothing = {name: torch.zeros_like(p) for name, p in self.parameters().items()}
+        return Moments(losses, nothing, nothing)
 
 
 def ordinary(contribution: Any) -> Callable[[], Tensor] | None:
