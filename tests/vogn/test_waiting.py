@@ -1,4 +1,4 @@
-"""Where a step reads a value, a GPU must be waited for: told without one, by the operations that hand a value to Python."""
+"""Where a step reads a value, a GPU must be waited for: found without one, by the operations that tell Python one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The support tables of the documentation, made by one run of the zoo: `python -m persample.testing.support PAGE`.
 
-The whole table is written to PAGE, twenty rows of it to a short page beside it. The tests of the built-in backends compare
-every verdict with it.
+The whole table is written to PAGE, twenty rows of it to a short page beside it. The tests of the built-in backends
+compare every verdict with it.
 """
 
 from __future__ import annotations
