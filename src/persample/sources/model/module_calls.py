@@ -71,18 +71,7 @@ def recorded_calls(
                         f"(torch.func.functional_call, or an attribute that was set): {FUSED_OR_VJP}."
                     )
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                # An operation in place on a view gives the view another node, while the node of its base remains.
-                origin = output._base if output._base is not None else output
-                call = ModuleCall(
-                    path,
-                    module,
-                    inputs,
-                    output,
-                    origin,
-                    get_gradient_edge(origin),
-                    tuple(get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad),
-                    tuple(tensor._version for tensor in inputs),
-                )
+                call = _call(path, module, inputs, output)
                 calls.append(call)
                 on_call(call)
                 call.hooks = _hooks_of_output(call)
@@ -97,6 +86,21 @@ def recorded_calls(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _call(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> ModuleCall:
+    # An operation in place on a view gives the view another node, while the node of its base remains.
+    origin = output._base if output._base is not None else output
+    return ModuleCall(
+        path,
+        module,
+        inputs,
+        output,
+        origin,
+        get_gradient_edge(origin),
+        tuple(get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad),
+        tuple(tensor._version for tensor in inputs),
+    )
 
 
 def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -125,18 +129,8 @@ def unseen_uses(
                 f"A hook (Tensor.register_hook) on the output of {call.name} may change the gradient that this backend "
                 f"takes there: put the hook on a function of the output, or {FUSED_OR_VJP}.",
             )
-    inputs_of = {call.edge.node: call.input_nodes for call in calls}
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-    pending = [losses.grad_fn] if losses.grad_fn is not None else []
-    seen: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in inputs_of:
-            pending += inputs_of[node]
-            continue
+    for node in _nodes_outside(losses, calls):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and variable in names:
             yield (
@@ -157,6 +151,22 @@ def unseen_uses(
                 "The model uses reentrant activation checkpointing, which hides its parameters from autograd's "
                 "graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint.",
             )
+
+
+def _nodes_outside(losses: Tensor, calls: list[ModuleCall]) -> Iterator[Node]:
+    """Yield the nodes of the graph of `losses` that are outside of the recorded calls."""
+    inputs_of = {call.edge.node: call.input_nodes for call in calls}
+    pending = [losses.grad_fn] if losses.grad_fn is not None else []
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in inputs_of:
+            pending += inputs_of[node]
+            continue
+        yield node
         pending += [following for following, _ in node.next_functions if following is not None]
 
 

@@ -302,13 +302,7 @@ class Recorder(TorchFunctionMode):
         self._reached = False
         self._refuse_changed_between()
         roots = (losses,) if isinstance(losses, Tensor) else tuple(losses)
-        with torch._C.DisableTorchFunction():
-            if self.passes:
-                self._refuse_other_passes(roots)
-                self._look_at_reduction(roots, self.passes[-1])
-                read_right(roots)
-            elif self._own(variables_of(nodes_from(loss.grad_fn for loss in roots))):
-                raise ModelNotCalledError
+        self._look_at_roots(roots)
         context = self.before_backward(roots)
         self.in_backward = True
         try:
@@ -316,13 +310,26 @@ class Recorder(TorchFunctionMode):
                 self.run_backward(losses, gradient, retain_graph=retain_graph)
         finally:
             self.in_backward = False
-        if self._reached:
-            forward_pass = self.passes[-1]
-            forward_pass.done = True
-            with torch.no_grad():
-                self.recorded.sums.append(self.after_backward(forward_pass))
-                self.recorded.left = self._left_by(forward_pass, self.recorded.sums[-1])
-        for name in () if self._reached else self.left_out():
+        if not self._reached:
+            self._refuse_left_out()
+            return
+        forward_pass = self.passes[-1]
+        forward_pass.done = True
+        with torch.no_grad():
+            self.recorded.sums.append(self.after_backward(forward_pass))
+            self.recorded.left = self._left_by(forward_pass, self.recorded.sums[-1])
+
+    def _look_at_roots(self, roots: Sequence[Tensor]) -> None:
+        with torch._C.DisableTorchFunction():
+            if self.passes:
+                self._refuse_other_passes(roots)
+                self._look_at_reduction(roots, self.passes[-1])
+                read_right(roots)
+            elif self._own(variables_of(nodes_from(loss.grad_fn for loss in roots))):
+                raise ModelNotCalledError
+
+    def _refuse_left_out(self) -> None:
+        for name in self.left_out():
             raise UsageError(
                 f"A backward pass gave {name!r} a gradient without going through a call of the model, which would be "
                 "left out. What depends on the samples must go through a call of the model itself, not of its parts; "

@@ -129,12 +129,19 @@ class Capture(Trace):
             if not self.forward_pass:
                 self.constants.add(tensors_in(result))
             return result
+        return self._of_parameters(func, args, kwargs, tensors, followed)
+
+    def _of_parameters(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor], followed: list[Tensor]
+    ) -> Any:
+        """Run an operation on `tensors`, some of which are made of parameters, and those in `followed` of samples."""
         if func is torch.autograd.grad and any(self.expression(t) is None for t in tensors_in(args[0])):
             raise second_derivatives()
         if func is Tensor.detach and not self.forward_pass and _asked_by_checkpoint():
             return args[0]
         if not torch.is_grad_enabled():
             self.without_gradient = True
+            used = [t for t in tensors if id(t) in self.expressions]
             return self.aliased(used, plain(self, func, *self.values((args, dict(kwargs)))))
         if followed:
             where = self._mixture(followed)

@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction
 
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.fused.arguments import substitute, tensors_in
-from persample.sources.backends.fused.op_table import RESHAPES, SAME, functions
+from persample.sources.backends.fused.op_table import RESHAPES, SAME, functions, name_of
 from persample.sources.backends.fused.tracked import saved_tensors_are_intercepted
 from persample.sources.model.autograd_graph import nodes_behind
 
@@ -173,7 +173,7 @@ def express(
     Raises:
         UnsupportedModelError: the operation changes an expression in place.
     """
-    name = getattr(func, "__name__", str(func))
+    name = name_of(func)
     new_args, new_kwargs = substitute((args, dict(kwargs)), {key: source.graph for key, source in sources.items()})
     before = [source.graph._version for source in sources.values()]
     with own_saved_tensors():

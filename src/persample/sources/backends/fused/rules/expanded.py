@@ -18,7 +18,7 @@ from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.disjoint_rows import OwnRows, PickedRows
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
-from persample.sources.backends.fused.op_table import JOINING
+from persample.sources.backends.fused.op_table import JOINING, name_of
 from persample.sources.backends.fused.owners import NOBODY
 from persample.sources.backends.fused.propagation import Call, Unknown, after, agreed, aligned
 from persample.sources.backends.fused.rules.constants import as_samples
@@ -36,7 +36,7 @@ def entry_by_entry(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Map
     except Unknown:
         values, named = capture.values((args, dict(kwargs)))
         where = after(Call(func, values, named, samples, capture.batch_size))[0]
-        layout = capture.known(where, getattr(func, "__name__", ""), shape)
+        layout = capture.known(where, name_of(func), shape)
     axis = axis_in(layout, shape)
     copies = {
         id(t): copied(capture, t, len(shape), layout, axis) for t in operands if capture.expression(t) is not None

@@ -82,59 +82,96 @@ def _rows(
 
 def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, and tap its result."""
-    name = name_of(func)
-    operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
-    expressions = {key: e for key, t in operands.items() if (e := capture.expression(t)) is not None}
-    samples = capture.samples_in(args, kwargs)
-    axes = {}
-    for key, layout in samples.items():
-        axis = layout.axis(operands[key].shape)
-        if axis is None:
-            raise no_rule(name, "the samples are not in one dimension")
-        axes[key] = axis
-    labels = _labels(name, samples.values())
-    batch = capture.batch_size if labels is None else len(labels)  # rows are taken for samples
-
-    def run(given: Mapping[int, Tensor]) -> Any:
-        replaced = substitute((args, dict(kwargs)), given)
-        return func(*replaced[0], **replaced[1])
-
-    values = {key: e.value for key, e in expressions.items()}
-    result = run(values)
+    operation = _Operation(capture, func, args, kwargs)
+    result = operation.run({})
     if isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex()):
         return values_alone(capture, func, args, kwargs)
     if not isinstance(result, Tensor):
-        raise no_rule(name, "its result is not a tensor")
-    args_of_values, kwargs_of_values = substitute((args, dict(kwargs)), values)
-    where = after(Call(func, args_of_values, kwargs_of_values, samples, capture.batch_size, [result]))[0]
-    layout = capture.known(where, name, result.shape)
+        raise no_rule(operation.name, "its result is not a tensor")
+    where = after(operation.call_of_values(result))[0]
+    layout = capture.known(where, operation.name, result.shape)
     at = layout.axis(result.shape)
+    if at is None or not operation.is_of_single_rows(result, layout, at):
+        raise no_rule(
+            operation.name, "its result for a sample alone is not that sample's part of its result for the batch"
+        )
+    uses = [(expression, operation.contribution_of(key, at)) for key, expression in operation.expressions.items()]
+    return capture.tap(result.clone(), layout, uses, operation.samples())
 
-    def run_alone(row: int) -> Any:
-        return run(values | {key: axes[key].sample_first(operands[key].detach(), batch)[row] for key in axes})
 
-    # Rows that were picked may be several of one sample, which must not meet either.
-    tried = (-1,) if labels is None else (0, -1)
-    if (
-        at is None
-        or not _same(_labels(name, [layout]), labels)
-        or not all(_is_part(result, at, batch, row, run_alone) for row in tried)
-    ):
-        raise no_rule(name, "its result for a sample alone is not that sample's part of its result for the batch")
+class _Operation:
+    """An operation without a rule, on operands made of parameters and on samples.
 
-    def contribution_of(key: int) -> Callable[..., Contribution]:
-        def operation(theta: Tensor, *parts: Tensor) -> Any:
-            return run(values | {key: theta} | dict(zip(axes, parts, strict=True)))
+    Args:
+        capture: sees it.
+        func: the operation.
+        args: its positional arguments,
+        kwargs: and its keyword arguments.
+
+    Raises:
+        UnsupportedModelError: the samples are not in one dimension of each operand, and in the same order.
+    """
+
+    def __init__(self, capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.func, self.arguments, self.name = func, (args, dict(kwargs)), name_of(func)
+        self.batch_size = capture.batch_size
+        self.operands = {id(t): t for t in tensors_in(self.arguments)}
+        self.expressions = {key: e for key, t in self.operands.items() if (e := capture.expression(t)) is not None}
+        self.values = {key: e.value for key, e in self.expressions.items()}
+        self.layouts = capture.samples_in(args, kwargs)
+        self.axes = {key: self._axis(layout, self.operands[key]) for key, layout in self.layouts.items()}
+        self.labels = _labels(self.name, self.layouts.values())
+        self.rows = self.batch_size if self.labels is None else len(self.labels)  # they are taken for samples
+
+    def _axis(self, layout: Layout, operand: Tensor) -> Axis:
+        axis = layout.axis(operand.shape)
+        if axis is None:
+            raise no_rule(self.name, "the samples are not in one dimension")
+        return axis
+
+    def samples(self) -> tuple[Tensor, ...]:
+        """Return the operands that hold samples."""
+        return tuple(self.operands[key] for key in self.axes)
+
+    def run(self, given: dict[int, Tensor]) -> Any:
+        """Run the operation with the values of parameters, and what is `given`, in place of the operands."""
+        args, kwargs = substitute(self.arguments, self.values | given)
+        return self.func(*args, **kwargs)
+
+    def call_of_values(self, result: Tensor) -> Call:
+        """Return the call that gave `result`."""
+        args, kwargs = substitute(self.arguments, self.values)
+        return Call(self.func, args, kwargs, self.layouts, self.batch_size, [result])
+
+    def is_of_single_rows(self, result: Tensor, layout: Layout, at: Axis) -> bool:
+        """Whether `result` holds for each row what the operation gives for that row alone."""
+        # Rows that were picked may be several of one sample, which must not meet either.
+        tried = (-1,) if self.labels is None else (0, -1)
+        return _same(_labels(self.name, [layout]), self.labels) and all(self._is_part(result, at, row) for row in tried)
+
+    def _is_part(self, result: Tensor, at: Axis, row: int) -> bool:
+        given = {key: axis.sample_first(self.operands[key].detach(), self.rows)[row] for key, axis in self.axes.items()}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[result.device] if result.is_cuda else []):
+                alone = self.run(given)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        result = result.detach()
+        part, allowed = at.sample_first(result, self.rows)[row], tolerance(result)
+        return alone.shape == part.shape and torch.allclose(alone, part, rtol=allowed, atol=allowed, equal_nan=True)
+
+    def contribution_of(self, key: int, at: Axis) -> Callable[..., Contribution]:
+        """Return what makes the contribution of the operand `key` from δ, which is at the result's axis `at`."""
+
+        def of_one(theta: Tensor, *parts: Tensor) -> Any:
+            return self.run({key: theta} | dict(zip(self.axes, parts, strict=True)))
 
         def contribution(delta: Tensor, *saved: Tensor) -> Contribution:
-            parts = tuple(axis.sample_first(x, batch) for axis, x in zip(axes.values(), saved, strict=True))
-            mapped = Mapped(operation, values[key], parts, at.sample_first(delta, batch), name)
-            return mapped if labels is None else MappedRows(mapped, labels, 0, capture.batch_size)
+            parts = tuple(axis.sample_first(x, self.rows) for axis, x in zip(self.axes.values(), saved, strict=True))
+            mapped = Mapped(of_one, self.values[key], parts, at.sample_first(delta, self.rows), self.name)
+            return mapped if self.labels is None else MappedRows(mapped, self.labels, 0, self.batch_size)
 
         return contribution
-
-    uses = [(expression, contribution_of(key)) for key, expression in expressions.items()]
-    return capture.tap(result.clone(), layout, uses, tuple(operands[key] for key in axes))
 
 
 def _labels(name: str, layouts: Iterable[Layout]) -> Tensor | None:
@@ -149,15 +186,3 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
     return torch.equal(first, second)
-
-
-def _is_part(result: Tensor, at: Axis, batch: int, row: int, run_alone: Callable[[int], Tensor]) -> bool:
-    """Whether a sample alone, that in `row`, gives its part of the result for the batch."""
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[result.device] if result.is_cuda else []):
-            alone = run_alone(row)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False
-    result = result.detach()
-    part, allowed = at.sample_first(result, batch)[row], tolerance(result)
-    return alone.shape == part.shape and torch.allclose(alone, part, rtol=allowed, atol=allowed, equal_nan=True)

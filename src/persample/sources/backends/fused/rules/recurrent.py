@@ -31,6 +31,7 @@ from persample.sources.backends.contributions import Terms, precise
 from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.linear import LinearProducts
+from persample.sources.backends.fused.op_table import name_of
 from persample.sources.backends.fused.owners import Owners
 from persample.sources.backends.fused.rules.expanded import copied
 from persample.sources.backends.fused.trace import Trace
@@ -109,56 +110,98 @@ _STEPS: Mapping[Any, Callable[..., State]] = {
 }
 
 
+class _Layers(NamedTuple):
+    """The arguments of a recurrent layer, of whole or of packed sequences, as PyTorch's functions take them."""
+
+    x: Tensor
+    sizes: list[int] | None  # of the steps of packed sequences; None if they are whole
+    states: tuple[Tensor, ...]
+    parameters: Sequence[Tensor]
+    biases: bool
+    depth: int
+    dropout: float
+    directions: int
+    batch_first: bool
+
+    @staticmethod
+    def of(args: tuple[Any, ...]) -> _Layers:
+        packed = not isinstance(args[3], bool)
+        hx, parameters = args[2 if packed else 1], args[3 if packed else 2]
+        biases, depth, dropout, training, bidirectional, *first = args[4 if packed else 3 :]
+        return _Layers(
+            x=args[0],
+            sizes=args[1].tolist() if packed else None,
+            states=tuple(hx) if isinstance(hx, tuple | list) else (hx,),
+            parameters=parameters,
+            biases=bool(biases),
+            depth=depth,
+            dropout=dropout if training else 0.0,
+            directions=2 if bidirectional else 1,
+            batch_first=bool(first and first[0]),
+        )
+
+    def weights(self, number: int) -> Weights:
+        """Return the weights of one direction of one layer."""
+        each = len(self.parameters) // (self.depth * self.directions)
+        return _weights(self.parameters[number * each : (number + 1) * each], self.biases)
+
+
 def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_relu`, of whole and of packed sequences."""
-    name = getattr(func, "__name__", "")
-    packed = not isinstance(args[3], bool)
-    x, hx, parameters = args[0], args[2 if packed else 1], args[3 if packed else 2]
-    biases, layers, dropout, training, bidirectional, *first = args[4 if packed else 3 :]
-    batch_first = bool(first and first[0])
-    if capture.expression(x) is not None:
+    layers = _Layers.of(args)
+    if capture.expression(layers.x) is not None:
         raise ValueError("its input is computed from parameters")
-    layout = capture.layout(x, name)
+    layout = capture.layout(layers.x, name_of(func))
     capture.rounds_otherwise = True
-    if packed:
-        sequences = Sequences(x, args[1].tolist(), layout)
-        of_state, axis = _of_first_rows(layout, sequences.sizes[0]), Axis(1)
-    else:
-        time_first = x.transpose(0, 1) if batch_first else x
-        at = layout.axis(x.shape)
-        if at is None or at.dim != (0 if batch_first else 1):
-            raise ValueError("the samples are not where the layer has its sequences, so that it mixes them")
-        layout, axis = layout.at(at._replace(dim=1), time_first.shape), at._replace(dim=1)
-        sequences = Sequences(time_first.flatten(0, 1), [time_first.shape[1]] * len(time_first), layout)
-        of_state = layout
-    states = [_state(capture, s, of_state, axis) for s in (hx if isinstance(hx, tuple | list) else (hx,))]
+    sequences, of_state, axis = _sequences(layers, layout)
+    states = [_state(capture, state, of_state, axis) for state in layers.states]
     last = []
-    directions = 2 if bidirectional else 1
-    count = len(parameters) // (layers * directions)
-    for layer in range(layers):
+    for layer in range(layers.depth):
         outputs = []
-        for direction in range(directions):
-            n = layer * directions + direction
-            own = _weights(parameters[n * count : (n + 1) * count], bool(biases))
+        for direction in range(layers.directions):
+            n = layer * layers.directions + direction
             state = tuple(s[n] for s in states)
-            output, state = _direction(capture, _STEPS[func], sequences, state, own, backwards=direction == 1)
+            output, state = _direction(
+                capture, _STEPS[func], sequences, state, layers.weights(n), backwards=direction == 1
+            )
             outputs.append(output)
             last.append(state)
-        rows = torch.cat(outputs, -1) if directions == 2 else outputs[0]
-        if dropout and training and layer < layers - 1:
-            shape = (len(rows),) if packed else (len(sequences.sizes), -1)
-            rows = F.dropout(rows.view(*shape, rows.shape[-1]), dropout).view_as(rows)
+        rows = torch.cat(outputs, -1) if layers.directions == 2 else outputs[0]
+        if layers.dropout and layer < layers.depth - 1:
+            shape = (len(sequences.sizes), -1) if layers.sizes is None else (len(rows),)
+            rows = F.dropout(rows.view(*shape, rows.shape[-1]), layers.dropout).view_as(rows)
         width = sequences.rows.shape[-1]
         sequences = Sequences(rows, sequences.sizes, sequences.layout.with_features(width, rows.shape[-1]))
-    result = rows if packed else rows.view(len(sequences.sizes), -1, rows.shape[-1])
+    ends = [capture.follow_as(end, of_state.at(axis, end.shape)) for end in map(torch.stack, zip(*last, strict=True))]
+    return _outputs(capture, sequences, layers, axis), *ends
+
+
+def _sequences(layers: _Layers, layout: Layout) -> tuple[Sequences, Layout, Axis]:
+    """Return the sequences step by step, and the layout and the axis of what has an entry for each sequence.
+
+    Raises:
+        ValueError: the samples are not the sequences.
+    """
+    if layers.sizes is not None:
+        return Sequences(layers.x, layers.sizes, layout), _of_first_rows(layout, layers.sizes[0]), Axis(1)
+    time_first = layers.x.transpose(0, 1) if layers.batch_first else layers.x
+    at = layout.axis(layers.x.shape)
+    if at is None or at.dim != (0 if layers.batch_first else 1):
+        raise ValueError("the samples are not where the layer has its sequences, so that it mixes them")
+    axis = at._replace(dim=1)
+    layout = layout.at(axis, time_first.shape)
+    return Sequences(time_first.flatten(0, 1), [time_first.shape[1]] * len(time_first), layout), layout, axis
+
+
+def _outputs(capture: Trace, sequences: Sequences, layers: _Layers, axis: Axis) -> Tensor:
+    """Return the outputs of the last layer in the shape of its input, followed."""
+    rows = sequences.rows
+    result = rows if layers.sizes is not None else rows.view(len(sequences.sizes), -1, rows.shape[-1])
     capture.follow_as(result, sequences.layout)
-    if batch_first:
+    if layers.batch_first:
         result = result.transpose(0, 1)
         capture.follow_as(result, sequences.layout.at(axis._replace(dim=0), result.shape))
-    ends = [torch.stack(parts) for parts in zip(*last, strict=True)]
-    for end in ends:
-        capture.follow_as(end, of_state.at(axis, end.shape))
-    return result, *ends
+    return result
 
 
 def _weights(parameters: Sequence[Tensor], biases: bool) -> Weights:
