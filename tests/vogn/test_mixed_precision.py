@@ -11,17 +11,7 @@ import torch.nn.functional as F
 from persample.errors import UsageError
 from persample.vogn import SkippedStepWarning
 
-from .ways import (
-    RECORDING,
-    RULES_AND_BACKENDS,
-    Batch,
-    Observe,
-    by_closure,
-    by_context,
-    by_observing,
-    make,
-    network,
-)
+from .ways import RECORDING, RULES_AND_BACKENDS, Batch, Observe, by_closure, by_context, by_observing, make, network
 
 
 class TestMixedPrecision:

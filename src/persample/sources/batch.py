@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from persample.errors import BatchError, DisagreementError, LossError, PersampleError, UnsupportedModelError, UsageError
 from persample.sources.model.calling import fits
 from persample.sources.model.detached_inputs import changeable, entering
-from persample.sources.splits.detection import with_splits
+from persample.sources.splits.detection import is_list, with_splits
 from persample.sources.splits.objects import holds_tensors, is_array
 from persample.sources.splits.parts import Entries, Fields
 from persample.sources.splits.tree import (
@@ -144,7 +144,7 @@ class Batch:
         if isinstance(error, UnsupportedModelError | DisagreementError | UsageError | LossError):
             args, kwargs, targets = self.tree()
             trees = {"inputs": _inputs(args, kwargs), "targets": targets}
-            leaves = [leaf for name, tree in trees.items() for leaf in _named_leaves(name, tree, _is_list)]
+            leaves = [leaf for name, tree in trees.items() for leaf in _named_leaves(name, tree, is_list)]
             alone = len(leaves) <= 2  # besides the targets
             doubts = [
                 _doubt(name, leaf, self.size) for name, leaf in leaves if not (alone and isinstance(leaf, Tensor))
@@ -325,7 +325,3 @@ def _doubt(name: str, leaf: Any, size: int) -> str:
             "is something else.)"
         )
     return ""
-
-
-def _is_list(node: Any) -> bool:
-    return isinstance(node, list)

@@ -25,7 +25,7 @@ from persample.vogn.loss import require_loss
 from persample.vogn.monte_carlo import DrawOptions
 from persample.vogn.observations import Observations, Observed
 from persample.vogn.param_group import Part
-from persample.vogn.posterior_state import PosteriorState
+from persample.vogn.posterior_state import PosteriorState, tensors_of_state
 from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood, likelihood_of
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
 from persample.vogn.settings import require_generator, require_settings
@@ -427,7 +427,7 @@ class VariationalOptimizer(PosteriorState):
 
     def _apply(self, new: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
         """Give the parameters their new means and states, unless they are not finite."""
-        spoilt = first_non_finite([(name, t) for name, mean, state in new for t in (mean, *_tensors(state))])
+        spoilt = first_non_finite([(name, t) for name, mean, state in new for t in (mean, *tensors_of_state(state))])
         if spoilt is not None:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
@@ -464,7 +464,3 @@ class VariationalOptimizer(PosteriorState):
             means = [mean.to(params[name].dtype) for name, mean in zip(part.names, means, strict=True)]
             new += list(zip(part.names, means, states, strict=True))
         return new
-
-
-def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor)]

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from persample.errors import OptionError, UsageError
 from persample.sources.recording.results import LossReduction
+from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.changed_parameters import (
     fingerprint,
     present_names,
@@ -24,6 +25,7 @@ from persample.vogn.core import Tensors
 from persample.vogn.distributed import Processes, warn_of_separate_processes
 from persample.vogn.failures import require_positive
 from persample.vogn.lending import Lending
+from persample.vogn.loss import loss_of
 from persample.vogn.param_group import Part, make_part
 from persample.vogn.pending import MomentSource, Pending
 from persample.vogn.posterior import Posterior
@@ -180,9 +182,9 @@ class PosteriorState(torch.optim.Optimizer):
 
     # What a rule implements.
 
-    @abstractmethod
     def _make_source(self) -> MomentSource:
-        """Return what gives the moments of the gradients."""
+        """Return what gives the moments of the gradients; here the mean alone, which is the batch's gradient."""
+        return BatchGradient(self.model, loss_of(self.loss_fn, self.model))
 
     @abstractmethod
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,7 +368,7 @@ class PosteriorState(torch.optim.Optimizer):
                 "have a tensor for each of them."
             )
         for name, param, *kept in zip(present, params, *of_weights, strict=True):
-            refuse_resized(name, param, [*kept, *_tensors(self.state.get(param, {}))])
+            refuse_resized(name, param, [*kept, *tensors_of_state(self.state.get(param, {}))])
         if present != group["param_names"] and self._pending.observations.parts:
             raise UsageError(
                 "Parameters have other names than when they were observed: call step(), or zero_grad() to forget what "
@@ -424,5 +426,6 @@ def _prior_of(prior: Any) -> Prior:
     return prior
 
 
-def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+def tensors_of_state(state: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors in the state of a parameter."""
     return [value for value in state.values() if isinstance(value, Tensor)]

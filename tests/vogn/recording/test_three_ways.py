@@ -14,17 +14,7 @@ from persample.errors import UsageError
 from persample.testing.devices import generator_of
 from persample.vogn import OGN, VOGN, LossReductionWarning, MeanFieldVI, Vadam, VariationalOptimizer
 
-from ..ways import (
-    RECORDING,
-    RULES_AND_BACKENDS,
-    Batch,
-    Observe,
-    by_closure,
-    by_context,
-    by_observing,
-    make,
-    network,
-)
+from ..ways import RECORDING, RULES_AND_BACKENDS, Batch, Observe, by_closure, by_context, by_observing, make, network
 
 
 def ends(optimizer: VariationalOptimizer, observe: Observe, batch: Batch) -> list[Tensor]:

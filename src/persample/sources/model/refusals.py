@@ -20,6 +20,19 @@ VMAP_OR_VJP = "use backend 'vmap', or 'vjp', which serves what torch.func cannot
 FUSED_OR_VJP = "use backend 'fused', or 'vjp', which serves every model"
 
 
+def mixing(what: str) -> UnsupportedModelError:
+    """Return the refusal of a model or loss that mixes the samples.
+
+    Args:
+        what: a sentence without its full stop that says how it shows.
+    """
+    return UnsupportedModelError(
+        f"{what}: the model or the loss mixes the samples (statistics over the batch, a softmax over dim 0, a division "
+        "by the batch size, an inner layout that is not batch-first), so the gradient of a single sample does not "
+        "exist. Make every sample's loss depend on that sample alone."
+    )
+
+
 def refuse_impossible(model: nn.Module) -> None:
     """Raise if a module of `model`, in its present mode, mixes the samples or rewrites its own parameters.
 

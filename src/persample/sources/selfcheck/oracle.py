@@ -16,6 +16,7 @@ from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
+from persample.sources.model.refusals import mixing
 from persample.sources.selfcheck.tolerances import tolerance
 
 
@@ -101,13 +102,8 @@ def _gradients_alone(
         for i, loss, in_batch in zip(part, alone.tolist(), losses[part].tolist(), strict=True):
             if abs(loss - in_batch) > allowed * (1 + abs(in_batch)):
                 others = "alone" if len(part) == 1 else f"among {len(part)} samples"
-                mixing = UnsupportedModelError(
-                    f"The loss of sample {i} is {in_batch:.6g} in the batch and {loss:.6g} {others}: the model or the "
-                    "loss mixes the samples (statistics over the batch, a softmax over dim 0, a division by the batch "
-                    "size, an inner layout that is not batch-first), so the gradient of a single sample does not "
-                    "exist. Make every sample's loss depend on that sample alone."
-                )
-                raise _of_state(source, batch, state, mixing)
+                what = f"The loss of sample {i} is {in_batch:.6g} in the batch and {loss:.6g} {others}"
+                raise _of_state(source, batch, state, mixing(what))
         yield rows
 
 

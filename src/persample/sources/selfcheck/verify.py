@@ -20,12 +20,8 @@ from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
 from persample.sources.model.isolation import state_restored
-from persample.sources.model.random_state import (
-    RandomState,
-    random_state,
-    random_state_restored,
-    same_random_state,
-)
+from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
+from persample.sources.model.refusals import mixing
 from persample.sources.selfcheck.oracle import (
     gradient,
     losses_of_part,
@@ -180,11 +176,7 @@ def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _require_unmixed(values: Tensor, expected: Tensor, rounding: float, when: str) -> None:
     allowed = rounding * (1 + expected.abs())
     if bool(((values - expected).abs() > allowed).any()):
-        raise UnsupportedModelError(
-            f"The losses of other samples change {when}: the model or the loss mixes the samples (statistics over "
-            "the batch, a softmax over dim 0, a division by the batch size, an inner layout that is not batch-first), "
-            "so the gradient of a single sample does not exist. Make every sample's loss depend on that sample alone."
-        )
+        raise mixing(f"The losses of other samples change {when}")
 
 
 def refuse_nonlinear_backward(source: Contract, batch: Batch, before: RandomState) -> None:

@@ -42,7 +42,7 @@ def with_splits(inputs: Any, targets: Any) -> tuple[Any, Any]:
                 return Packed(packed._replace(data=leaf), whole=False)
             return leaf
 
-        return pytree.tree_map(of_leaf, tree, is_leaf=_is_list)
+        return pytree.tree_map(of_leaf, tree, is_leaf=is_list)
 
     return resolved(inputs, numbers=False), resolved(targets, numbers=True)
 
@@ -114,7 +114,7 @@ def _likely_size(tree: Any) -> int | None:
 
 def _without_lists(tree: Any) -> Iterator[Any]:
     """Yield the leaves of `tree`, its lists as a whole, and what objects hold."""
-    for leaf in pytree.tree_leaves(tree, is_leaf=_is_list):
+    for leaf in pytree.tree_leaves(tree, is_leaf=is_list):
         if isinstance(leaf, Fields):
             yield from _without_lists(leaf.fields)
         else:
@@ -125,7 +125,8 @@ def _is_packed(node: Any) -> bool:
     return isinstance(node, PackedSequence)
 
 
-def _is_list(node: Any) -> bool:
+def is_list(node: Any) -> bool:
+    """Whether a node of a tree is a list."""
     return isinstance(node, list)
 
 

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from persample.testing.devices import set_seed
 from persample.testing.drawn.functions import Function
-from persample.testing.drawn.layers import (
-    Draw,
-    Shape,
-    activation_in_place,
-    embedding,
-    layers,
-    output_shape,
-)
+from persample.testing.drawn.layers import Draw, Shape, activation_in_place, embedding, layers, output_shape
 from persample.testing.drawn.losses import losses
 from persample.testing.drawn.operations import operations
 from persample.testing.problem import Problem

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from persample.vogn import core
-from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.core import Tensors
-from persample.vogn.loss import loss_of
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
-from persample.vogn.pending import MomentSource
 from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
 from persample.vogn.settings import Shared
 
@@ -92,9 +89,6 @@ class MeanFieldVI(VariationalOptimizer):
             "scale_init": scale_init,
         }
         super().__init__(model, loss_fn, settings, **shared)
-
-    def _make_source(self) -> MomentSource:
-        return BatchGradient(self.model, loss_of(self.loss_fn, self.model))
 
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import torch
 from backpack.extensions import BatchGrad, SumGradSquared
@@ -18,7 +17,6 @@ from persample.sources.backends.external.backpack_layers import BATCH_NORMS, rea
 from persample.sources.backends.external.layer_rules import LayerCall, PeerRulesSource, trainable
 from persample.sources.backends.external.source import PeerSource
 from persample.sources.batch import Batch
-from persample.sources.contract import Check
 
 # Neither holds anything of a call, and to make one takes as long as to use it on a small layer.
 _BATCH_GRAD = BatchGrad()
@@ -96,16 +94,6 @@ class BackpackSource(PeerSource):
     own = "extend"
     by_machinery = BackpackExtend
     by_rules = BackpackRules
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any, Any], Any],
-        *,
-        check: Check = "first",
-        machinery: Literal["auto", "extend", "rules"] = "auto",
-    ) -> None:
-        super().__init__(model, loss_fn, check=check, machinery=machinery)
 
 
 def _is_summable(use: LayerCall, times: Counter[nn.Parameter]) -> bool:

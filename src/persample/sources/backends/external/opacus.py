@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from persample.sources.backends.external.opacus_layers import (
 )
 from persample.sources.backends.external.opacus_module import OpacusModule
 from persample.sources.backends.external.source import PeerSource
-from persample.sources.contract import Check
 
 
 class OpacusRules(PeerRulesSource):
@@ -84,16 +82,6 @@ class OpacusSource(PeerSource):
     own = "module"
     by_machinery = OpacusModule
     by_rules = OpacusRules
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any, Any], Any],
-        *,
-        check: Check = "first",
-        machinery: Literal["auto", "module", "rules"] = "auto",
-    ) -> None:
-        super().__init__(model, loss_fn, check=check, machinery=machinery)
 
 
 def _without_hooks(layer: nn.Module) -> nn.Module:

@@ -26,16 +26,13 @@ from persample.sources.backends.fused.carry import carry, plain
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout, layout_of
 from persample.sources.backends.fused.op_table import name_of
-from persample.sources.backends.fused.propagation import (
-    Lost,
-    outputs_of,
-)
+from persample.sources.backends.fused.propagation import Lost, outputs_of
 from persample.sources.backends.fused.rules import in_place
 from persample.sources.backends.fused.rules.expanded import copied, own_of_one_sample
 from persample.sources.backends.fused.rules.parts import follow
 from persample.sources.backends.fused.taps import second_derivatives
 from persample.sources.backends.fused.torch_function_bypass import opened
-from persample.sources.backends.fused.trace import Sink, Trace, lost_track, not_known
+from persample.sources.backends.fused.trace import Sink, Trace, lost_track, mixing, not_known
 from persample.sources.backends.fused.tracked import saved_tensors_are_intercepted
 from persample.sources.backends.fused.vjp import no_rule
 from persample.sources.batch import Batch
@@ -95,10 +92,7 @@ class Capture(Trace):
             )
         if mixed:
             reason = where.reason if isinstance(where, Lost) else "its losses are not in the order of the samples"
-            raise UnsupportedModelError(
-                f"The model or the loss mixes the samples ({reason}), so the gradient of a single sample does not "
-                "exist. Make every sample's loss depend on that sample alone."
-            )
+            raise mixing(reason)
         return losses
 
     def __torch_function__(

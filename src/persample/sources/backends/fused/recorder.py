@@ -19,6 +19,7 @@ from persample.sources.backends.fused.expressions import Expression, version_of
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.propagation import Lost
 from persample.sources.backends.fused.torch_function_bypass import opened
+from persample.sources.backends.fused.trace import mixing
 from persample.sources.backends.fused.usage_recorder import unseen_use
 from persample.sources.model.autograd_graph import nodes_behind
 from persample.sources.model.refusals import VMAP_OR_VJP, refuse_impossible
@@ -193,10 +194,7 @@ class FusedRecorder(Recorder):
         """Raise if samples met in a tensor that the loss was computed from, before the losses were added up."""
         for node in (node for loss in losses for node in nodes_behind(loss)) if self._mixed else ():
             if node in self._mixed:
-                raise UnsupportedModelError(
-                    f"The model or the loss mixes the samples ({self._mixed[node]}), so the gradient of a single "
-                    "sample does not exist. Make every sample's loss depend on that sample alone."
-                )
+                raise mixing(self._mixed[node])
 
 
 def _version(gradient: Tensor | None) -> tuple[Tensor | None, int]:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.contributions import precise, without_autocast
+from persample.sources.backends.contributions import Contribution, precise, without_autocast
+from persample.sources.backends.fused.expressions import Expression
 from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.selfcheck.oracle import inner_backward_pass
 from persample.sources.selfcheck.raw_errors import is_raw
 from persample.sources.selfcheck.returned import ADVICE
 
 Backward = Callable[[Any, Tensor], tuple[Any, ...]]
+
+#: Makes the contribution of one use from δ and what was saved.
+Build = Callable[..., Contribution]
+
+
+class Receiver(Protocol):
+    """What taps need of the trace that made them."""
+
+    forward_pass: bool
+    passed_by: str
+    in_outer_backward: Callable[[], bool]
+
+    def receive(self, expression: Expression, contribution: Contribution) -> None: ...
+
+    def inner_gradient(self) -> Tensor: ...
 
 
 def _in_words(backward: Backward) -> Backward:
@@ -42,7 +58,14 @@ class Tap(torch.autograd.Function):
     """The identity, which gives the gradient of its argument to the contributions of the uses."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, anchor: Tensor, capture: Any, uses: Any, *saved: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        anchor: Tensor,
+        capture: Receiver,
+        uses: Sequence[tuple[Expression, Build]],
+        *saved: Tensor,
+    ) -> Tensor:
         # Marked as changed in place, so that the result is no view and may be changed in place afterwards.
         ctx.mark_dirty(result)
         ctx.save_for_backward(*saved)
@@ -70,7 +93,15 @@ class Operation(torch.autograd.Function):
     """An operation with its own backward pass, which gives the contributions of the uses, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, capture: Any, uses: Any, forward: Any, backward: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        capture: Receiver,
+        uses: Sequence[Expression | None],
+        forward: Any,
+        backward: Any,
+    ) -> Tensor:
         result: Tensor
         result, saved = forward(x)
         ctx.save_for_backward(*saved)
@@ -95,7 +126,9 @@ class Copies(torch.autograd.Function):
     """Values of an expression that enter the samples' graph; their gradient goes to its contribution."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, anchor: Tensor, capture: Any, expression: Any, build: Any) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, anchor: Tensor, capture: Receiver, expression: Expression, build: Build
+    ) -> Tensor:
         ctx.capture, ctx.expressions, ctx.build = capture, [expression], build
         ctx.repeats = not capture.forward_pass
         return values

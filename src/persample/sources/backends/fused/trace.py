@@ -23,12 +23,10 @@ from persample.sources.backends.fused.op_table import name_of
 from persample.sources.backends.fused.owners import Owners
 from persample.sources.backends.fused.parts import PartTable
 from persample.sources.backends.fused.propagation import Lost, Where, without_owner
-from persample.sources.backends.fused.taps import Copies, Mixed, Operation, Tap
+from persample.sources.backends.fused.taps import Build, Copies, Mixed, Operation, Tap
 from persample.sources.backends.fused.tracked import Layouts, Seen
 from persample.sources.backends.fused.vjp import no_rule
 from persample.sources.model.refusals import VMAP_OR_VJP, hooked_parameter
-
-Build = Callable[..., Contribution]
 
 
 class Sink(Protocol):
@@ -340,6 +338,14 @@ def not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedMode
     """Return the refusal of an operation with a parameter and a tensor in which it is not known where samples are."""
     return UnsupportedModelError(
         f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: {VMAP_OR_VJP}."
+    )
+
+
+def mixing(reason: str) -> UnsupportedModelError:
+    """Return the refusal of losses that depend on several samples."""
+    return UnsupportedModelError(
+        f"The model or the loss mixes the samples ({reason}), so the gradient of a single sample does not exist. Make "
+        "every sample's loss depend on that sample alone."
     )
 
 
