@@ -203,13 +203,30 @@ def _divisor(scalar: Tensor) -> str:
 _MOST_STEPS = 5  # from the scalar to the loss of PyTorch's, past views and products with numbers
 
 
-def require_losses(losses: Any, batch_size: int) -> Tensor:
-    """Return `losses` if it is a finite floating-point vector of length `batch_size`.
+def require_losses(found: Any, batch_size: int) -> Tensor:
+    """Return `found` if it is a finite floating-point vector of length `batch_size`.
 
     Raises:
         LossError: it is something else, in particular a scalar.
         NonFiniteLossError: an entry is infinite or not a number (not looked at while a CUDA graph is captured).
     """
+    losses = _require_vector(found, batch_size)
+    if losses.is_cuda and torch.cuda.is_current_stream_capturing():
+        return losses  # while a CUDA graph is captured there are no values yet
+    with torch._C.DisableTorchFunction():  # a look at the values only: whoever follows the operations need not
+        values = losses.detach()
+        if math.isfinite(values.sum().item()):  # the usual case, at the cost of one sum
+            return losses
+        samples = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+    if samples:
+        raise NonFiniteLossError(
+            f"The loss of sample {samples[0]} is {losses[samples[0]].item()} ({len(samples)} of {batch_size} losses "
+            "are not finite): check the inputs, the targets and the learning rate."
+        )
+    return losses
+
+
+def _require_vector(losses: Any, batch_size: int) -> Tensor:
     if not isinstance(losses, Tensor):
         raise LossError(f"loss_fn returned {type(losses).__name__}: return a tensor of shape ({batch_size},).")
     if losses.dim() == 0:
@@ -237,16 +254,4 @@ def require_losses(losses: Any, batch_size: int) -> Tensor:
         )
     if not losses.is_floating_point():
         raise LossError(f"loss_fn returned {losses.dtype}: a loss must be a real floating-point number.")
-    if losses.is_cuda and torch.cuda.is_current_stream_capturing():
-        return losses  # while a CUDA graph is captured there are no values yet
-    with torch._C.DisableTorchFunction():  # a look at the values only: whoever follows the operations need not
-        values = losses.detach()
-        if math.isfinite(values.sum().item()):  # the usual case, at the cost of one sum
-            return losses
-        rows = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
-    if rows:
-        raise NonFiniteLossError(
-            f"The loss of sample {rows[0]} is {losses[rows[0]].item()} ({len(rows)} of {batch_size} losses are not "
-            "finite): check the inputs, the targets and the learning rate."
-        )
     return losses

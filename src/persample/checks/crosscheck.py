@@ -112,28 +112,29 @@ def crosscheck(
     precise = problem if draws else problem.in_float64()
     expected = precise.results(precise.source("loop", {}, check="first"))
     allowed = ALLOWED[next((p.dtype for p in model.parameters()), torch.float32)]
+    return [_agreement(name, options.get(name, {}), problem, precise, expected, allowed) for name in names]
 
-    agreements = []
-    for name in names:
-        try:
-            source = problem.source(name, options.get(name, {}))
-            found = problem.results(source)
-            errors = _errors(found, expected)
-            in_float64 = None
-            if max(errors) > allowed and precise is not problem:
-                in_float64 = max(_errors(precise.results(precise.source(name, options.get(name, {}))), expected))
-        except UsageError:
-            raise
-        except ContractError as error:
-            agreements.append(Agreement(name, math.inf, math.inf, math.inf, allowed, problem=str(error)))
-        except PersampleError as error:
-            agreements.append(Agreement(name, None, None, None, allowed, problem=str(error)))
-        except Exception as error:  # noqa: BLE001 - the loop ran, so it is the backend's, and the others go on
-            problem_of_it = f"{type(error).__name__}: {error}"
-            agreements.append(Agreement(name, None, None, None, allowed, problem=problem_of_it))
-        else:
-            agreements.append(Agreement(name, *errors, allowed, in_float64, _nans(found, expected), source.ran))
-    return agreements
+
+def _agreement(
+    name: str, options: Mapping[str, Any], problem: _Problem, precise: _Problem, expected: Any, allowed: float
+) -> Agreement:
+    """Compare one backend with what is expected, from `precise`, the problem in float64 where that is another one."""
+    try:
+        source = problem.source(name, options)
+        found = problem.results(source)
+        errors = _errors(found, expected)
+        in_float64 = None
+        if max(errors) > allowed and precise is not problem:
+            in_float64 = max(_errors(precise.results(precise.source(name, options)), expected))
+    except UsageError:
+        raise
+    except ContractError as error:
+        return Agreement(name, math.inf, math.inf, math.inf, allowed, problem=str(error))
+    except PersampleError as error:
+        return Agreement(name, None, None, None, allowed, problem=str(error))
+    except Exception as error:  # noqa: BLE001 - the loop ran, so it is the backend's, and the others go on
+        return Agreement(name, None, None, None, allowed, problem=f"{type(error).__name__}: {error}")
+    return Agreement(name, *errors, allowed, in_float64, _nans(found, expected), source.ran)
 
 
 @dataclass(frozen=True)

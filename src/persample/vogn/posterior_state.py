@@ -156,7 +156,6 @@ class PosteriorState(torch.optim.Optimizer):
         self._lending = Lending()
         self._warned_of_width = False
         self._warned_of_state = False
-        self._processes: Processes | None = None
         if prior is not None:
             prior = _prior_of(prior)
             prior_mean, prior_precision = prior.mean, prior.precision
@@ -174,11 +173,7 @@ class PosteriorState(torch.optim.Optimizer):
         self._follow_model()
         if process_group is None:
             warn_of_separate_processes()
-        else:
-            self._processes = Processes(process_group)
-            self._processes.share_model(model)
-            seed = torch.initial_seed() if generator is None else generator.initial_seed()
-            self.generator = torch.Generator().manual_seed(self._processes.share_seed(seed))
+        self._processes = None if process_group is None else self._joined(process_group)
 
     # What a rule implements.
 
@@ -320,6 +315,14 @@ class PosteriorState(torch.optim.Optimizer):
             post_hook(self)
 
     # Inner workings.
+
+    def _joined(self, process_group: ProcessGroup) -> Processes:
+        """Give all processes the model and the seed of the first."""
+        processes = Processes(process_group)
+        processes.share_model(self.model)
+        seed = torch.initial_seed() if self.generator is None else self.generator.initial_seed()
+        self.generator = torch.Generator().manual_seed(processes.share_seed(seed))
+        return processes
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the source, for `pickle` and `copy.deepcopy`: the model belongs to it, and is copied too."""

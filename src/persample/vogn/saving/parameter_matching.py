@@ -53,22 +53,22 @@ def positions(saved: Groups, own: Groups) -> list[Position]:
     own_names = [group["param_names"] for group in own]
     bare, own_bare, listed_bare = (_bare(lists) for lists in (names, own_names, listed))
     if _same(bare, own_bare):
-        places = [_by_names(group, bare) for group in own_bare]
+        found = [_by_names(group, bare) for group in own_bare]
     else:
         _require_other_names(bare, own_bare)
-        places = [(number, list(range(size))) for number, size in enumerate(sizes)]
-    found = []
-    for number, order in places:
-        in_lists = [
-            listed_bare[number].index(bare[number][place]) if bare[number][place] in listed_bare[number] else place
-            for place in order
-        ]
-        found.append(
-            Position(
-                number, [ids[number][place] for place in order], [listed[number][place] for place in in_lists], in_lists
-            )
-        )
-    return found
+        found = [(number, list(range(size))) for number, size in enumerate(sizes)]
+    return [
+        _position(number, order, ids[number], bare[number], listed[number], listed_bare[number])
+        for number, order in found
+    ]
+
+
+def _position(
+    number: int, order: list[int], ids: list[Any], bare: list[str], listed: list[str], listed_bare: list[str]
+) -> Position:
+    """Return where the parameters of a group are in the saved group `number`, in the `order` of the optimizer."""
+    in_lists = [listed_bare.index(bare[i]) if bare[i] in listed_bare else i for i in order]
+    return Position(number, [ids[i] for i in order], [listed[i] for i in in_lists], in_lists)
 
 
 def _by_names(group: list[str], saved: list[list[str]]) -> tuple[int, list[int]]:
