@@ -16,6 +16,7 @@ from persample.sources import one_per_sample as one_per_sample
 from persample.sources import register_backend as register_backend
 from persample.sources import shared as shared
 from persample.sources.registry import backends as backends
+from persample.vogn import IVON as IVON
 from persample.vogn import OGN as OGN
 from persample.vogn import VOGN as VOGN
 from persample.vogn import MeanFieldVI as MeanFieldVI

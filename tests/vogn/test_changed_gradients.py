@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from persample.errors import UsageError
 from persample.testing.devices import generator_of
-from persample.vogn import OGN, VOGN, MeanFieldVI, UnusedGradientWarning, Vadam
+from persample.vogn import IVON, OGN, VOGN, MeanFieldVI, UnusedGradientWarning, Vadam
 
 from .ways import RULES_AND_BACKENDS, Batch, by_context, make, network
 
@@ -278,7 +278,9 @@ class TestSeveralPasses:
 
 
 class TestGone:
-    @pytest.mark.parametrize(("rule", "backend"), [(VOGN, "fused"), (VOGN, "loop"), (Vadam, ""), (MeanFieldVI, "")])
+    @pytest.mark.parametrize(
+        ("rule", "backend"), [(VOGN, "fused"), (VOGN, "loop"), (IVON, ""), (Vadam, ""), (MeanFieldVI, "")]
+    )
     def test_set_to_none_a_parameter_is_not_updated(self, rule: Any, backend: str, batch: Batch) -> None:
         optimizer, plain = make(rule, backend), make(rule, backend)
         with optimizer.sampled_params(train=True):
@@ -369,7 +371,9 @@ class TestGradientScalers:
 class TestUnused:
     """What is in p.grad without a recorded pass is said not to be used, once."""
 
-    @pytest.mark.parametrize(("rule", "backend"), [(VOGN, "fused"), (OGN, "loop"), (Vadam, ""), (MeanFieldVI, "")])
+    @pytest.mark.parametrize(
+        ("rule", "backend"), [(VOGN, "fused"), (OGN, "loop"), (IVON, ""), (Vadam, ""), (MeanFieldVI, "")]
+    )
     def test_beside_observe(self, rule: Any, backend: str, batch: Batch) -> None:
         optimizer = make(rule, backend)
         optimizer.observe(*batch)
@@ -448,7 +452,9 @@ def test_frozen_and_left_out_parameters_are_passed_over(batch: Batch) -> None:
     assert optimizer.steps == 1
 
 
-@pytest.mark.parametrize(("rule", "backend"), [(VOGN, "fused"), (VOGN, "loop"), (Vadam, ""), (MeanFieldVI, "")])
+@pytest.mark.parametrize(
+    ("rule", "backend"), [(VOGN, "fused"), (VOGN, "loop"), (IVON, ""), (Vadam, ""), (MeanFieldVI, "")]
+)
 @pytest.mark.parametrize("change", [None, mask])
 def test_the_model_may_be_cast_before_the_step(rule: Any, backend: str, change: Change | None, batch: Batch) -> None:
     optimizer, uncast = make(rule, backend), make(rule, backend)

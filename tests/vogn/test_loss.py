@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from persample import backends, losses
 from persample.errors import OptionError, UsageError
 from persample.testing.devices import generator_of
-from persample.vogn import OGN, VOGN, MeanFieldVI, UntrainedLossWarning, Vadam
+from persample.vogn import IVON, OGN, VOGN, MeanFieldVI, UntrainedLossWarning, Vadam
 
 from .ways import RECORDING, RULES, RULES_AND_BACKENDS, Batch, by_closure, by_context, make, network
 
@@ -175,7 +175,7 @@ class TestParametersOfTheLoss:
         optimizer.step()
         assert model.log_weight != 0
 
-    @pytest.mark.parametrize("rule", [Vadam, MeanFieldVI])
+    @pytest.mark.parametrize("rule", [IVON, Vadam, MeanFieldVI])
     def test_as_a_part_of_the_model_with_the_other_rules(self, rule: Any, batch: Batch) -> None:
         model = InModel()
         optimizer = make_with(rule, "", weighted, model)

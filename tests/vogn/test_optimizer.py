@@ -15,6 +15,7 @@ from persample import losses, make_source
 from persample.errors import OptionError, UnknownBackendError, UsageError
 from persample.testing.devices import generator_of
 from persample.vogn import (
+    IVON,
     OGN,
     VOGN,
     MeanFieldVI,
@@ -89,7 +90,7 @@ class TestObserve:
 class TestAccumulation:
     """Uneven parts of a batch at the same draws are the batch."""
 
-    @pytest.mark.parametrize("rule", [VOGN, OGN, Vadam, MeanFieldVI])
+    @pytest.mark.parametrize("rule", [VOGN, OGN, IVON, Vadam, MeanFieldVI])
     @pytest.mark.parametrize("own_generator", [True, False])
     def test_is_exact(self, rule: type[VariationalOptimizer], own_generator: bool, batch: Batch) -> None:
         x, y = batch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import batched, losses, shared
-from persample.vogn import VOGN, MeanFieldVI, Vadam
+from persample.vogn import IVON, VOGN, MeanFieldVI, Vadam
 
 from .draws_by_hand import seeded
 from .ways import RULES_AND_BACKENDS, make
@@ -96,7 +96,7 @@ def test_predictions_and_bounds(rows_at_once: int | None, batch: Any) -> None:
     assert elbo.log_likelihoods.shape == (3,)
 
 
-@pytest.mark.parametrize("rule", [Vadam, MeanFieldVI, VOGN])
+@pytest.mark.parametrize("rule", [IVON, Vadam, MeanFieldVI, VOGN])
 def test_a_plain_tensor_in_the_block_is_refused_with_the_way_out(rule: Any, batch: Any) -> None:
     inputs, y = batch
     optimizer = make(rule, "fused", Graph())

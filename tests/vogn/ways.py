@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from persample import backends, losses
 from persample.testing.devices import generator_of
-from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam, VariationalOptimizer
+from persample.vogn import IVON, OGN, VOGN, MeanFieldVI, Vadam, VariationalOptimizer
 
 Batch = tuple[Tensor, Tensor]
 Observe = Callable[[VariationalOptimizer, Tensor, Tensor], Any]
 
 RECORDING = ["loop", "vmap", "fused", "hooks", "backpack", "opacus"]
-RULES = [VOGN, OGN, Vadam, MeanFieldVI]
-RULES_AND_BACKENDS = [*((VOGN, backend) for backend in RECORDING), (Vadam, ""), (MeanFieldVI, "")]
+RULES = [VOGN, OGN, IVON, Vadam, MeanFieldVI]
+RULES_AND_BACKENDS = [*((VOGN, backend) for backend in RECORDING), (IVON, ""), (Vadam, ""), (MeanFieldVI, "")]
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:

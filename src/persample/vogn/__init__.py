@@ -20,6 +20,7 @@ from persample.vogn.posterior import Posterior as Posterior
 from persample.vogn.prediction import ClassPrediction as ClassPrediction
 from persample.vogn.prediction import GaussianPrediction as GaussianPrediction
 from persample.vogn.prior import Prior as Prior
+from persample.vogn.rules.ivon import IVON as IVON
 from persample.vogn.rules.mean_field import MeanFieldVI as MeanFieldVI
 from persample.vogn.rules.ogn import OGN as OGN
 from persample.vogn.rules.vadam import Vadam as Vadam

@@ -50,6 +50,24 @@ def update_curvature(curvature: Tensors, second_moment: Tensors, *, decay: float
     return torch._foreach_lerp(curvature, second_moment, 1 - decay)
 
 
+def update_hessian(hessian: Tensors, estimate: Tensors, with_decay: Tensors, *, decay: float) -> Tensors:
+    """IVON's h_{t+1} = β₂ h + (1 − β₂) ĥ + ½ (1 − β₂)² (h − ĥ)² / (h + δ), which keeps h + δ > 0.
+
+    Source: Shen et al., ICML 2024, Algorithm 1, line 5; Lin et al., "Handling the Positive-Definite Constraint in the
+    Bayesian Learning Rule", ICML 2020. With r = (1 − β₂) (ĥ − h) / (h + δ) it is h_{t+1} + δ = (h + δ) (1 + r + r²/2).
+
+    Args:
+        hessian: h.
+        estimate: ĥ.
+        with_decay: h + δ.
+        decay: β₂.
+    """
+    change = torch._foreach_mul(torch._foreach_sub(estimate, hessian), 1 - decay)
+    new = torch._foreach_add(hessian, change)
+    torch._foreach_addcdiv_(new, torch._foreach_mul(change, change), with_decay, value=0.5)
+    return new
+
+
 def add_prior(
     gradient: Tensors,
     mean: Tensors,

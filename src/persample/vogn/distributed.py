@@ -124,7 +124,7 @@ def warn_of_separate_processes() -> None:
         warn(
             f"{number} processes run, but the optimizer was given no process_group, so each of them trains a posterior "
             "of its own. To train one together, call torch.distributed.init_process_group() first, and pass "
-            "process_group=torch.distributed.group.WORLD to VOGN or OGN.",
+            "process_group=torch.distributed.group.WORLD to VOGN, OGN or IVON.",
             SeparateProcessesWarning,
         )
 

@@ -111,10 +111,10 @@ class VariationalOptimizer(PosteriorState):
                 draws.append(earlier[index] if earlier else self._noise_state(generator))
                 with noise_from(draws[index], generator) if earlier else nullcontext():
                     noise = draw_weights()
-                moments = self._own_moments(self.source.moments(inputs, targets))
-                losses.append(moments.losses.mean())
+                observed = self._observed(self.source.moments(inputs, targets), noise)
+                losses.append(observed.moments.losses.mean())
                 place = len(observations.parts) - self.mc_samples + index if earlier else None
-                observations = self._pending.with_more(observations, Observed(moments, noise), place)
+                observations = self._pending.with_more(observations, observed, place)
         self._pending.observations = replace(observations, draws=draws)
         return torch.stack(losses).mean()
 
@@ -326,13 +326,14 @@ class VariationalOptimizer(PosteriorState):
                 with torch.no_grad():
                     noise = standard_noise(scale, generator)
                     torch._foreach_copy_(list(params.values()), torch._foreach_addcmul(saved, scale, noise))
-                return dict(zip(params, noise, strict=True)) if self.keeps_draws_apart else None
+                needed = self.keeps_draws_apart or self.needs_products
+                return dict(zip(params, noise, strict=True)) if needed else None
 
             yield draw_weights
 
     def _add_recorded(self, recorded: Recorded, grad_scaler: Any, noise: Mapping[str, Tensor] | None) -> None:
         scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
-        observed = Observed(self._own_moments(recorded.moments(scale)), noise)
+        observed = self._observed(recorded.moments(scale), noise)
         self._pending.add_recorded(recorded, observed, self._params(), scale=scale, scaler=grad_scaler is not None)
 
     def _take_changes(self, *, at_the_step: bool) -> None:
@@ -369,6 +370,14 @@ class VariationalOptimizer(PosteriorState):
         if any(loss is None for loss in losses):
             return None
         return sum(loss.detach() if isinstance(loss, Tensor) else loss for loss in losses) / len(losses)
+
+    def _observed(self, moments: Moments, noise: Mapping[str, Tensor] | None) -> Observed:
+        """What was observed at a draw, from the moments there and the noise of the draw."""
+        own = self._own_moments(moments)
+        if not self.needs_products:
+            return Observed(own, noise)
+        assert noise is not None
+        return Observed(replace(own, second_moment={name: g * noise[name] for name, g in own.mean.items()}))
 
     def _own_moments(self, moments: Moments) -> Moments:
         """Those of `moments` that belong to trained parameters, in at least float32.

@@ -93,6 +93,9 @@ class PosteriorState(torch.optim.Optimizer):
     #: Whether the rule needs the moments of each draw apart, with the noise of the draw.
     keeps_draws_apart: ClassVar[bool] = False
 
+    #: Whether the rule needs the products ĝ ∘ ε of gradients and noise, which take the place of second moments.
+    needs_products: ClassVar[bool] = False
+
     # What is saved, and what a copy takes along beside it.
     _saved: ClassVar[tuple[str, ...]] = (*OF_RUN, *COUNTS)
     _copied: ClassVar[tuple[str, ...]] = (
@@ -301,6 +304,7 @@ class PosteriorState(torch.optim.Optimizer):
             kinds=self.state_kinds,
             known=self.defaults,
             draws_apart=self.keeps_draws_apart,
+            products=self.needs_products,
         )
         set_generator = generator_setter(loaded.generator, self.generator)
         own = [{name: group[name] for name in ("params", "param_names", RUN)} for group in groups]

@@ -77,6 +77,7 @@ _ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "two numbers >= 0 and < 1",
         lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_number(lambda b: 0 <= b < 1)(b) for b in v),
     ),
+    "rescale_lr": ("True or False", lambda v: isinstance(v, bool)),
     "eps": ("a number >= 0", _number(lambda v: v >= 0)),
     "scale_init": ("a number > 0", _number(lambda v: v > 0)),
 }

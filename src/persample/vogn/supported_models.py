@@ -53,7 +53,7 @@ def _averages(several_processes: bool) -> str:
     instead = (
         "let the processes train together by process_group=torch.distributed.group.WORLD"
         if several_processes
-        else "of the rules, VOGN and OGN train in several processes, by process_group="
+        else "of the rules, VOGN, OGN and IVON train in several processes, by process_group="
     )
     return (
         "averages gradients over processes, but not what the posterior needs, so the replicas would drift apart: "
@@ -67,7 +67,7 @@ def refuse_processes(rule: str) -> NoReturn:
     Raises:
         OptionError: always.
     """
-    raise OptionError(f"{rule} takes no process_group: of the rules, VOGN and OGN train in several processes.")
+    raise OptionError(f"{rule} takes no process_group: of the rules, VOGN, OGN and IVON train in several processes.")
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from persample import make_source
 from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.losses import cross_entropy
-from persample.vogn import OGN, VOGN, MeanFieldVI, SeparateProcessesWarning, Vadam
+from persample.vogn import IVON, OGN, VOGN, MeanFieldVI, SeparateProcessesWarning, Vadam
 from persample.vogn.distributed import warn_of_separate_processes
 
-RULES = [VOGN, OGN, Vadam, MeanFieldVI]
+RULES = [VOGN, OGN, IVON, Vadam, MeanFieldVI]
 
 
 @pytest.fixture
@@ -42,7 +42,11 @@ def network() -> nn.Sequential:
 @pytest.mark.parametrize("rule", RULES)
 class TestReplicas:
     def way(self, rule: Any) -> str:
-        return r"\(its \.module\); .*process_group=torch.distributed" if issubclass(rule, VOGN) else "VOGN and OGN"
+        return (
+            r"\(its \.module\); .*process_group=torch.distributed"
+            if issubclass(rule, VOGN | IVON)
+            else "VOGN, OGN and IVON"
+        )
 
     def test_a_wrapped_model(self, rule: Any, group: Any) -> None:
         with pytest.raises(OptionError, match=rf"^The model \(DistributedDataParallel\) .*{self.way(rule)}"):

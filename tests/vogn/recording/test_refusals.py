@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from persample import backends
 from persample.errors import OptionError, UnsupportedModelError, UsageError
-from persample.vogn import MeanFieldVI, Vadam, VariationalOptimizer, core
+from persample.vogn import IVON, MeanFieldVI, Vadam, VariationalOptimizer, core
 
 from ..ways import RECORDING, RULES_AND_BACKENDS, Batch, by_closure, by_context, make, network
 
@@ -298,7 +298,7 @@ class TestWhatIsNotTheModelsForwardPass:
         by_closure(optimizer, *batch)
 
 
-@pytest.mark.parametrize("rule", [Vadam, MeanFieldVI])
+@pytest.mark.parametrize("rule", [IVON, Vadam, MeanFieldVI])
 def test_first_order_rules_take_penalties_and_parts_as_they_come(rule: Any, batch: Batch) -> None:
     """They need the gradient of the batch's loss only, whatever it is made of."""
     x, y = batch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from persample.errors import UsageError
 from persample.testing.devices import generator_of
-from persample.vogn import OGN, VOGN, LossReductionWarning, MeanFieldVI, Vadam, VariationalOptimizer
+from persample.vogn import IVON, OGN, VOGN, LossReductionWarning, MeanFieldVI, Vadam, VariationalOptimizer
 
 from ..ways import RECORDING, RULES_AND_BACKENDS, Batch, Observe, by_closure, by_context, by_observing, make, network
 
@@ -32,7 +32,7 @@ def ends(optimizer: VariationalOptimizer, observe: Observe, batch: Batch) -> lis
 @pytest.mark.parametrize("mc_samples", [1, 3])
 @pytest.mark.parametrize(
     ("rule", "backend"),
-    [*((VOGN, backend) for backend in RECORDING), (OGN, "fused"), (Vadam, ""), (MeanFieldVI, "")],
+    [*((VOGN, backend) for backend in RECORDING), (OGN, "fused"), (IVON, ""), (Vadam, ""), (MeanFieldVI, "")],
 )
 def test_all_ways_are_one(rule: Any, backend: str, observe: Observe, mc_samples: int, batch: Batch) -> None:
     """The same draws from the same generator, the same posterior, and the generator is left alike."""

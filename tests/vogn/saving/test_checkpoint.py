@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from persample.errors import OptionError
 from persample.losses import cross_entropy
 from persample.testing.devices import generator_of
-from persample.vogn import VOGN, MeanFieldVI, Vadam
+from persample.vogn import IVON, VOGN, MeanFieldVI, Vadam
 
 Make = Callable[..., VOGN]
 Train = Callable[..., None]
@@ -86,7 +86,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
     assert all(vogn.state[p]["step"] == 6 for p in model.parameters())
 
 
-@pytest.mark.parametrize("rule", [Vadam, MeanFieldVI])
+@pytest.mark.parametrize("rule", [IVON, Vadam, MeanFieldVI])
 def test_the_siblings_resume_bit_for_bit(rule: Any, batch: Batch, mean_of: MeanOf, same: Same) -> None:
     def build() -> tuple[nn.Module, Any]:
         model = fresh(torch.float64)
@@ -175,7 +175,7 @@ def test_parameters_correspond_by_position_whatever_their_names(
     assert other.state[wrapped["module"][0].weight]["step"] == 6
 
 
-@pytest.mark.parametrize("rule", [VOGN, Vadam, MeanFieldVI])
+@pytest.mark.parametrize("rule", [VOGN, IVON, Vadam, MeanFieldVI])
 def test_loaded_again_and_again_and_copied_it_takes_and_gives_the_same_states(rule: Any, batch: Batch) -> None:
     model = fresh(torch.float64)
     model[2].requires_grad_(False)

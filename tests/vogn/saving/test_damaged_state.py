@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from persample.errors import OptionError, PersampleError
 from persample.losses import cross_entropy
 from persample.testing.devices import generator_of, on_cuda
-from persample.vogn import OGN, VOGN, MeanFieldVI, Vadam
+from persample.vogn import IVON, OGN, VOGN, MeanFieldVI, Vadam
 
 from ..ways import RULES, Batch, by_observing
 
@@ -63,7 +63,7 @@ def first(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensor_of(state: dict[str, Any]) -> str:
-    return "rho" if "rho" in first(state) else "curvature"
+    return next(key for key in ("rho", "hessian", "curvature") if key in first(state))
 
 
 def set_tensor(value: Callable[[Tensor], Any]) -> Change:
@@ -191,7 +191,8 @@ def test_squares_are_not_negative(rule: Any, key: str, value: float, batch: Batc
 
 
 @pytest.mark.parametrize(
-    ("rule", "key"), [(VOGN, "momentum_mass"), (Vadam, "average_mass"), (MeanFieldVI, "second_mass")]
+    ("rule", "key"),
+    [(VOGN, "momentum_mass"), (IVON, "momentum_mass"), (Vadam, "average_mass"), (MeanFieldVI, "second_mass")],
 )
 def test_masses_are_from_0_to_1(rule: Any, key: str, batch: Batch) -> None:
     for value in (1.5, -0.1, float("nan"), "x", None):
@@ -214,7 +215,9 @@ def test_what_is_foreign_is_refused(rule: Any, batch: Batch) -> None:
     optimizer = make(rule)
     adam = torch.optim.Adam(optimizer.model.parameters())
     foreign: list[Any] = [None, [], "state", 5, {}, adam.state_dict(), nn.Linear(3, 3).state_dict()]
-    foreign += [trained(other, batch).state_dict() for other in (VOGN, Vadam, MeanFieldVI) if other.rule != rule.rule]
+    foreign += [
+        trained(other, batch).state_dict() for other in (VOGN, IVON, Vadam, MeanFieldVI) if other.rule != rule.rule
+    ]
     for state in foreign:
         with pytest.raises(OptionError, match=f"not the state of a {rule.rule}|This is the state of a"):
             optimizer.load_state_dict(state)
@@ -357,7 +360,7 @@ def damage(state: Any, draw: random.Random) -> None:
         state[key], state[other] = state[other], state[key]
 
 
-@pytest.mark.parametrize("rule", [VOGN, Vadam, MeanFieldVI])
+@pytest.mark.parametrize("rule", [VOGN, IVON, Vadam, MeanFieldVI])
 def test_drawn_damages_are_refused_or_harmless(rule: Any, batch: Batch) -> None:
     whole = trained(rule, batch).state_dict()
     for seed in range(150):

@@ -62,6 +62,7 @@ def checked(
     kinds: Kinds,
     known: Mapping[str, Any],
     draws_apart: bool,
+    products: bool,
 ) -> Loaded:
     """Return a saved state, if it is one of such an optimizer with parameters like those of `groups`.
 
@@ -72,6 +73,7 @@ def checked(
         kinds: what the state of a parameter holds.
         known: the settings of a group, with their defaults.
         draws_apart: whether the rule keeps draws apart.
+        products: whether it needs products of gradients and noise.
 
     Raises:
         OptionError: it is not; the message says where they differ, or what is damaged.
@@ -97,7 +99,9 @@ def checked(
     }
     require_packed_generator(run["generator"])
     device = None if run["generator"] is None else run["generator"]["device"]
-    observations = checked_observations(run["observations"], own_names, draws_apart=draws_apart, generator=device)
+    observations = checked_observations(
+        run["observations"], own_names, draws_apart=draws_apart, products=products, generator=device
+    )
     return Loaded(loaded_groups, states, settings | counts, observations, run["generator"])
 
 

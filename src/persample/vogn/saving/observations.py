@@ -15,7 +15,7 @@ from persample.vogn.saving.state_schema import require_values
 
 
 def checked_observations(
-    packed: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bool, generator: Any
+    packed: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bool, products: bool, generator: Any
 ) -> Observations:
     """Return what was observed, by the names and on the devices of the optimizer.
 
@@ -23,6 +23,7 @@ def checked_observations(
         packed: what `Observations.packed` returned.
         names: for each name of a saved parameter, name and parameter of the optimizer.
         draws_apart: whether its rule keeps draws apart.
+        products: whether products of gradients and noise take the place of second moments.
         generator: the device of the saved generator, None if there was none.
 
     Raises:
@@ -43,11 +44,11 @@ def checked_observations(
         for device, state in draw.items():
             # Of a generator that was given to sampled_params() alone, nobody knows the device.
             require_noise_state(device if device != "own" else "meta" if generator is None else generator, state)
-    unpacked = [_part(part, names, draws_apart=draws_apart) for part in parts]
+    unpacked = [_part(part, names, draws_apart=draws_apart, products=products) for part in parts]
     return Observations.unpacked({**packed, "parts": unpacked})
 
 
-def _part(part: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bool) -> dict[str, Any]:
+def _part(part: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bool, products: bool) -> dict[str, Any]:
     if not isinstance(part, Mapping) or not {"losses", "mean", "second_moment", "noise"} <= part.keys():
         raise _other_observations("a part lacks losses, moments or noise")
     losses = part["losses"]
@@ -66,7 +67,8 @@ def _part(part: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bo
 
     mean, second = of_params("mean"), of_params("second_moment")
     noise = None if part["noise"] is None else of_params("noise")
-    if not mean or (second and second.keys() != mean.keys()) or any(bool((v < 0).any()) for v in second.values()):
+    below = not products and any(bool((v < 0).any()) for v in second.values())
+    if not mean or (second and second.keys() != mean.keys()) or below:
         raise _other_observations("mean and second moment do not belong together")
     if draws_apart == bool(second) or draws_apart != (noise is not None):
         raise _other_observations("they are those of another rule")
