@@ -54,4 +54,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build build
+	rm -rf $(VENV) docs/_build docs/auto_examples build

@@ -14,7 +14,13 @@ author = "The persample developers"
 copyright = author
 release = version = version_of("persample")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_gallery.gen_gallery",
+]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -28,6 +34,18 @@ autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_preprocess_types = False
+
+# The gallery is the folder `examples`. What needs further packages or a download is shown, but not run by the build.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "filename_pattern": r"(?<!lightning_module)(?<!hugging_face_trainer)(?<!out_of_distribution)\.py$",
+    "within_subsection_order": "ExampleTitleSortKey",
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "abort_on_example_error": True,
+}
 
 html_theme = "furo"
 html_title = "persample"

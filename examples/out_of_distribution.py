@@ -1,8 +1,25 @@
-"""Train on digits, then ask for garments: a Bayesian network is less sure about what it has never seen.
+"""
+Inputs unlike the training data
+===============================
+
+Train a convolutional network on MNIST, then ask it about garments (Fashion-MNIST). It should be unsure about them::
 
     python examples/out_of_distribution.py --data-dir DATA --out out-of-distribution.png
 
-DATA is a folder with MNIST and Fashion-MNIST; without it they are downloaded (`pip install "persample[experiments]"`).
+DATA is a folder with MNIST and Fashion-MNIST; without it they are downloaded. Needs ``pip install "persample[experiments]"``.
+
+AUROC is the probability that a garment has a higher score than a digit. After four epochs on all 60,000 digits:
+
+==================================================  =====
+score                                               AUROC
+==================================================  =====
+entropy of the prediction at the posterior's mean   0.962
+entropy of the prediction averaged over 32 draws    0.963
+mutual information between class and weights        0.944
+==================================================  =====
+
+.. image:: /images/out-of-distribution.png
+   :alt: Histograms of the three scores for digits and garments
 """
 
 from __future__ import annotations
@@ -10,6 +27,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -19,7 +37,7 @@ from persample.experiments.models import mnist_convnet
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Probability that a score of `outside` is above one of `inside`, equal ones counted by half."""
+    """Probability that a score of `outside` is above one of `inside`, equal ones counting one half."""
     scores = torch.cat([inside, outside]).double()
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # the mean rank of equal scores, from 1
@@ -29,10 +47,8 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 def draw_histograms(scores: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
     """Draw for each way to score how digits and garments are spread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    for axes, (title, (inside, outside)) in zip(figure.subplots(1, len(scores)), scores.items(), strict=True):
+    figure, row = plt.subplots(1, len(scores), figsize=(11, 3.8), layout="constrained")
+    for axes, (title, (inside, outside)) in zip(row, scores.items(), strict=True):
         bins = torch.linspace(0, torch.cat([inside, outside]).max().item(), 41).tolist()
         for values, label, colour in ((inside, "MNIST", "#0072B2"), (outside, "Fashion-MNIST", "#D55E00")):
             axes.hist(values.tolist(), bins, density=True, alpha=0.6, color=colour, label=label)
@@ -43,11 +59,11 @@ def draw_histograms(scores: dict[str, tuple[Tensor, Tensor]], path: Path) -> Non
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train on MNIST, draw the scores of both test sets, and return the area under the ROC curve of each score."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=60_000, help="as many training images")
-    parser.add_argument("--test-samples", type=int, default=10_000, help="as many images of each test set")
+    parser.add_argument("--samples", type=int, default=60_000, help="number of training images")
+    parser.add_argument("--test-samples", type=int, default=10_000, help="number of images of each test set")
     parser.add_argument("--out", type=Path, default=Path("out-of-distribution.png"))
     options = parser.parse_args(arguments)
 

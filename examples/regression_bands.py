@@ -1,8 +1,13 @@
-"""Fit a curve with bands of uncertainty, which widen outside the data.
+"""
+A curve with bands of uncertainty
+=================================
+
+The dark band is the uncertainty of the curve: how far the draws of the weights differ. The light band adds the noise of the
+observations. Outside the data both widen::
 
     python examples/regression_bands.py --out regression.png
 
-Needs matplotlib (`pip install "persample[experiments]"`).
+Needs matplotlib: ``pip install "persample[experiments]"``.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +38,7 @@ def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def draw_bands(x: Tensor, predicted: GaussianPrediction, data: tuple[Tensor, Tensor], path: Path) -> None:
     """Draw the data, the mean, and two standard deviations of the curve and of new observations."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     grid, mean = x.flatten().numpy(), predicted.mean.flatten().numpy()
     bands = {"a new observation": predicted.variance, "the curve": predicted.epistemic_variance}
     for (label, variance), colour in zip(bands.items(), ("#CFE4F2", "#56B4E9"), strict=True):
@@ -50,7 +53,7 @@ def draw_bands(x: Tensor, predicted: GaussianPrediction, data: tuple[Tensor, Ten
 
 def main(arguments: list[str] | None = None) -> GaussianPrediction:
     """Train, draw, and return what is predicted on a grid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, default=Path("regression.png"))
     options = parser.parse_args(arguments)
