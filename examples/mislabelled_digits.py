@@ -2,8 +2,8 @@
 Find wrong labels by gradient norms
 ===================================
 
-A sample with a wrong label has a large gradient once the network has learned the others. Here 5 % of 4,000 digits get a random
-label; the norms of the per-sample gradients find them::
+A sample with a wrong label has a large gradient once the network has learned the others. Here 5 % of 4,000 digits get a
+random label; the norms of the per-sample gradients find them::
 
     python examples/mislabelled_digits.py --epochs 5
 

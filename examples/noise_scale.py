@@ -2,8 +2,8 @@
 Gradient noise scale during training
 ====================================
 
-The noise scale estimates the batch size beyond which larger batches gain little. It comes from the moments of the per-sample
-gradients, and grows as the loss falls::
+The noise scale estimates the batch size beyond which larger batches gain little. It comes from the moments of the
+per-sample gradients, and grows as the loss falls::
 
     python examples/noise_scale.py --epochs 6
 

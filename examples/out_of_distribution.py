@@ -6,7 +6,8 @@ Train a convolutional network on MNIST, then ask it about garments (Fashion-MNIS
 
     python examples/out_of_distribution.py --data-dir DATA --out out-of-distribution.png
 
-DATA is a folder with MNIST and Fashion-MNIST; without it they are downloaded. Needs ``pip install "persample[experiments]"``.
+DATA is a folder with MNIST and Fashion-MNIST; without it they are downloaded. Needs
+``pip install "persample[experiments]"``.
 
 AUROC is the probability that a garment has a higher score than a digit. After four epochs on all 60,000 digits:
 

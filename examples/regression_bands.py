@@ -2,8 +2,8 @@
 A curve with bands of uncertainty
 =================================
 
-The dark band is the uncertainty of the curve: how far the draws of the weights differ. The light band adds the noise of the
-observations. Outside the data both widen::
+The dark band is the uncertainty of the curve: how far the draws of the weights differ. The light band adds the noise of
+the observations. Outside the data both widen::
 
     python examples/regression_bands.py --out regression.png
 
