@@ -2,8 +2,8 @@
 A training loop of your own
 ===========================
 
-Train a Bayesian network on 5,000 digits in a plain loop, with a learning-rate scheduler, and look at the test digits that
-it is least sure about::
+Train a Bayesian network on 5,000 digits in a plain loop with a learning-rate scheduler. The picture shows the test
+digits that the network is least sure about::
 
     python examples/plain_loop.py --epochs 10
 
