@@ -24,6 +24,7 @@ from persample.vogn.changed_parameters import (
 from persample.vogn.core import Tensors
 from persample.vogn.distributed import Processes, warn_of_separate_processes
 from persample.vogn.failures import require_positive
+from persample.vogn.first_argument import Trained, model_and_params
 from persample.vogn.lending import Lending
 from persample.vogn.loss import loss_of
 from persample.vogn.param_group import Part, make_part
@@ -55,7 +56,7 @@ class PosteriorState(torch.optim.Optimizer):
     The whole state, the noise's included, is saved as plain tensors and numbers. The arguments are those of all rules.
 
     Args:
-        model: the network.
+        model: the network, or its `named_parameters()` or `parameters()`.
         loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`. None if only
             passes of your own are recorded, see `sampled_params()`.
         settings: those that the rule has beside the ones below, which a group may change, too.
@@ -117,7 +118,7 @@ class PosteriorState(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Trained,
         loss_fn: Callable[[Any, Any], Tensor] | None,
         settings: dict[str, Any],
         *,
@@ -136,7 +137,8 @@ class PosteriorState(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        refuse_model(model, several_processes=not self.keeps_draws_apart)
+        network, params = model_and_params(model, params)
+        refuse_model(network, several_processes=not self.keeps_draws_apart)
         if process_group is not None and self.keeps_draws_apart:
             refuse_processes(type(self).__name__)
         require_generator("generator", generator)
@@ -149,7 +151,7 @@ class PosteriorState(torch.optim.Optimizer):
         }
         vars(self).update(settings_of_run(of_run))
         self.generator = generator
-        self.model = model
+        self.model: nn.Module = network
         self.loss_fn = loss_fn
         self.source = self._make_source()
         self.steps = 0
@@ -169,9 +171,10 @@ class PosteriorState(torch.optim.Optimizer):
             "temperature_start": temperature_start,
             "temperature_steps": temperature_steps,
         }
-        super().__init__(groups_of(params, model), settings | of_groups)
+        super().__init__(groups_of(params, network), settings | of_groups)
         # Parameters that could be trained and are in no group were left out on purpose.
-        self._known_as_untrained = {name for name, p in model.named_parameters() if p.requires_grad} - {*self._params()}
+        trainable = {name for name, p in network.named_parameters() if p.requires_grad}
+        self._known_as_untrained = trainable - {*self._params()}
         self._seen: Any = None
         self._follow_model()
         if process_group is None:

@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persample.vogn import core
-from persample.vogn.batch_gradient import BatchGradient
 from persample.vogn.core import Tensors
-from persample.vogn.loss import loss_of
+from persample.vogn.first_argument import Trained
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
-from persample.vogn.pending import MomentSource
 from persample.vogn.saving.state_schema import FINITE, MASS, Kinds
 from persample.vogn.settings import Shared
 
@@ -72,7 +70,7 @@ class IVON(VariationalOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Trained,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         lr: float = 0.1,
@@ -90,9 +88,6 @@ class IVON(VariationalOptimizer):
             "max_update": max_update,
         }
         super().__init__(model, loss_fn, settings, **shared)
-
-    def _make_source(self) -> MomentSource:
-        return BatchGradient(self.model, loss_of(self.loss_fn, self.model))
 
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {

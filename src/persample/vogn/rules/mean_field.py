@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persample.vogn import core
 from persample.vogn.core import Tensors
+from persample.vogn.first_argument import Trained
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
@@ -73,7 +74,7 @@ class MeanFieldVI(VariationalOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Trained,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         lr: float = 1e-3,

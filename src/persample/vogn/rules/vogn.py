@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persample.errors import OptionError
 from persample.sources import make_source
@@ -15,6 +15,7 @@ from persample.vogn import core
 from persample.vogn.core import Tensors
 from persample.vogn.diagnostics import warn_of_stuck_curvature
 from persample.vogn.failures import warn_of_first_step
+from persample.vogn.first_argument import Trained
 from persample.vogn.loss import loss_of
 from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
@@ -52,7 +53,8 @@ class VOGN(VariationalOptimizer):
     parameter's dtype: in a half-precision model small updates are lost to rounding.
 
     Args:
-        model: the network; BatchNorm in training mode and whatever else mixes samples is refused by the sources.
+        model: the network, or its `named_parameters()` or `parameters()`; BatchNorm in training mode and whatever else
+            mixes samples is refused by the sources.
         loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`; needed by
             `observe()` and `elbo()`, not by passes of your own, see `sampled_params()`.
         data_size: the number of training samples.
@@ -107,7 +109,7 @@ class VOGN(VariationalOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Trained,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         lr: float = 1e-3,
