@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
 from persample.cli import main
 
+Command: TypeAlias = Callable[..., tuple[int, str, str]]
+
 
 @pytest.fixture
-def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Return a function that runs the command in an empty folder: exit code, output, error output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PERSAMPLE_DATA", raising=False)
@@ -25,7 +29,7 @@ def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return run
 
 
-def test_reproduces_on_real_digits(persample, tmp_path: Path) -> None:
+def test_reproduces_on_real_digits(persample: Command, tmp_path: Path) -> None:
     code, out, _ = persample("reproduce", "--epochs", "1", "--batch-size", "500")
 
     assert code == 0
@@ -36,7 +40,7 @@ def test_reproduces_on_real_digits(persample, tmp_path: Path) -> None:
     assert (tmp_path / "runs/mnist-5k/figure2.png").exists()
 
 
-def test_trains_one_optimizer_and_resumes_it(persample, tmp_path: Path) -> None:
+def test_trains_one_optimizer_and_resumes_it(persample: Command, tmp_path: Path) -> None:
     settings = ("--optimizer", "adam", "--schedule", "constant", "--batch-size", "1000", "--lr", "0.01")
     once = persample("train", *settings, "--epochs", "2", "--out", "once")
 
@@ -47,7 +51,7 @@ def test_trains_one_optimizer_and_resumes_it(persample, tmp_path: Path) -> None:
     assert (tmp_path / "once/metrics.csv").read_bytes() == (tmp_path / "twice/metrics.csv").read_bytes()
 
 
-def test_measures_on_held_out_training_data(persample, tmp_path: Path) -> None:
+def test_measures_on_held_out_training_data(persample: Command, tmp_path: Path) -> None:
     settings = ("--validation", "500", "--epochs", "2", "--evaluate-every", "2", "--batch-size", "1000")
 
     code, out, _ = persample("train", "--temperature", "0.5", *settings)
@@ -57,7 +61,7 @@ def test_measures_on_held_out_training_data(persample, tmp_path: Path) -> None:
     assert "vogn epoch 1/2" not in out
 
 
-def test_sums_up_runs_with_different_seeds(persample) -> None:
+def test_sums_up_runs_with_different_seeds(persample: Command) -> None:
     for seed in ("0", "1"):
         settings = ("--optimizer", "adam", "--epochs", "1", "--batch-size", "1000")
         persample("train", *settings, "--seed", seed, "--out", seed)
@@ -70,7 +74,7 @@ def test_sums_up_runs_with_different_seeds(persample) -> None:
     assert persample("summary", "0", "2")[0] == 1
 
 
-def test_says_how_to_go_on_after_an_interrupt(persample, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_how_to_go_on_after_an_interrupt(persample: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -83,7 +87,7 @@ def test_says_how_to_go_on_after_an_interrupt(persample, monkeypatch: pytest.Mon
     assert "Traceback" not in err
 
 
-def test_crosschecks(persample) -> None:
+def test_crosschecks(persample: Command) -> None:
     code, out, _ = persample(
         "crosscheck", "--model", "mnist-convnet", "--batch-size", "3", "--dtype", "float64", "--backend", "hooks"
     )
@@ -94,7 +98,7 @@ def test_crosschecks(persample) -> None:
     assert "agrees" in out
 
 
-def test_explains_a_shipped_model(persample) -> None:
+def test_explains_a_shipped_model(persample: Command) -> None:
     code, out, _ = persample("explain", "lenet5", "--backend", "hooks", "--backend", "fused", "--dtype", "float64")
 
     assert code == 0
@@ -173,7 +177,7 @@ def models_of_a_user(tmp_path: Path) -> str:
     ],
 )
 def test_crosschecks_a_model_of_the_user(
-    persample, models_of_a_user: str, place: str, name: str, arguments: list[str], title: str
+    persample: Command, models_of_a_user: str, place: str, name: str, arguments: list[str], title: str
 ) -> None:
     where = models_of_a_user if place == "file" else "models_of_a_user"
     name = {"takes_tokens": "build"}.get(name, name)
@@ -185,7 +189,7 @@ def test_crosschecks_a_model_of_the_user(
     assert "agrees" in out
 
 
-def test_crosschecks_with_the_loss_of_the_user(persample, tmp_path: Path) -> None:
+def test_crosschecks_with_the_loss_of_the_user(persample: Command, tmp_path: Path) -> None:
     (tmp_path / "lossy.py").write_text(
         "import torch\n"
         "def loss(outputs, targets):\n"
@@ -202,7 +206,7 @@ def test_crosschecks_with_the_loss_of_the_user(persample, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["with_loss"], ["whole", "--shape", "3", "--batch-size", "6"]])
-def test_benchmarks_a_model_of_the_user(persample, models_of_a_user: str, arguments: list[str]) -> None:
+def test_benchmarks_a_model_of_the_user(persample: Command, models_of_a_user: str, arguments: list[str]) -> None:
     name, *more = arguments
 
     code, out, _ = persample(
@@ -214,7 +218,7 @@ def test_benchmarks_a_model_of_the_user(persample, models_of_a_user: str, argume
     assert "plain" in out
 
 
-def test_refuses_what_mixes_the_samples_of_a_users_model(persample, models_of_a_user: str) -> None:
+def test_refuses_what_mixes_the_samples_of_a_users_model(persample: Command, models_of_a_user: str) -> None:
     code, _, err = persample("crosscheck", "--model", "models_of_a_user:normed", "--shape", "3", "--backend", "fused")
 
     assert code == 1
@@ -247,7 +251,7 @@ def test_refuses_what_mixes_the_samples_of_a_users_model(persample, models_of_a_
     ],
 )
 def test_what_fails_in_the_users_code_is_one_message(
-    persample, models_of_a_user: str, tmp_path: Path, command: str, name: str, message: str
+    persample: Command, models_of_a_user: str, tmp_path: Path, command: str, name: str, message: str
 ) -> None:
     (tmp_path / "broken.py").write_text("def build(:\n")
     (tmp_path / "failing.py").write_text("\n1 / 0\n")
@@ -271,7 +275,7 @@ def test_what_fails_in_the_users_code_is_one_message(
     ],
 )
 def test_says_what_is_missing_beside_a_model(
-    persample, models_of_a_user: str, command: str, arguments: list[str], message: str
+    persample: Command, models_of_a_user: str, command: str, arguments: list[str], message: str
 ) -> None:
     name, *more = arguments
 
@@ -293,7 +297,7 @@ def test_says_what_is_missing_beside_a_model(
         (["with_batch", "--eval"], "backend 'fused' serves this model"),
     ],
 )
-def test_explains_a_model_of_the_user(persample, tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_explains_a_model_of_the_user(persample: Command, tmp_path: Path, arguments: list[str], expected: str) -> None:
     (tmp_path / "models_of_a_user.py").write_text(MODELS_OF_A_USER)
 
     code, out, _ = persample("explain", f"models_of_a_user:{arguments[0]}", *arguments[1:])
@@ -315,7 +319,7 @@ def test_explains_a_model_of_the_user(persample, tmp_path: Path, arguments: list
         ),
     ],
 )
-def test_models_that_do_not_exist(persample, tmp_path: Path, name: str, message: str) -> None:
+def test_models_that_do_not_exist(persample: Command, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "models_of_a_user.py").write_text(MODELS_OF_A_USER)
 
     code, _, err = persample("explain", name)
@@ -325,7 +329,7 @@ def test_models_that_do_not_exist(persample, tmp_path: Path, name: str, message:
     assert err.count("\n") == 1
 
 
-def test_benchmarks(persample) -> None:
+def test_benchmarks(persample: Command) -> None:
     code, out, _ = persample("bench", "--batch-size", "2", "--rounds", "1", "--backend", "hooks")
 
     assert code == 0
@@ -333,7 +337,7 @@ def test_benchmarks(persample) -> None:
     assert "hooks" in out
 
 
-def test_machineries_of_a_backend_by_names_of_their_own(persample) -> None:
+def test_machineries_of_a_backend_by_names_of_their_own(persample: Command) -> None:
     pytest.importorskip("opacus")
     names = ["opacus (rules)", "opacus"]
     code, out, _ = persample("crosscheck", "--batch-size", "2", *(x for name in names for x in ("--backend", name)))
@@ -343,7 +347,7 @@ def test_machineries_of_a_backend_by_names_of_their_own(persample) -> None:
     assert out.index("opacus (rules)") < out.index("opacus (module)"), "the machinery that ran behind the plain name"
 
 
-def test_lists_the_backends(persample) -> None:
+def test_lists_the_backends(persample: Command) -> None:
     code, out, _ = persample("backends")
 
     assert code == 0
@@ -370,7 +374,7 @@ def test_lists_the_backends(persample) -> None:
         (["bench", "--dtype", "int8"], "persample: dtype='int8' must be one of float32, float64"),
     ],
 )
-def test_what_does_not_exist_is_one_message_and_code_2(persample, arguments, message) -> None:
+def test_what_does_not_exist_is_one_message_and_code_2(persample: Command, arguments: list[str], message: str) -> None:
     code, _, err = persample(*arguments)
 
     assert code == 2
@@ -379,7 +383,7 @@ def test_what_does_not_exist_is_one_message_and_code_2(persample, arguments, mes
 
 
 @pytest.mark.parametrize("arguments", [["reproduce", "--nonsense"], ["nonsense"], ["bench", "--rounds", "many"]])
-def test_a_wrong_command_line_is_code_2(persample, arguments) -> None:
+def test_a_wrong_command_line_is_code_2(persample: Command, arguments: list[str]) -> None:
     code, _, err = persample(*arguments)
 
     assert code == 2
@@ -393,7 +397,7 @@ def test_a_wrong_command_line_is_code_2(persample, arguments) -> None:
         (["train", "--resume"], "persample: there is no run to resume in runs/mnist-5k-vogn"),
     ],
 )
-def test_what_fails_is_one_message_and_code_1(persample, arguments, message) -> None:
+def test_what_fails_is_one_message_and_code_1(persample: Command, arguments: list[str], message: str) -> None:
     code, _, err = persample(*arguments)
 
     assert code == 1
@@ -416,12 +420,12 @@ class TestAustralian:
     """The command, for one epoch, where the data are at hand."""
 
     @pytest.fixture
-    def command(self, persample, real_data: Path):
+    def command(self, persample: Command, real_data: Path) -> Command:
         return lambda *more: persample(
             "australian", "--data-dir", str(real_data), "--epochs", "1", "--seeds", "1", "--jobs", "1", *more
         )
 
-    def test_prints_ours_beside_the_published_and_goes_on(self, command, tmp_path: Path) -> None:
+    def test_prints_ours_beside_the_published_and_goes_on(self, command: Command, tmp_path: Path) -> None:
         code, out, _ = command("--method", "Vadam")
         assert code == 0
         assert "0.944" in out
@@ -439,7 +443,7 @@ class TestAustralian:
         assert both[:4] == first
         assert len(both) == 7
 
-    def test_refuses_an_unknown_method(self, command) -> None:
+    def test_refuses_an_unknown_method(self, command: Command) -> None:
         code, _, err = command("--method", "sgd")
         assert code == 2
         assert "choose among VOGN, Vadam, mean-field VI" in err

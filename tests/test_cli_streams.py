@@ -9,16 +9,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
 from persample.cli import main
 
+Command: TypeAlias = Callable[..., tuple[int, str]]
+
 TRAIN = ("train", "--optimizer", "adam", "--epochs", "1", "--batch-size", "2000")
 
 
 @pytest.fixture
-def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Return a function that runs the command with a stream as its output: exit code and error output."""
     monkeypatch.chdir(tmp_path)
 
@@ -35,7 +38,7 @@ def persample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     "arguments", [("explain", "mnist-convnet"), ("crosscheck", "--batch-size", "2", "--backend", "hooks"), ("--help",)]
 )
-def test_every_encoding_can_be_written_to(persample, encoding: str, arguments: tuple[str, ...]) -> None:
+def test_every_encoding_can_be_written_to(persample: Command, encoding: str, arguments: tuple[str, ...]) -> None:
     written = io.BytesIO()
 
     code, err = persample(io.TextIOWrapper(written, encoding=encoding), *arguments)
@@ -48,7 +51,7 @@ def test_every_encoding_can_be_written_to(persample, encoding: str, arguments: t
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "ü", "two words"])
-def test_paths_of_all_characters(persample, tmp_path: Path, name: str) -> None:
+def test_paths_of_all_characters(persample: Command, tmp_path: Path, name: str) -> None:
     written = io.BytesIO()
 
     code, err = persample(io.TextIOWrapper(written, encoding="utf-8"), *TRAIN, "--out", name)
@@ -58,7 +61,7 @@ def test_paths_of_all_characters(persample, tmp_path: Path, name: str) -> None:
     assert (tmp_path / name / "figure2.png").exists()
 
 
-def test_the_reader_of_a_pipe_may_leave(persample) -> None:
+def test_the_reader_of_a_pipe_may_leave(persample: Command) -> None:
     reading, end = os.pipe()
     os.close(reading)
     for arguments in (("explain", "lenet5"), ("--help",), ("backends",), TRAIN):
@@ -68,7 +71,7 @@ def test_the_reader_of_a_pipe_may_leave(persample) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_a_full_device(persample) -> None:
+def test_a_full_device(persample: Command) -> None:
     for arguments in (("explain", "lenet5"), ("--help",)):
         with Path("/dev/full").open("w") as stream:
             code, err = persample(stream, *arguments)
@@ -79,7 +82,7 @@ def test_a_full_device(persample) -> None:
     assert err.startswith("persample: no model is called 'resnet'")
 
 
-def test_no_output_at_all(persample) -> None:
+def test_no_output_at_all(persample: Command) -> None:
     assert persample(None, "backends") == (0, "")
 
 

@@ -13,14 +13,16 @@ import torch
 import persample
 from persample.errors import DataError, OptionError, UnknownBackendError
 from persample.experiments.config import TrainConfig
-from persample.experiments.data.published import PUBLISHED
+from persample.experiments.data.published import PUBLISHED, PublishedDataset
 from persample.experiments.recipes import configure
 from persample.experiments.records import Record
 from persample.experiments.reproduce import reproduce
 
 
 @pytest.fixture
-def data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_mnist, mnist_files) -> Path:
+def data_dir(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_mnist: PublishedDataset, mnist_files: dict[str, bytes]
+) -> Path:
     """A folder with a tiny data set, known by the name of MNIST."""
     monkeypatch.setitem(PUBLISHED, "mnist", tiny_mnist)
     (tmp_path / "data" / "mnist").mkdir(parents=True)

@@ -20,7 +20,7 @@ def test_reads_planes_of_red_green_blue() -> None:
     assert np.argwhere(pixels[1]).tolist() == [[1, 5, 9]]
 
 
-def test_joins_the_batches_in_order(cifar_files) -> None:
+def test_joins_the_batches_in_order(cifar_files: dict[str, bytes]) -> None:
     raw = read_cifar_dataset(cifar_files, 10)
 
     records = b"".join(cifar_files[f"data_batch_{number}.bin"] for number in range(1, 6))

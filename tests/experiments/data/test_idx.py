@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_refuses_damaged_files(content: bytes, message: str) -> None:
         read_idx(content, 2, "some.gz")
 
 
-def test_reads_the_four_files(mnist_files) -> None:
+def test_reads_the_four_files(mnist_files: dict[str, bytes]) -> None:
     raw = read_idx_dataset(mnist_files, 10)
 
     pixels = gzip.decompress(mnist_files["train-images-idx3-ubyte.gz"])[16:]
@@ -67,6 +68,8 @@ def test_reads_the_four_files(mnist_files) -> None:
         ("t10k-labels-idx1-ubyte.gz", np.array([0, 10, 9]), "label 10, but the classes go from 0 to 9"),
     ],
 )
-def test_refuses_files_that_do_not_belong_together(mnist_files, idx, name, array, message) -> None:
+def test_refuses_files_that_do_not_belong_together(
+    mnist_files: dict[str, bytes], idx: Callable[[np.ndarray], bytes], name: str, array: np.ndarray, message: str
+) -> None:
     with pytest.raises(DataError, match=rf"^{name} .*{message}"):
         read_idx_dataset(mnist_files | {name: idx(array)}, 10)

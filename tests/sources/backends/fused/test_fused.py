@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,13 +201,13 @@ def test_several_uses_on_both_sides_of_a_piece(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unseen_use_is_refused_by_name() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight):
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
             ctx.save_for_backward(x, weight)
             with torch._C.DisableTorchFunction():  # as a kernel outside of PyTorch
                 return x * weight
 
         @staticmethod
-        def backward(ctx, delta):
+        def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, ...]:
             x, weight = ctx.saved_tensors
             return delta * weight, (delta * x).sum(0)
 
