@@ -60,24 +60,7 @@ class PosteriorState(torch.optim.Optimizer):
         loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`. None if only
             passes of your own are recorded, see `sampled_params()`.
         settings: those that the rule has beside the ones below, which a group may change, too.
-        data_size: N, the number of training samples.
-        prior_precision: λ of the prior N(m₀, 1/λ) over each weight. 0 is a flat prior. A mapping from the names of
-            parameters to tensors gives each weight its own.
-        prior_mean: m₀, likewise.
-        prior: in place of the two before, a `Prior`: for example `posterior.as_prior()` of an earlier training, to go
-            on with new data.
-        temperature: τ.
-        temperature_start: τ at the first step, if there is KL warm-up.
-        temperature_steps: τ goes from `temperature_start` to `temperature` along a line in so many steps; 0 is no KL
-            warm-up.
-        max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; None leaves it as it is.
-        augmentation: ρ, by which N is multiplied where random changes of the inputs make more of the samples.
-        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
-        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
-        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
-        params: the parameters to train, or parameter groups, as in every PyTorch optimizer; None is all that require a
-            gradient.
-        process_group: the processes that train together; None is this one alone.
+        shared: the settings of all rules, by their names, as for `VOGN`.
 
     Raises:
         OptionError: an argument is out of its range; a parameter is not the model's, frozen, or given twice; or the

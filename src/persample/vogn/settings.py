@@ -17,7 +17,7 @@ from persample.vogn.prior import Prior
 
 
 class Shared(TypedDict, total=False):
-    """The settings that all rules have; what each means and its default are with `VariationalOptimizer`."""
+    """The settings that all rules have; what each means is told with `VOGN`."""
 
     data_size: Required[int]
     prior_precision: float | Mapping[str, Tensor]

@@ -38,23 +38,14 @@ class MeanFieldVI(VariationalOptimizer):
     Args:
         model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
         loss_fn: as for `VOGN`.
-        data_size: N, the number of training samples.
         lr: α.
         betas: β₁ and β₂.
         eps: e.
-        prior_precision: λ of the prior; a number, or a mapping from the names of parameters to tensors.
-        prior_mean: m₀, likewise.
-        prior: in place of the two before, a `Prior`.
         scale_init: σ at the start.
-        temperature: τ.
-        temperature_start: see `VOGN`.
-        temperature_steps: see `VOGN`.
-        max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; ĝ ∘ ε is not.
-        augmentation: see `VOGN`.
-        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
-        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
-        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
-        params: as for `VOGN`.
+        shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
+            `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,
+            `mc_samples`, `loss_reduction`, `generator`, `params`), as for `VOGN`. `max_grad_norm`
+            scales ĝ, but not ĝ ∘ ε.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.

@@ -37,22 +37,12 @@ class Vadam(VariationalOptimizer):
     Args:
         model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
         loss_fn: as for `VOGN`.
-        data_size: N, the number of training samples.
         lr: α.
         betas: β₁ and β₂.
-        prior_precision: λ of the prior N(m₀, 1/λ); a number, or a mapping from the names of parameters to tensors.
-        prior_mean: m₀, likewise.
-        prior: in place of the two before, a `Prior`.
         hess_init: s_0. The initial posterior has precision N s_0 + λ.
-        temperature: τ.
-        temperature_start: see `VOGN`.
-        temperature_steps: see `VOGN`.
-        max_grad_norm: see `VOGN`.
-        augmentation: see `VOGN`.
-        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
-        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
-        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
-        params: as for `VOGN`.
+        shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
+            `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,
+            `mc_samples`, `loss_reduction`, `generator`, `params`), as for `VOGN`.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.

@@ -59,9 +59,9 @@ class VOGN(VariationalOptimizer):
             `observe()` and `elbo()`, not by passes of your own, see `sampled_params()`.
         data_size: the number of training samples.
         lr: α.
-        prior_precision: λ of the prior N(m₀, 1/λ) over each weight. 0 is a flat prior. A mapping from the names of
-            parameters to tensors gives each weight its own.
-        prior_mean: m₀, likewise.
+        prior_precision: λ of the prior N(m₀, 1/λ) over each weight, 1 by default. 0 is a flat prior. A mapping from the
+            names of parameters to tensors gives each weight its own.
+        prior_mean: m₀, likewise; 0 by default.
         prior: in place of the two before, a `Prior`: for example `posterior.as_prior()` of an earlier training, to go
             on with new data.
         decay: γ; 1 keeps the curvature at `hess_init`.
@@ -73,15 +73,17 @@ class VOGN(VariationalOptimizer):
         average_prior: whether the prior's term τ λ (μ − m₀) / N is averaged together with ĝ, as in Osawa et al.; it is
             added afterwards otherwise.
         damping: d.
-        temperature: τ.
-        temperature_start: τ at the first step, if there is KL warm-up.
-        temperature_steps: τ goes from `temperature_start` to `temperature` along a line in so many steps; 0 is no KL
-            warm-up.
+        temperature: τ, 1 by default.
+        temperature_start: τ at the first step, if there is KL warm-up; 0.01 by default.
+        temperature_steps: τ goes from `temperature_start` to `temperature` along a line in so many steps; 0, the
+            default, is no KL warm-up.
         max_update: ξ; None does not clip.
         max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; the curvature is not touched.
-        augmentation: ρ, how many times more samples random changes of the inputs make of the data.
-        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
-        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
+            None, the default, leaves it as it is.
+        augmentation: ρ, how many times more samples random changes of the inputs make of the data; 1 by default.
+        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`; 1 by default.
+        loss_reduction: how losses are reduced to a scalar in passes of your own, see `sampled_params()`; "mean" by
+            default.
         backend: name of the source of per-sample gradients (`persample.backends()` lists them).
         backend_options: options of that source, as `persample.make_source` takes them.
         generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
