@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import persample
-from persample.experiments.data import load_dataset
+from persample.experiments import load_dataset
 
 
 class Digits(lightning.LightningModule):

@@ -33,8 +33,7 @@ import torch
 from torch import Tensor
 
 import persample
-from persample.experiments.data import load_dataset
-from persample.experiments.models import mnist_convnet
+from persample.experiments import load_dataset, mnist_convnet
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -25,3 +26,19 @@ def test_every_backend_has_a_row_in_the_table(page: str) -> None:
     rows = re.findall(r'^\| `"(\w+)"` \|', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
     own = {name for name, backend in persample.backends().items() if backend.location.startswith("persample.")}
     assert own <= set(rows)
+
+
+def test_the_reference_documents_what_first_level_packages_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\.\. auto(?:class|function|exception|data):: (\S+)", page, flags=re.MULTILINE)
+    assert names
+    for name in names:
+        package, _, attribute = name.rpartition(".")
+        assert package.count(".") <= 1, f"{name} is deep inside: let a first-level package name it"
+        assert hasattr(importlib.import_module(package), attribute), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_examples_import_from_first_level_packages(page: Path) -> None:
+    packages = re.findall(r"^(?:from|import) (persample[\w.]*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [package for package in packages if package.count(".") > 1] == []

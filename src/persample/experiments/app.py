@@ -24,8 +24,8 @@ from persample.experiments.model_argument import DTYPES, Asked, ask, require_run
 from persample.experiments.models import MODELS
 from persample.experiments.progress import LiveProgress
 from persample.experiments.recipes import configure
-from persample.experiments.reproduce import assist
-from persample.experiments.reproduce import reproduce as run_experiment
+from persample.experiments.reproduction import assist
+from persample.experiments.reproduction import reproduce as run_experiment
 from persample.experiments.run_folder import held, remove_begun
 from persample.experiments.summary import last_records
 from persample.experiments.tables import (

@@ -16,7 +16,7 @@ from persample.experiments.config import TrainConfig
 from persample.experiments.data.published import PUBLISHED, PublishedDataset
 from persample.experiments.recipes import configure
 from persample.experiments.records import Record
-from persample.experiments.reproduce import reproduce
+from persample.experiments.reproduction import reproduce
 
 
 @pytest.fixture
