@@ -40,25 +40,15 @@ class IVON(VariationalOptimizer):
     Args:
         model: the network. Needing no gradients of single samples, it may mix samples (BatchNorm).
         loss_fn: as for `VOGN`.
-        data_size: N, the number of training samples.
         lr: α.
         betas: β₁ and β₂.
         hess_init: h_0, above 0.
         rescale_lr: whether α is multiplied by h_0 + δ; if not, the last line is μ_{t+1} = μ_t − α u.
         max_update: ξ, the clip radius; None does not clip.
-        prior_precision: λ of the prior N(m₀, 1/λ); a number, or a mapping from the names of parameters to tensors.
-        prior_mean: m₀, likewise.
-        prior: in place of the two before, a `Prior`.
-        temperature: τ.
-        temperature_start: see `VOGN`.
-        temperature_steps: see `VOGN`.
-        max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; ĥ is not.
-        augmentation: see `VOGN`.
-        mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`.
-        loss_reduction: how losses are reduced to a scalar in your own passes, see `sampled_params()`.
-        generator: source of the noise; None is PyTorch's global generator. Its state is saved with the optimizer's.
-        params: as for `VOGN`.
-        process_group: as for `VOGN`.
+        shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
+            `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,
+            `mc_samples`, `loss_reduction`, `generator`, `params`, `process_group`), as for `VOGN`. `max_grad_norm`
+            scales ĝ, but not ĥ.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.
