@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import persample
-from persample.experiments.data import load_dataset
+from persample.experiments import load_dataset
 
 
 def gradient_norms(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

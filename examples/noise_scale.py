@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import persample
-from persample.experiments.data import load_dataset
+from persample.experiments import load_dataset
 
 
 def noise_scale(source: persample.PerSampleGradSource, inputs: Tensor, targets: Tensor) -> float:
