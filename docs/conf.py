@@ -43,6 +43,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "ExampleTitleSortKey",
     "download_all_examples": False,
     "show_signature": False,
+    "remove_config_comments": True,
     "write_computation_times": False,
     "abort_on_example_error": True,
 }

@@ -140,3 +140,5 @@ def main(arguments: list[str] | None = None) -> float:
 
 if __name__ == "__main__":
     main()
+
+# sphinx_gallery_thumbnail_path = "images/hugging-face.png"

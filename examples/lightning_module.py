@@ -111,3 +111,5 @@ def main(arguments: list[str] | None = None) -> float:
 
 if __name__ == "__main__":
     main()
+
+# sphinx_gallery_thumbnail_path = "images/lightning.png"

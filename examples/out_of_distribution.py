@@ -112,3 +112,5 @@ def _entropy_at_the_mean(model: torch.nn.Module, images: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     main()
+
+# sphinx_gallery_thumbnail_path = "images/out-of-distribution.png"
