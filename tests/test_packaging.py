@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+HOSTS = (("raw.githubusercontent.com", ""), ("github.com", "blob/"))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,21 @@ def test_the_wheel_holds_the_package_and_the_licence(archives: Path) -> None:
     assert "persample/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
+
+
+def test_links_and_pictures_of_the_readme_resolve_on_an_index_page(archives: Path) -> None:
+    (wheel,) = archives.glob("*.whl")
+    files = zipfile.ZipFile(wheel)
+    (name,) = (name for name in files.namelist() if name.endswith("METADATA"))
+    description = files.read(name).decode()
+
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", description)
+    links = re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", description)
+    raw, blob = (f"https://{host}/persample/persample/{rest}main/" for host, rest in HOSTS)
+    assert pictures
+    assert links
+    assert all((ROOT / address.removeprefix(raw)).is_file() for address in pictures)
+    assert all((ROOT / address.removeprefix(blob).partition("#")[0]).is_file() for address in links)
 
 
 def test_the_sdist_holds_what_the_wheel_is_made_of(archives: Path) -> None:
