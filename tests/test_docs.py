@@ -38,7 +38,10 @@ def test_the_reference_documents_what_first_level_packages_name() -> None:
         assert hasattr(importlib.import_module(package), attribute), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+FOR_USERS = [page for page in PAGES if page.name != "architecture.md"]  # which shows where to change the inside
+
+
+@pytest.mark.parametrize("page", FOR_USERS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples_import_from_first_level_packages(page: Path) -> None:
     packages = re.findall(r"^(?:from|import) (persample[\w.]*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert [package for package in packages if package.count(".") > 1] == []
