@@ -1,4 +1,14 @@
-"""Per-sample gradients in PyTorch, and Bayesian deep learning by natural-gradient variational inference."""
+"""Per-sample gradients in PyTorch, and Bayesian deep learning by natural-gradient variational inference.
+
+- `make_source(backend, model, loss_fn)` returns a source, whose `moments` and `per_sample` give the gradients of the
+  single samples of a mini-batch. Results match a loop over the samples, or an error says why not.
+- `VOGN`, `IVON`, `OGN`, `Vadam` and `MeanFieldVI` are optimizers that train a Gaussian posterior over the weights.
+- `explain`, `crosscheck`, `benchmark` and `fix` tell of a model what is served, whether it is right, what it costs,
+  and how to replace BatchNorm.
+
+Import from here or from a first-level package (`persample.sources`, `persample.vogn`, …); what lies deeper may move.
+`docs/architecture.md` has the map of the code.
+"""
 
 from persample import losses as losses
 from persample.checks import benchmark as benchmark

@@ -1,4 +1,16 @@
-"""Sources of per-sample gradients: one file per backend, and the registry that picks one by name."""
+"""Sources of per-sample gradients: one file or folder per backend, and the registry that picks one by name.
+
+How a call travels:
+
+1. `source` (`PerSampleGradSource`) makes a `Batch`, refuses what no backend can do (`model`), and guards the model.
+2. The backend (`backends`) computes. Those of the project's own see each *use* of a parameter (capture), whose *rule*
+   puts a *tap* at the result. In the backward pass the tap turns the gradient δ there into a *contribution*; the
+   *accumulator* adds the uses of a parameter up for each sample, and squares after that.
+3. On the first batch of its kind, `selfcheck` compares the result with ordinary gradients and a loop over samples.
+
+`contract` is what a backend implements, `splits` says where the samples are in a batch, and `recording` watches forward
+and backward passes that users run.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,10 @@
-"""Variational training of neural networks, as PyTorch optimizers: VOGN and its siblings, and their posterior."""
+"""Variational training of neural networks, as PyTorch optimizers: VOGN and its siblings, and their posterior.
+
+`core` has the update as pure functions, `rules` one optimizer in each file. `optimizer` is their common base: it draws
+weights (`sampling`, `lending`), collects moments there (`pending`, `observations`), and steps. `posterior_state` holds
+groups and precision and saves them (`saving`). `posterior` is the result as a value, with predictions (`prediction`,
+`monte_carlo`) and the evidence lower bound (`elbo`).
+"""
 
 from persample.sources.recording.recorder import LossReductionWarning as LossReductionWarning
 from persample.vogn.changed_gradients import UnusedGradientWarning as UnusedGradientWarning
