@@ -41,7 +41,7 @@ def _general(functions: Iterable[Any], rule: Rule) -> dict[Any, Rule]:
     """A rule for many operations, which is told which one it is."""
 
     def rule_for(func: Any) -> Rule:
-        return lambda capture, *args, **kwargs: rule(capture, func, args, kwargs)
+        return lambda trace, *args, **kwargs: rule(trace, func, args, kwargs)
 
     return {func: rule_for(func) for func in functions}
 
@@ -50,17 +50,17 @@ def _of_reals(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
     """Rules whose products are those of real numbers (without conjugates); complex ones are mapped over the samples."""
 
     def for_reals(func: Any, rule: Rule) -> Rule:
-        def choose(capture: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def choose(trace: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
             if input.is_complex():
-                return fallback(capture, func, (input, *args), kwargs)
-            return rule(capture, input, *args, **kwargs)
+                return fallback(trace, func, (input, *args), kwargs)
+            return rule(trace, input, *args, **kwargs)
 
         return choose
 
     return {func: for_reals(func, rule) for func, rule in rules.items()}
 
 
-#: `rule(capture, *args, **kwargs)` runs the operation and returns its result with a tap.
+#: `rule(trace, *args, **kwargs)` runs the operation and returns its result with a tap.
 RULES: Mapping[Any, Rule] = {
     **_general(POINTWISE, entry_by_entry),
     **_general(COMPARISONS | functions("equal allclose"), values_alone),

@@ -62,14 +62,14 @@ class Tap(torch.autograd.Function):
         ctx: Any,
         result: Tensor,
         anchor: Tensor,
-        capture: Receiver,
+        trace: Receiver,
         uses: Sequence[tuple[Expression, Build]],
         *saved: Tensor,
     ) -> Tensor:
         # Marked as changed in place, so that the result is no view and may be changed in place afterwards.
         ctx.mark_dirty(result)
         ctx.save_for_backward(*saved)
-        ctx.capture, ctx.uses, ctx.repeats = capture, uses, not capture.forward_pass
+        ctx.trace, ctx.uses, ctx.repeats = trace, uses, not trace.forward_pass
         ctx.expressions = [expression for expression, _ in uses]
         ctx.count = len(saved)
         return result
@@ -79,13 +79,13 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         others = [None] * (2 + ctx.count)
         if not _is_for_parameters(ctx):
-            return delta, ctx.capture.inner_gradient(), *others
+            return delta, ctx.trace.inner_gradient(), *others
         saved = _saved_tensors(ctx)  # where activation checkpointing repeats the forward pass, seen by the mode
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
             precise_delta = precise(delta)
             saved = tuple(map(precise, saved))
             for expression, build in ctx.uses:
-                ctx.capture.receive(expression, build(precise_delta, *saved))
+                ctx.trace.receive(expression, build(precise_delta, *saved))
         return delta, None, *others
 
 
@@ -97,7 +97,7 @@ class Operation(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         anchor: Tensor,
-        capture: Receiver,
+        trace: Receiver,
         uses: Sequence[Expression | None],
         forward: Any,
         backward: Any,
@@ -105,8 +105,8 @@ class Operation(torch.autograd.Function):
         result: Tensor
         result, saved = forward(x)
         ctx.save_for_backward(*saved)
-        ctx.capture, ctx.expressions, ctx.own_backward = capture, uses, backward
-        ctx.repeats = not capture.forward_pass
+        ctx.trace, ctx.expressions, ctx.own_backward = trace, uses, backward
+        ctx.repeats = not trace.forward_pass
         return result
 
     @staticmethod
@@ -118,8 +118,8 @@ class Operation(torch.autograd.Function):
             gradient, contributions = ctx.own_backward(delta, *saved, ctx.needs_input_grad[0])
             for expression, contribution in zip(ctx.expressions, contributions, strict=True):
                 if expression is not None and wanted:
-                    ctx.capture.receive(expression, contribution)
-        return gradient, None if wanted else ctx.capture.inner_gradient(), None, None, None, None
+                    ctx.trace.receive(expression, contribution)
+        return gradient, None if wanted else ctx.trace.inner_gradient(), None, None, None, None
 
 
 class Copies(torch.autograd.Function):
@@ -127,19 +127,19 @@ class Copies(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, anchor: Tensor, capture: Receiver, expression: Expression, build: Build
+        ctx: Any, values: Tensor, anchor: Tensor, trace: Receiver, expression: Expression, build: Build
     ) -> Tensor:
-        ctx.capture, ctx.expressions, ctx.build = capture, [expression], build
-        ctx.repeats = not capture.forward_pass
+        ctx.trace, ctx.expressions, ctx.build = trace, [expression], build
+        ctx.repeats = not trace.forward_pass
         return values
 
     @staticmethod
     @_in_words
     def backward(ctx: Any, delta: Tensor) -> tuple[Any, ...]:
         if not _is_for_parameters(ctx):
-            return None, ctx.capture.inner_gradient(), None, None, None
+            return None, ctx.trace.inner_gradient(), None, None, None
         with torch._C.DisableTorchFunction(), without_autocast(delta.device):
-            ctx.capture.receive(ctx.expressions[0], ctx.build(precise(delta)))
+            ctx.trace.receive(ctx.expressions[0], ctx.build(precise(delta)))
         return None, None, None, None, None
 
 
@@ -163,14 +163,14 @@ def _is_for_parameters(ctx: Any) -> bool:
         UnsupportedModelError: it is computed in the forward pass, where it could be differentiated once more; or the
             operation was run in the backward pass, where activation checkpointing may repeat it, and no more.
     """
-    if ctx.capture.forward_pass:
+    if ctx.trace.forward_pass:
         raise second_derivatives()
     name = next(expression.names[0] for expression in ctx.expressions if expression is not None)
     if ctx.repeats:
         raise inner_backward_pass(name)
-    if ctx.capture.in_outer_backward():
+    if ctx.trace.in_outer_backward():
         return True
-    ctx.capture.passed_by = name
+    ctx.trace.passed_by = name
     return False
 
 

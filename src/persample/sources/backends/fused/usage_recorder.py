@@ -146,7 +146,7 @@ class UsageRecorder(Capture):
         """Keep the node of `result`, whose operation has just told the sink what it uses."""
         expected, self._sink.expected = self._sink.expected, []
         node = result.grad_fn
-        while expected and node is not None and getattr(node, "capture", None) is not self:
+        while expected and node is not None and getattr(node, "trace", None) is not self:
             node = node.next_functions[0][0]  # of a view, that of its base
         if expected and node is not None:
             self._note(node, expected)

@@ -22,17 +22,17 @@ def in_groups(function: Callable[..., Tensor], rule: Rule) -> Rule:
     """
 
     def for_groups(
-        capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+        trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        layout = capture.layouts.get(input)
+        layout = trace.layouts.get(input)
         axis = layout.axis(input.shape) if isinstance(layout, Layout) else None
         if not isinstance(layout, Layout) or axis is None or axis.dim != 1 or len(input) > 1:
-            return rule(capture, input, weight, bias, *args, **kwargs)
+            return rule(trace, input, weight, bias, *args, **kwargs)
         copies = {}
         for operand in (weight, bias):
-            if operand is not None and capture.expression(operand) is not None and len(operand) % layout.rows == 0:
+            if operand is not None and trace.expression(operand) is not None and len(operand) % layout.rows == 0:
                 rows = Axis(0, after=len(operand) // layout.rows)
-                copies[id(operand)] = copied(capture, operand, operand.dim(), layout, rows)
-        return capture.again(function, (input, weight, bias, *args), kwargs, copies)
+                copies[id(operand)] = copied(trace, operand, operand.dim(), layout, rows)
+        return trace.again(function, (input, weight, bias, *args), kwargs, copies)
 
     return for_groups

@@ -24,68 +24,68 @@ from persample.sources.selfcheck.tolerances import tolerance
 Copied = Callable[[Trace, Tensor, int, Layout, Axis], Tensor]
 
 
-def as_samples(capture: Trace, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
+def as_samples(trace: Trace, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
     """Return `operand`, an expression with an entry for each sample, made of samples; None if it cannot be.
 
     Args:
-        capture: sees the operation.
+        trace: sees the operation.
         operand: the expression.
         where: where it has its entries for the samples,
         axis: and in which dimension.
         copied: gives expressions an entry for each sample.
     """
-    made = capture.expressions[id(operand)][1].made
-    if made is None or where.owners is not None or capture.intercepted or not capture.forward_pass:
+    made = trace.expressions[id(operand)][1].made
+    if made is None or where.owners is not None or trace.intercepted or not trace.forward_pass:
         return None
     key = (id(operand), where)
-    if key not in capture.remade:
-        result = _remade(capture, made, operand, where, axis, copied)
-        capture.remade[key] = None if result is None else (result, version_of(result))
-    known = capture.remade[key]
+    if key not in trace.remade:
+        result = _remade(trace, made, operand, where, axis, copied)
+        trace.remade[key] = None if result is None else (result, version_of(result))
+    known = trace.remade[key]
     return None if known is None or version_of(known[0]) != known[1] else known[0]
 
 
-def _remade(capture: Trace, made: Made, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
-    axes = _axes(capture, made, operand.dim(), where, axis)
+def _remade(trace: Trace, made: Made, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
+    axes = _axes(trace, made, operand.dim(), where, axis)
     if not axes:
         return None
     operands = {id(t): t for t in tensors_in((made.args, dict(made.kwargs)))}
     layouts = {key: where.at(at, operands[key].shape) for key, at in axes.items()}
     if after(Call(made.func, made.args, made.kwargs, layouts, where.batch))[made.number or 0] != where:
         return None
-    expression = capture.expressions[id(operand)][1]
+    expression = trace.expressions[id(operand)][1]
     devices = [operand.device] if operand.is_cuda else []
     try:
         with torch.random.fork_rng(devices=devices):  # what is random is no longer the same, and so is left alone
             samples = {
-                key: copied(capture, operands[key], operands[key].dim(), layouts[key], at)
+                key: copied(trace, operands[key], operands[key].dim(), layouts[key], at)
                 if key in made.sources
-                else capture.follow_as(operands[key].detach(), layouts[key])
+                else trace.follow_as(operands[key].detach(), layouts[key])
                 for key, at in axes.items()
             }
-            result = capture.again(made.func, made.args, made.kwargs, samples)
+            result = trace.again(made.func, made.args, made.kwargs, samples)
     except UnsupportedModelError:
         return None
     if made.number is not None:
         result = result[made.number]
     allowed = tolerance(expression.value)
-    same = result.shape == operand.shape and capture.layouts.get(result) == where
+    same = result.shape == operand.shape and trace.layouts.get(result) == where
     if not same or not torch.allclose(result.detach(), expression.value, allowed, allowed, equal_nan=True):
         return None
-    capture.bypassed.add(expression)
+    trace.bypassed.add(expression)
     remade: Tensor = result
     return remade
 
 
-def _axes(capture: Trace, made: Made, ndim: int, where: Layout, axis: Axis) -> dict[int, Axis]:
+def _axes(trace: Trace, made: Made, ndim: int, where: Layout, axis: Axis) -> dict[int, Axis]:
     """Return where the operands have entries for the samples, by their id; none if one is not what it was any more."""
     axes = {}
     for t in tensors_in((made.args, dict(made.kwargs))):
         source = made.sources.get(id(t))
         if source is None:
-            if t.requires_grad or t in capture.layouts or version_of(t) != made.versions[id(t)]:
+            if t.requires_grad or t in trace.layouts or version_of(t) != made.versions[id(t)]:
                 return {}
-        elif source is not capture.expression(t):
+        elif source is not trace.expression(t):
             return {}
         if source is None or not source.is_parameter:
             at = _axis(t, ndim, where, axis)

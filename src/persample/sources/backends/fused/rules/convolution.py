@@ -24,7 +24,7 @@ from persample.sources.model.refusals import VMAP_OR_VJP
 
 def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def rule(
-        capture: Trace,
+        trace: Trace,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -34,7 +34,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
         groups: int = 1,
     ) -> Tensor:
         name = f"F.conv{dimensions}d"
-        rows, after = _layout(capture, name, input, dimensions)
+        rows, after = _layout(trace, name, input, dimensions)
         kernel = tuple(weight.shape[2:])
         strides, dilations = _each(stride, dimensions), _each(dilation, dimensions)
         sizes = padding if isinstance(padding, str) else _each(padding, dimensions)
@@ -45,7 +45,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
             jumps = tuple(slice(None, None, s) for s in strides)
             input = input[(slice(None), slice(None), *jumps)].contiguous()
             stride, strides = 1, (1,) * dimensions
-        result = function(input, capture.value(weight), capture.value(bias), stride, padding, dilation, groups)
+        result = function(input, trace.value(weight), trace.value(bias), stride, padding, dilation, groups)
 
         def for_weight(delta: Tensor, x: Tensor) -> Any:
             sides = tuple(left for left, _ in pairs)
@@ -55,7 +55,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
             geometry = Geometry(tuple(weight.shape), strides, sides, dilations, groups)
             return Convolution(delta, x, geometry, rows)
 
-        return _tap(capture, result, after, rows, weight, for_weight, bias, input)
+        return _tap(trace, result, after, rows, weight, for_weight, bias, input)
 
     rule.__name__ = function.__name__
     return rule
@@ -63,7 +63,7 @@ def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[.
 
 def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def rule(
-        capture: Trace,
+        trace: Trace,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -74,8 +74,8 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
         dilation: Any = 1,
     ) -> Tensor:
         name = f"F.conv_transpose{dimensions}d"
-        rows, after = _layout(capture, name, input, dimensions)
-        values = capture.value(weight), capture.value(bias)
+        rows, after = _layout(trace, name, input, dimensions)
+        values = trace.value(weight), trace.value(bias)
         result = function(input, *values, stride, padding, output_padding, groups, dilation)
         kernel = tuple(weight.shape[2:])
         strides, dilations = _each(stride, dimensions), _each(dilation, dimensions)
@@ -86,23 +86,23 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
             grouped = x.reshape(len(x), groups, x.shape[1] // groups, -1)
             return OuterProducts(_by_sample(grouped, rows), _by_sample(unfolded, rows), weight.shape)
 
-        return _tap(capture, result, after, rows, weight, for_weight, bias, input)
+        return _tap(trace, result, after, rows, weight, for_weight, bias, input)
 
     rule.__name__ = function.__name__
     return rule
 
 
-def _layout(capture: Trace, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
+def _layout(trace: Trace, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
             f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 are channels: put the samples "
             f"there, as one more dimension, or {VMAP_OR_VJP}."
         )
-    return capture.rows_of_sample(x, name), capture.layout(x, name)
+    return trace.rows_of_sample(x, name), trace.layout(x, name)
 
 
 def _tap(
-    capture: Trace,
+    trace: Trace,
     result: Tensor,
     before: Layout,
     rows: int,
@@ -116,7 +116,7 @@ def _tap(
         return Terms(delta.flatten(2).sum(2).reshape(before.batch, rows, -1))
 
     after = Layout(1, before.batch, result.numel() // before.batch)
-    return capture.tap(result, after, [(weight, for_weight), (bias, for_bias)], (x,))
+    return trace.tap(result, after, [(weight, for_weight), (bias, for_bias)], (x,))
 
 
 def _by_sample(x: Tensor, rows: int) -> Tensor:

@@ -15,47 +15,47 @@ from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.trace import Trace
 
 
-def addmm(capture: Trace, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def addmm(trace: Trace, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """β b + α (x @ P), for matrices, batches of matrices and vectors."""
-    with capture:
+    with trace:
         product = mat1 @ mat2
         product = product if alpha == 1 else alpha * product
         return product + (input if beta == 1 else beta * input)
 
 
-def linear(capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` with a vector for weight."""
-    with capture:
+    with trace:
         product = input @ weight
         result: Tensor = product if bias is None else product + bias
         return result
 
 
-def masked_fill(capture: Trace, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+def masked_fill(trace: Trace, input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     """The parameter where the mask is, x elsewhere."""
-    with capture:
+    with trace:
         return torch.where(mask, value, input).contiguous()
 
 
-def prelu(capture: Trace, input: Tensor, weight: Tensor) -> Tensor:
+def prelu(trace: Trace, input: Tensor, weight: Tensor) -> Tensor:
     """X where it is positive, w ∘ x elsewhere; w has one entry, or one for each channel, dim 1."""
-    with capture:
+    with trace:
         if weight.numel() > 1 and input.dim() > 2:
             weight = weight.view(-1, *[1] * (input.dim() - 2))
         return torch.where(input > 0, input, weight * input)
 
 
-def bilinear(capture: Trace, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(trace: Trace, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x₁ᵀ W_o x₂ for each output o: a linear layer on the products of the entries."""
-    with capture:
+    with trace:
         products = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
         return F.linear(products, weight.flatten(1), bias)
 
 
-def matmul(capture: Trace, first: Tensor, second: Tensor) -> Any:
+def matmul(trace: Trace, first: Tensor, second: Tensor) -> Any:
     """Products with a vector or a matrix in front are products with a matrix behind: P x = (xᵀ Pᵀ)ᵀ."""
-    in_front = capture.expression(first) is not None
-    with capture:
+    in_front = trace.expression(first) is not None
+    with trace:
         if in_front and first.dim() == 1:
             return (second.mT @ first.unsqueeze(1)).squeeze(-1)
         if in_front and first.dim() == 2 and second.dim() > 2:
@@ -64,14 +64,14 @@ def matmul(capture: Trace, first: Tensor, second: Tensor) -> Any:
             return (first @ second.unsqueeze(1)).squeeze(-1)
         if not in_front and second.dim() == 2 and second.numel() == 0:
             return first.new_zeros(*first.shape[:-1], second.shape[1])
-    return capture.fall_back(torch.matmul, (first, second), {})
+    return trace.fall_back(torch.matmul, (first, second), {})
 
 
-def looked_up(capture: Trace, table: Tensor, index: Any) -> Any:
+def looked_up(trace: Trace, table: Tensor, index: Any) -> Any:
     """`parameter[:, i, j]`, with indices of samples, is an embedding by the number i · size + j."""
-    if capture.expression(table) is None:
-        return capture.fall_back(Tensor.__getitem__, (table, index), {})
-    with capture:
+    if trace.expression(table) is None:
+        return trace.fall_back(Tensor.__getitem__, (table, index), {})
+    with trace:
         lookup = read(index, table)
         table = table[lookup.basic]
         numbers = {d: n for dim, given in lookup.tensors.items() for d, n in enumerate(_numbers(given), dim)}
@@ -98,28 +98,28 @@ def _numbers(given: Tensor) -> list[Tensor]:
     return [index[mask] for index in torch.meshgrid(*indices, indexing="ij")]
 
 
-def take(capture: Trace, input: Tensor, index: Tensor) -> Any:
+def take(trace: Trace, input: Tensor, index: Tensor) -> Any:
     """`parameter.flatten()[indices]`."""
-    if capture.expression(input) is None:
-        return capture.fall_back(torch.take, (input, index), {})
-    with capture:
+    if trace.expression(input) is None:
+        return trace.fall_back(torch.take, (input, index), {})
+    with trace:
         return input.flatten()[index]
 
 
-def index_select(capture: Trace, input: Tensor, dim: int, index: Tensor) -> Any:
+def index_select(trace: Trace, input: Tensor, dim: int, index: Tensor) -> Any:
     """The same by another name."""
-    if capture.expression(input) is None:
-        return capture.fall_back(torch.index_select, (input, dim, index), {})
-    with capture:
+    if trace.expression(input) is None:
+        return trace.fall_back(torch.index_select, (input, dim, index), {})
+    with trace:
         return input[selecting(dim, index, input.dim())]
 
 
-def gather(capture: Trace, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+def gather(trace: Trace, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """Entry (i, j, …) of the result is the parameter's entry (index, j, …), with the index in place of i for dim 0."""
-    if capture.expression(input) is None or capture.expression(index) is not None or index.dim() == 0:
-        return capture.fall_back(torch.gather, (input, dim, index), {})
+    if trace.expression(input) is None or trace.expression(index) is not None or index.dim() == 0:
+        return trace.fall_back(torch.gather, (input, dim, index), {})
     dim = dim % index.dim()
-    with capture:
+    with trace:
         table = input.unsqueeze(0) if input.dim() == 0 else input
         steps = [math.prod(table.shape[d + 1 :]) for d in range(table.dim())]
         number = index * steps[dim]
@@ -131,7 +131,7 @@ def gather(capture: Trace, input: Tensor, dim: int, index: Tensor, *, sparse_gra
 
 
 def embedding(
-    capture: Trace,
+    trace: Trace,
     weight: Tensor,
     indices: Tensor,
     padding_idx: int = -1,
@@ -140,19 +140,19 @@ def embedding(
 ) -> Any:
     """`torch.embedding`, which `F.embedding` calls."""
     padding = None if padding_idx < 0 else padding_idx
-    with capture:
+    with trace:
         return F.embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-def solve(capture: Trace, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # noqa: N803 - PyTorch's names
+def solve(trace: Trace, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # noqa: N803 - PyTorch's names
     """`torch.linalg.solve`, of which a right-hand side may be vectors."""
     if B.dim() == 1 or B.shape == A.shape[:-1]:
-        with capture:
+        with trace:
             return torch.linalg.solve(A, B.unsqueeze(-1), left=left).squeeze(-1)
-    return batched(capture, torch.linalg.solve, (A, B), {"left": left})
+    return batched(trace, torch.linalg.solve, (A, B), {"left": left})
 
 
-def linear_cross_entropy(capture: Trace, *args: Any, **kwargs: Any) -> Any:
+def linear_cross_entropy(trace: Trace, *args: Any, **kwargs: Any) -> Any:
     """Without the chunks in which PyTorch hides the parameters from autograd."""
     function: Any = F.linear_cross_entropy
-    return capture.again(opened(function), args, kwargs | {"options": None}, {})
+    return trace.again(opened(function), args, kwargs | {"options": None}, {})

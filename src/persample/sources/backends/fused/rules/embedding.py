@@ -12,7 +12,7 @@ from persample.sources.backends.fused.trace import Trace
 
 
 def embedding(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -23,10 +23,10 @@ def embedding(
 ) -> Tensor:
     """`F.embedding`."""
     _refuse("F.embedding", max_norm, scale_grad_by_freq)
-    layout = capture.layout(input, "F.embedding")
+    layout = trace.layout(input, "F.embedding")
     count, width = weight.shape
     after = layout.with_features(1, width)
-    result = F.embedding(input, capture.value(weight), padding_idx)
+    result = F.embedding(input, trace.value(weight), padding_idx)
 
     def contribution(delta: Tensor, indices: Tensor) -> Lookups:
         v = layout.sample_first(indices, 1).squeeze(-1).long()
@@ -36,11 +36,11 @@ def embedding(
             d = d * (v != padding_idx % count).unsqueeze(-1)
         return Lookups(v, d, count)
 
-    return capture.tap(result, after, [(weight, contribution)], (input,))
+    return trace.tap(result, after, [(weight, contribution)], (input,))
 
 
 def embedding_bag(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     weight: Tensor,
     offsets: Tensor | None = None,
@@ -55,7 +55,7 @@ def embedding_bag(
 ) -> Tensor:
     """`F.embedding_bag`: an embedding, of which the rows of each bag are reduced to one."""
     _refuse("F.embedding_bag", max_norm, scale_grad_by_freq)
-    with capture:
+    with trace:
         rows = F.embedding(input, weight)
         if per_sample_weights is not None:
             rows = rows * per_sample_weights.unsqueeze(-1)

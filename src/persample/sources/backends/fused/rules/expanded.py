@@ -26,65 +26,61 @@ from persample.sources.backends.fused.rules.parts import follow, put_beside
 from persample.sources.backends.fused.trace import Trace
 
 
-def entry_by_entry(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def entry_by_entry(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Operations entry by entry on operands that are broadcast to each other."""
     operands = tensors_in((args, dict(kwargs)))
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
-    samples = capture.rows_in(args, kwargs)
+    samples = trace.rows_in(args, kwargs)
     try:
         layout = agreed(samples, [t for t in operands if id(t) in samples], shape, aligned)
     except Unknown:
-        values, named = capture.values((args, dict(kwargs)))
-        where = after(Call(func, values, named, samples, capture.batch_size))[0]
-        layout = capture.known(where, name_of(func), shape)
+        values, named = trace.values((args, dict(kwargs)))
+        where = after(Call(func, values, named, samples, trace.batch_size))[0]
+        layout = trace.known(where, name_of(func), shape)
     axis = axis_in(layout, shape)
-    copies = {
-        id(t): copied(capture, t, len(shape), layout, axis) for t in operands if capture.expression(t) is not None
-    }
+    copies = {id(t): copied(trace, t, len(shape), layout, axis) for t in operands if trace.expression(t) is not None}
     replaced = substitute((args, dict(kwargs)), copies)
     result = func(*replaced[0], **replaced[1])
     for output in tensors_in(result):
-        capture.follow_as(output, layout)
-    if capture.parts:
-        follow(capture, func, args, kwargs, result)
+        trace.follow_as(output, layout)
+    if trace.parts:
+        follow(trace, func, args, kwargs, result)
     return result
 
 
-def beside_each_other(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def beside_each_other(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`torch.cat` and `torch.stack`: expanded parameters beside samples, such as a class token."""
     tensors = args[0] if args else kwargs["tensors"]
-    beside = next(t for t in tensors if capture.expression(t) is None and id(t) in capture.samples_in(args, kwargs))
-    layout = capture.layout(beside, "torch.cat")
+    beside = next(t for t in tensors if trace.expression(t) is None and id(t) in trace.samples_in(args, kwargs))
+    layout = trace.layout(beside, "torch.cat")
     axis = axis_in(layout, beside.shape)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
     dim = dim % (beside.dim() + JOINING[func])
-    expressions = [t for t in tensors if capture.expression(t) is not None]
+    expressions = [t for t in tensors if trace.expression(t) is not None]
     whole = not JOINING[func] and dim == axis.dim and layout.rows > 1
     if whole:
-        copies = {id(t): capture.of_nobody(t, func) for t in expressions}
+        copies = {id(t): trace.of_nobody(t, func) for t in expressions}
     else:
-        copies = {id(t): copied(capture, t, beside.dim(), layout, axis) for t in expressions}
-    joined: Tensor = capture.again(func, args, kwargs, copies)
-    put_beside(capture, func, tensors, dim, joined, samples=whole)
+        copies = {id(t): copied(trace, t, beside.dim(), layout, axis) for t in expressions}
+    joined: Tensor = trace.again(func, args, kwargs, copies)
+    put_beside(trace, func, tensors, dim, joined, samples=whole)
     return joined
 
 
-def batched(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def batched(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Operations on the last two dimensions, with all before them broadcast, such as attention with learned queries."""
     operands = tensors_in((args, dict(kwargs)))
-    samples = capture.samples_in(args, kwargs)
+    samples = trace.samples_in(args, kwargs)
     largest = max((t for t in operands if id(t) in samples), key=Tensor.dim)
     layout = samples[id(largest)]
     axis = axis_in(layout, largest.shape)
     if axis.dim >= largest.dim() - 2:
-        return capture.fall_back(func, args, kwargs)
-    copies = {
-        id(t): copied(capture, t, largest.dim(), layout, axis) for t in operands if capture.expression(t) is not None
-    }
-    return capture.again(func, args, kwargs, copies)
+        return trace.fall_back(func, args, kwargs)
+    copies = {id(t): copied(trace, t, largest.dim(), layout, axis) for t in operands if trace.expression(t) is not None}
+    return trace.again(func, args, kwargs, copies)
 
 
-def own_of_one_sample(capture: Trace, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
+def own_of_one_sample(trace: Trace, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
     """Return copies of the operands made of parameters, if all other operands are of one and the same sample.
 
     Then the operation needs no rule: the copies are that sample's own.
@@ -92,7 +88,7 @@ def own_of_one_sample(capture: Trace, args: Any, kwargs: Mapping[str, Any]) -> d
     operands = tensors_in((args, dict(kwargs)))
     layouts: list[Layout] = []
     for operand in operands:
-        where = capture.layouts.get(operand)
+        where = trace.layouts.get(operand)
         if isinstance(where, Layout) and where.owners is not None and where.rows == 1:
             layouts.append(where)
         elif where is not None:
@@ -101,14 +97,14 @@ def own_of_one_sample(capture: Trace, args: Any, kwargs: Mapping[str, Any]) -> d
     if len(owners) != 1 or NOBODY in owners:
         return {}
     layout = layouts[0]
-    return {id(t): copied(capture, t, t.dim(), layout, Axis(0)) for t in operands if capture.expression(t) is not None}
+    return {id(t): copied(trace, t, t.dim(), layout, Axis(0)) for t in operands if trace.expression(t) is not None}
 
 
-def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, axis: Axis) -> Tensor:
+def copied(trace: Trace, operand: Tensor, ndim: int, layout: Layout, axis: Axis) -> Tensor:
     """Return `operand`, which is made of parameters, with an entry for each sample, followed.
 
     Args:
-        capture: sees the operation.
+        trace: sees the operation.
         operand: has size 1 where the samples are, or no such dimension, or an entry for each sample already.
         ndim: its dimensions are the last of so many.
         layout: where the samples are in another operand, with so many dimensions,
@@ -117,10 +113,10 @@ def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, axis: Axi
     Raises:
         ValueError: the operand has another size there.
     """
-    expression = capture.expressions[id(operand)][1]
+    expression = trace.expressions[id(operand)][1]
     if layout.rows == 1:  # all is of one sample
         whole = Layout(1, layout.batch, operand.numel(), layout.owners)
-        return capture.copies(expression.value, whole, expression, _of_own_rows(whole, Axis(0)))
+        return trace.copies(expression.value, whole, expression, _of_own_rows(whole, Axis(0)))
     missing = ndim - operand.dim()
     own = axis._replace(dim=axis.dim - missing)
     size = layout.rows * axis.folded
@@ -129,17 +125,17 @@ def copied(capture: Trace, operand: Tensor, ndim: int, layout: Layout, axis: Axi
         values = expression.value.reshape(shape)
         shape[axis.dim] = size
         where = layout.at(axis, shape)
-        return capture.copies(values.expand(shape), where, expression, _of_all(expression, layout, axis))
+        return trace.copies(values.expand(shape), where, expression, _of_all(expression, layout, axis))
     if operand.shape[own.dim] != size:
         raise ValueError("it has neither one entry nor one for each sample where the samples are")
     where = layout.at(own, operand.shape)
     length = expression.repeats.get(own.dim)
     if length is not None and own.before == 1 and own.after % length == 0:
         once = expression.once(own.dim)
-        capture.bypassed.add(expression)
-        return capture.copies(expression.value, where, once, _of_repeated(once, layout, own))
-    made = as_samples(capture, operand, where, own, copied)
-    return capture.copies(expression.value, where, expression, _of_own_rows(where, own)) if made is None else made
+        trace.bypassed.add(expression)
+        return trace.copies(expression.value, where, once, _of_repeated(once, layout, own))
+    made = as_samples(trace, operand, where, own, copied)
+    return trace.copies(expression.value, where, expression, _of_own_rows(where, own)) if made is None else made
 
 
 def _of_own_rows(layout: Layout, axis: Axis) -> Callable[[Tensor], Contribution]:

@@ -29,27 +29,27 @@ from persample.sources.backends.fused.vjp import Mapped, MappedRows, no_rule
 from persample.sources.selfcheck.tolerances import tolerance
 
 
-def fallback(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def fallback(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, which has no rule, on samples and parameters."""
-    rows = _rows(capture, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
+    rows = _rows(trace, func, args, kwargs, lambda expression, dim: dim in expression.repeats)
     if rows:
-        return capture.again(func, args, kwargs, rows)
+        return trace.again(func, args, kwargs, rows)
     if is_in_place(func):
-        return change_samples(capture, func, args, kwargs)
+        return change_samples(trace, func, args, kwargs)
     inside = opened(func)
     if inside is not None:
-        return capture.again(inside, args, kwargs, {})
+        return trace.again(inside, args, kwargs, {})
     try:
-        return _mapped(capture, func, args, kwargs)
+        return _mapped(trace, func, args, kwargs)
     except UnsupportedModelError:
-        rows = _rows(capture, func, args, kwargs, lambda expression, dim: True)
+        rows = _rows(trace, func, args, kwargs, lambda expression, dim: True)
         if not rows:
             raise
-        return capture.again(func, args, kwargs, rows)
+        return trace.again(func, args, kwargs, rows)
 
 
 def _rows(
-    capture: Trace,
+    trace: Trace,
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -60,11 +60,11 @@ def _rows(
     None if the operation would mix the samples then: those entries are as many as the samples by chance.
     """
     operands = {id(t): t for t in tensors_in((args, dict(kwargs)))}
-    samples = capture.samples_in(args, kwargs)
+    samples = trace.samples_in(args, kwargs)
     known = [(layout, layout.axis(operands[key].shape)) for key, layout in samples.items()]
     axes = {}
     for key, operand in operands.items():
-        expression = capture.expression(operand)
+        expression = trace.expression(operand)
         for layout, axis in known:
             if expression is None or axis is None or axis.dim >= operand.dim():
                 continue
@@ -74,36 +74,36 @@ def _rows(
         return {}
     rows = {id(operands[key]): layout.at(axis, operands[key].shape) for key, (layout, axis) in axes.items()}
     in_order = all(layout.owners is None for layout in samples.values())
-    for where in after(Call(func, args, kwargs, samples | rows, capture.batch_size)):
+    for where in after(Call(func, args, kwargs, samples | rows, trace.batch_size)):
         if not isinstance(where, Layout) or (where.owners is None) != in_order:
             return {}
-    return {key: copied(capture, operands[key], operands[key].dim(), *where) for key, where in axes.items()}
+    return {key: copied(trace, operands[key], operands[key].dim(), *where) for key, where in axes.items()}
 
 
-def _mapped(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _mapped(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run `func`, and tap its result."""
-    operation = _Operation(capture, func, args, kwargs)
+    operation = _Operation(trace, func, args, kwargs)
     result = operation.run({})
     if isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex()):
-        return values_alone(capture, func, args, kwargs)
+        return values_alone(trace, func, args, kwargs)
     if not isinstance(result, Tensor):
         raise no_rule(operation.name, "its result is not a tensor")
     where = after(operation.call_of_values(result))[0]
-    layout = capture.known(where, operation.name, result.shape)
+    layout = trace.known(where, operation.name, result.shape)
     at = layout.axis(result.shape)
     if at is None or not operation.is_of_single_rows(result, layout, at):
         raise no_rule(
             operation.name, "its result for a sample alone is not that sample's part of its result for the batch"
         )
     uses = [(expression, operation.contribution_of(key, at)) for key, expression in operation.expressions.items()]
-    return capture.tap(result.clone(), layout, uses, operation.samples())
+    return trace.tap(result.clone(), layout, uses, operation.samples())
 
 
 class _Operation:
     """An operation without a rule, on operands made of parameters and on samples.
 
     Args:
-        capture: sees it.
+        trace: sees it.
         func: the operation.
         args: its positional arguments,
         kwargs: and its keyword arguments.
@@ -112,13 +112,13 @@ class _Operation:
         UnsupportedModelError: the samples are not in one dimension of each operand, and in the same order.
     """
 
-    def __init__(self, capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.func, self.arguments, self.name = func, (args, dict(kwargs)), name_of(func)
-        self.batch_size = capture.batch_size
+        self.batch_size = trace.batch_size
         self.operands = {id(t): t for t in tensors_in(self.arguments)}
-        self.expressions = {key: e for key, t in self.operands.items() if (e := capture.expression(t)) is not None}
+        self.expressions = {key: e for key, t in self.operands.items() if (e := trace.expression(t)) is not None}
         self.values = {key: e.value for key, e in self.expressions.items()}
-        self.layouts = capture.samples_in(args, kwargs)
+        self.layouts = trace.samples_in(args, kwargs)
         self.axes = {key: self._axis(layout, self.operands[key]) for key, layout in self.layouts.items()}
         self.labels = _labels(self.name, self.layouts.values())
         self.rows = self.batch_size if self.labels is None else len(self.labels)  # they are taken for samples

@@ -14,7 +14,7 @@ from persample.sources.backends.fused.trace import Trace
 
 
 def grouped_mm(
-    capture: Trace,
+    trace: Trace,
     mat_a: Tensor,
     mat_b: Tensor,
     *,
@@ -24,13 +24,11 @@ def grouped_mm(
 ) -> Any:
     """Rows `(S, I)` times matrices `(N, I, O)`: those from `offs[n - 1]` to `offs[n]` times matrix n."""
     if offs is None and bias is None and out_dtype is None:
-        return capture.again(torch.bmm, (mat_a, mat_b), {}, {})
-    matrices = capture.expression(mat_b)
+        return trace.again(torch.bmm, (mat_a, mat_b), {}, {})
+    matrices = trace.expression(mat_b)
     if offs is None or matrices is None or mat_a.dim() != 2 or mat_b.dim() != 3:
-        return capture.fall_back(
-            torch._grouped_mm, (mat_a, mat_b), {"offs": offs, "bias": bias, "out_dtype": out_dtype}
-        )
-    layout = capture.layout(mat_a, "grouped_mm")
+        return trace.fall_back(torch._grouped_mm, (mat_a, mat_b), {"offs": offs, "bias": bias, "out_dtype": out_dtype})
+    layout = trace.layout(mat_a, "grouped_mm")
     _, inputs, outputs = mat_b.shape
     layout.require_features(inputs, outputs)
     result = torch._grouped_mm(mat_a, matrices.value, offs=offs, bias=bias, out_dtype=out_dtype)
@@ -45,7 +43,7 @@ def grouped_mm(
         ]
         return GroupedProducts(groups, matrices.value.to(delta.dtype), layout.batch)
 
-    return capture.tap(result, layout.with_features(inputs, outputs), [(mat_b, contribution)], (mat_a,))
+    return trace.tap(result, layout.with_features(inputs, outputs), [(mat_b, contribution)], (mat_a,))
 
 
 def _group(index: int, labels: Tensor, a: Tensor, delta: Tensor) -> Group:

@@ -31,18 +31,18 @@ def writes(func: Any, args: tuple[Any, ...]) -> bool:
 _LEAVE_ENTRIES = RESHAPES_IN_PLACE | functions("requires_grad_ detach_")
 
 
-def write_parameters(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def write_parameters(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation in place on parameters and constants alone.
 
     Raises:
         UnsupportedModelError: other tensors share the memory of the one that is changed.
     """
     target, arguments = args[0], (args, dict(kwargs))
-    before = capture.expression(target)
-    sources = {id(t): e for t in tensors_in(arguments) if (e := capture.expression(t)) is not None}
+    before = trace.expression(target)
+    sources = {id(t): e for t in tensors_in(arguments) if (e := trace.expression(t)) is not None}
     graphs = {key: source.graph for key, source in sources.items()}
     if before is not None:
-        _require_own_memory(capture, func, args, kwargs)
+        _require_own_memory(trace, func, args, kwargs)
     elif target._base is not None:
         raise _sharing(func)
     with own_saved_tensors():
@@ -57,31 +57,31 @@ def write_parameters(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: M
         target.data = graph.detach()
     parameters, through = origins(sources.values())
     expression = Expression(graph.detach(), graph, parameters, moves=False, through=through)
-    capture.expressions[id(target)] = (target, expression)
+    trace.expressions[id(target)] = (target, expression)
     return target
 
 
-def write_samples(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def write_samples(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation that writes samples into an expression of parameters.
 
     Raises:
         UnsupportedModelError: other tensors share its memory, or nobody can tell where it has entries for the samples.
     """
     target = args[0]
-    _require_own_memory(capture, func, args, kwargs)
-    values, named = capture.values((args, dict(kwargs)))
-    where = after(Call(func, values, named, capture.samples_in(args, kwargs), capture.batch_size))[0]
-    layout = capture.known(where, name_of(func), target.shape)
-    copies = copied(capture, target, target.dim(), layout, axis_in(layout, target.shape))
+    _require_own_memory(trace, func, args, kwargs)
+    values, named = trace.values((args, dict(kwargs)))
+    where = after(Call(func, values, named, trace.samples_in(args, kwargs), trace.batch_size))[0]
+    layout = trace.known(where, name_of(func), target.shape)
+    copies = copied(trace, target, target.dim(), layout, axis_in(layout, target.shape))
     if target.requires_grad:
         target.detach_()
     # Memory of its own, because what its expression was made of must stay as it is.
-    target.data = capture.expressions.pop(id(target))[1].value.clone()
-    capture.follow_as(target.copy_(copies), layout)
-    return capture.again(func, args, kwargs, {})
+    target.data = trace.expressions.pop(id(target))[1].value.clone()
+    trace.follow_as(target.copy_(copies), layout)
+    return trace.again(func, args, kwargs, {})
 
 
-def change_samples(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def change_samples(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation that changes samples in place by parameters."""
     name = name_of(func).removesuffix("_")
     new = next((found for space in (Tensor, torch, F) if callable(found := getattr(space, name, None))), None)
@@ -90,46 +90,46 @@ def change_samples(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Map
             f"{name_of(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use an "
             "operation that returns a new tensor, or backend 'vjp'."
         )
-    with capture:
+    with trace:
         return args[0].copy_(new(args[0].clone(), *args[1:], **kwargs))
 
 
-def fill(capture: Trace, x: Tensor, value: Tensor) -> Any:
+def fill(trace: Trace, x: Tensor, value: Tensor) -> Any:
     """`x.fill_(parameter)`."""
-    return capture.again(Tensor.copy_, (x, value), {}, {})
+    return trace.again(Tensor.copy_, (x, value), {}, {})
 
 
-def written_into(capture: Trace, x: Tensor, index: Any, value: Tensor) -> None:
+def written_into(trace: Trace, x: Tensor, index: Any, value: Tensor) -> None:
     """`x[index] = parameter`."""
-    capture.again(Tensor.__setitem__, (x, index, _for_places(capture, x, index, value)), {}, {})
+    trace.again(Tensor.__setitem__, (x, index, _for_places(trace, x, index, value)), {}, {})
 
 
-def index_put(capture: Trace, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+def index_put(trace: Trace, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
     """A copy of x into which the parameter is written, or to which it is added."""
-    if capture.expression(input) is not None:
-        return capture.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
-    copies = _for_places(capture, input, tuple(indices), values)
-    return capture.again(torch.index_put, (input, indices, copies), {"accumulate": accumulate}, {})
+    if trace.expression(input) is not None:
+        return trace.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
+    copies = _for_places(trace, input, tuple(indices), values)
+    return trace.again(torch.index_put, (input, indices, copies), {"accumulate": accumulate}, {})
 
 
-def _for_places(capture: Trace, x: Tensor, index: Any, value: Tensor) -> Tensor:
+def _for_places(trace: Trace, x: Tensor, index: Any, value: Tensor) -> Tensor:
     """Return `value`, which is made of parameters, with an entry for each sample that `x[index]` has entries of."""
     shape = x.detach()[index].shape
-    samples = capture.samples_in((x, index), {})
-    where = after(Call(Tensor.__getitem__, (x, index), {}, samples, capture.batch_size))[0]
-    layout = capture.known(where, "__setitem__", shape)
-    return copied(capture, value, len(shape), layout, axis_in(layout, shape))
+    samples = trace.samples_in((x, index), {})
+    where = after(Call(Tensor.__getitem__, (x, index), {}, samples, trace.batch_size))[0]
+    layout = trace.known(where, "__setitem__", shape)
+    return copied(trace, value, len(shape), layout, axis_in(layout, shape))
 
 
-def _require_own_memory(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    expression = capture.expression(args[0])
+def _require_own_memory(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    expression = trace.expression(args[0])
     if expression is None:
         return
     if expression.is_parameter:
         func(*args, **kwargs)  # PyTorch forbids it, in its own words
     memory = memory_of(expression.value)
-    others = [e.value for _, e in capture.expressions.values() if e is not expression and e.value.numel()]
-    if any(memory_of(other) == memory for other in others + capture.aliases):
+    others = [e.value for _, e in trace.expressions.values() if e is not expression and e.value.numel()]
+    if any(memory_of(other) == memory for other in others + trace.aliases):
         raise _sharing(func)
 
 

@@ -15,14 +15,14 @@ from persample.sources.backends.fused.rules import decompositions
 from persample.sources.backends.fused.trace import Trace
 
 
-def linear(capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
     if weight.dim() == 1:
-        return decompositions.linear(capture, input, weight, bias)
+        return decompositions.linear(trace, input, weight, bias)
     if weight.shape[1] == 0:  # nothing of the samples enters, only the bias is left
         shape = (*input.shape[:-1], weight.shape[0])
-        return input.new_zeros(shape) if bias is None else capture.again(Tensor.expand, (bias, shape), {}, {})
-    layout = capture.layout_of_rows(input, "F.linear")
+        return input.new_zeros(shape) if bias is None else trace.again(Tensor.expand, (bias, shape), {}, {})
+    layout = trace.layout_of_rows(input, "F.linear")
     outputs, inputs = weight.shape
     layout.require_features(inputs, outputs)
     after = layout.with_features(inputs, outputs)
@@ -34,7 +34,7 @@ def linear(capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = 
         return Terms(after.sample_first(delta, outputs))
 
     # Of two dimensions the result is no view, so the tap can take it.
-    values = capture.value(weight), capture.value(bias)
+    values = trace.value(weight), trace.value(bias)
     if all(v is None or (v.dtype, v.requires_grad) == (input.dtype, False) for v in values) and not _autocast(input):
 
         def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
@@ -45,30 +45,30 @@ def linear(capture: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = 
             delta, x = precise(delta), precise(x)
             return gradient, (for_weight(delta, x), for_bias(delta, x))
 
-        result = capture.run(forward, backward, input, after, (weight, bias))
+        result = trace.run(forward, backward, input, after, (weight, bias))
     else:
         result = F.linear(input.reshape(-1, inputs), *values)
-        result = capture.tap(result, after, [(weight, for_weight), (bias, for_bias)], (input,))
-    return capture.follow_as(result.view(*input.shape[:-1], outputs), after)
+        result = trace.tap(result, after, [(weight, for_weight), (bias, for_bias)], (input,))
+    return trace.follow_as(result.view(*input.shape[:-1], outputs), after)
 
 
 def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def matmul(capture: Trace, x: Tensor, other: Tensor) -> Any:
+def matmul(trace: Trace, x: Tensor, other: Tensor) -> Any:
     """`x @ P` with samples in x and a matrix P made of parameters: a linear layer with the weight Pᵀ."""
     of_matrix = other.dim() == 2 and x.dim() >= 2 and other.numel() > 0
-    if capture.expression(other) is None or capture.expression(x) is not None or not of_matrix:
-        return decompositions.matmul(capture, x, other)
-    layout = capture.layout_of_rows(x, "matmul")
+    if trace.expression(other) is None or trace.expression(x) is not None or not of_matrix:
+        return decompositions.matmul(trace, x, other)
+    layout = trace.layout_of_rows(x, "matmul")
     inputs, outputs = other.shape
     layout.require_features(inputs, outputs)
     after = layout.with_features(inputs, outputs)
-    result = x.reshape(-1, inputs) @ capture.value(other)
+    result = x.reshape(-1, inputs) @ trace.value(other)
 
     def contribution(delta: Tensor, x: Tensor) -> LinearProducts:
         return LinearProducts(layout.sample_first(x, inputs), after.sample_first(delta, outputs))
 
-    tapped = capture.tap(result, after, [(other, contribution)], (x,))
-    return capture.follow_as(tapped.view(*x.shape[:-1], outputs), after)
+    tapped = trace.tap(result, after, [(other, contribution)], (x,))
+    return trace.follow_as(tapped.view(*x.shape[:-1], outputs), after)

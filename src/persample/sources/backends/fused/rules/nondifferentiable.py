@@ -9,16 +9,16 @@ from persample.sources.backends.fused.carry import plain
 from persample.sources.backends.fused.trace import Trace
 
 
-def values_alone(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def values_alone(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Comparisons, which have no gradient."""
-    values, named = capture.values((args, dict(kwargs)))
-    return plain(capture, func, values, named)
+    values, named = trace.values((args, dict(kwargs)))
+    return plain(trace, func, values, named)
 
 
-def as_told(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def as_told(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Conversions of the first operand to the shape or type of another, of which nothing else is taken."""
     first, *others = args
-    if capture.expression(first) is None:
-        values, named = capture.values((tuple(others), dict(kwargs)))
-        return plain(capture, func, (first, *values), named)
-    return capture.express(func, args, kwargs)
+    if trace.expression(first) is None:
+        values, named = trace.values((tuple(others), dict(kwargs)))
+        return plain(trace, func, (first, *values), named)
+    return trace.express(func, args, kwargs)

@@ -17,7 +17,7 @@ from persample.sources.backends.fused.trace import Trace
 
 
 def layer_norm(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -26,14 +26,14 @@ def layer_norm(
 ) -> Tensor:
     """`F.layer_norm`."""
     shape = tuple(normalized_shape)
-    result = F.layer_norm(input, shape, capture.value(weight), capture.value(bias), eps)
+    result = F.layer_norm(input, shape, trace.value(weight), trace.value(bias), eps)
     return _trailing(
-        capture, "F.layer_norm", input, result, shape, weight, bias, lambda x: F.layer_norm(x, shape, eps=eps)
+        trace, "F.layer_norm", input, result, shape, weight, bias, lambda x: F.layer_norm(x, shape, eps=eps)
     )
 
 
 def rms_norm(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
@@ -41,12 +41,12 @@ def rms_norm(
 ) -> Tensor:
     """`F.rms_norm`."""
     shape = tuple(normalized_shape)
-    result = F.rms_norm(input, shape, capture.value(weight), eps)
-    return _trailing(capture, "F.rms_norm", input, result, shape, weight, None, lambda x: F.rms_norm(x, shape, eps=eps))
+    result = F.rms_norm(input, shape, trace.value(weight), eps)
+    return _trailing(trace, "F.rms_norm", input, result, shape, weight, None, lambda x: F.rms_norm(x, shape, eps=eps))
 
 
 def group_norm(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -54,26 +54,22 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.group_norm`."""
-    values = capture.value(weight), capture.value(bias)
+    values = trace.value(weight), trace.value(bias)
     if all(v is None or v.dtype == input.dtype for v in values) and not torch.is_autocast_enabled(input.device.type):
-        return _by_kernel(capture, input, num_groups, weight, bias, eps)
-    result = F.group_norm(input, num_groups, capture.value(weight), capture.value(bias), eps)
-    return _channels(
-        capture, "F.group_norm", input, result, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps)
-    )
+        return _by_kernel(trace, input, num_groups, weight, bias, eps)
+    result = F.group_norm(input, num_groups, trace.value(weight), trace.value(bias), eps)
+    return _channels(trace, "F.group_norm", input, result, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
 
 
-def _by_kernel(
-    capture: Trace, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _by_kernel(trace: Trace, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Group norm by its kernels, whose backward pass sums the gradients of scale and shift over the batch.
 
     With the channels of all images side by side, (1, B·C, …) in B·G groups, that sum is over one image, so the
     gradients of scale and shift that come with the gradient of x are those of the single images.
     """
-    rows, images = capture.rows_of_sample(x, "F.group_norm"), len(x)
+    rows, images = trace.rows_of_sample(x, "F.group_norm"), len(x)
     channels, pixels = x.shape[1], math.prod(x.shape[2:])
-    gamma, beta = capture.value(weight), capture.value(bias)
+    gamma, beta = trace.value(weight), trace.value(bias)
 
     def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         # The result lies in memory as PyTorch's own does: dropout draws its random numbers in that order.
@@ -101,11 +97,11 @@ def _by_kernel(
         terms = [Terms(t.view(-1, rows, channels)) for t in (scale, shift)]
         return gradient.view(x.shape) if wanted else None, terms
 
-    return capture.run(forward, backward, x, capture.layout(x, "F.group_norm"), (weight, bias))
+    return trace.run(forward, backward, x, trace.layout(x, "F.group_norm"), (weight, bias))
 
 
 def batch_norm(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -126,13 +122,13 @@ def batch_norm(
         return F.batch_norm(x, running_mean, running_var, training=False, eps=eps)
 
     result = F.batch_norm(
-        input, running_mean, running_var, capture.value(weight), capture.value(bias), False, momentum, eps
+        input, running_mean, running_var, trace.value(weight), trace.value(bias), False, momentum, eps
     )
-    return _channels(capture, "F.batch_norm", input, result, weight, bias, normalized)
+    return _channels(trace, "F.batch_norm", input, result, weight, bias, normalized)
 
 
 def instance_norm(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -144,7 +140,7 @@ def instance_norm(
 ) -> Tensor:
     """`F.instance_norm`."""
     result = F.instance_norm(
-        input, running_mean, running_var, capture.value(weight), capture.value(bias), use_input_stats, momentum, eps
+        input, running_mean, running_var, trace.value(weight), trace.value(bias), use_input_stats, momentum, eps
     )
 
     def normalized(x: Tensor) -> Tensor:
@@ -152,11 +148,11 @@ def instance_norm(
             return F.instance_norm(x, eps=eps)
         return F.batch_norm(x, running_mean, running_var, training=False, eps=eps)
 
-    return _channels(capture, "F.instance_norm", input, result, weight, bias, normalized)
+    return _channels(trace, "F.instance_norm", input, result, weight, bias, normalized)
 
 
 def _trailing(
-    capture: Trace,
+    trace: Trace,
     operation: str,
     x: Tensor,
     result: Tensor,
@@ -166,7 +162,7 @@ def _trailing(
     normalized: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Scale and shift have the trailing `shape`; all other dimensions of a sample are positions."""
-    layout = capture.layout(x, operation)
+    layout = trace.layout(x, operation)
     size = math.prod(shape)
 
     def for_weight(delta: Tensor, x: Tensor) -> Terms:
@@ -175,11 +171,11 @@ def _trailing(
     def for_bias(delta: Tensor, x: Tensor) -> Terms:
         return Terms(layout.sample_first(delta, size).unflatten(-1, shape))
 
-    return capture.tap(result, layout, [(weight, for_weight), (bias, for_bias)], (x,))
+    return trace.tap(result, layout, [(weight, for_weight), (bias, for_bias)], (x,))
 
 
 def _channels(
-    capture: Trace,
+    trace: Trace,
     operation: str,
     x: Tensor,
     result: Tensor,
@@ -188,8 +184,8 @@ def _channels(
     normalized: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Scale and shift have one entry for each channel, dim 1; the samples are in dim 0, perhaps with others."""
-    layout = capture.layout(x, operation)
-    rows = capture.rows_of_sample(x, operation)
+    layout = trace.layout(x, operation)
+    rows = trace.rows_of_sample(x, operation)
     channels = x.shape[1]
 
     def by_channel(terms: Tensor) -> Terms:
@@ -203,4 +199,4 @@ def _channels(
     def for_bias(delta: Tensor, x: Tensor) -> Terms:
         return by_channel(delta)
 
-    return capture.tap(result, layout, [(weight, for_weight), (bias, for_bias)], (x,))
+    return trace.tap(result, layout, [(weight, for_weight), (bias, for_bias)], (x,))

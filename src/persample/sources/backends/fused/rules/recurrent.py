@@ -146,15 +146,15 @@ class _Layers(NamedTuple):
         return _weights(self.parameters[number * each : (number + 1) * each], self.biases)
 
 
-def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def recurrent(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_relu`, of whole and of packed sequences."""
     layers = _Layers.of(args)
-    if capture.expression(layers.x) is not None:
+    if trace.expression(layers.x) is not None:
         raise ValueError("its input is computed from parameters")
-    layout = capture.layout(layers.x, name_of(func))
-    capture.rounds_otherwise = True
+    layout = trace.layout(layers.x, name_of(func))
+    trace.rounds_otherwise = True
     sequences, of_state, axis = _sequences(layers, layout)
-    states = [_state(capture, state, of_state, axis) for state in layers.states]
+    states = [_state(trace, state, of_state, axis) for state in layers.states]
     last = []
     for layer in range(layers.depth):
         outputs = []
@@ -162,7 +162,7 @@ def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[
             n = layer * layers.directions + direction
             state = tuple(s[n] for s in states)
             output, state = _direction(
-                capture, _STEPS[func], sequences, state, layers.weights(n), backwards=direction == 1
+                trace, _STEPS[func], sequences, state, layers.weights(n), backwards=direction == 1
             )
             outputs.append(output)
             last.append(state)
@@ -172,8 +172,8 @@ def recurrent(capture: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[
             rows = F.dropout(rows.view(*shape, rows.shape[-1]), layers.dropout).view_as(rows)
         width = sequences.rows.shape[-1]
         sequences = Sequences(rows, sequences.sizes, sequences.layout.with_features(width, rows.shape[-1]))
-    ends = [capture.follow_as(end, of_state.at(axis, end.shape)) for end in map(torch.stack, zip(*last, strict=True))]
-    return _outputs(capture, sequences, layers, axis), *ends
+    ends = [trace.follow_as(end, of_state.at(axis, end.shape)) for end in map(torch.stack, zip(*last, strict=True))]
+    return _outputs(trace, sequences, layers, axis), *ends
 
 
 def _sequences(layers: _Layers, layout: Layout) -> tuple[Sequences, Layout, Axis]:
@@ -193,14 +193,14 @@ def _sequences(layers: _Layers, layout: Layout) -> tuple[Sequences, Layout, Axis
     return Sequences(time_first.flatten(0, 1), [time_first.shape[1]] * len(time_first), layout), layout, axis
 
 
-def _outputs(capture: Trace, sequences: Sequences, layers: _Layers, axis: Axis) -> Tensor:
+def _outputs(trace: Trace, sequences: Sequences, layers: _Layers, axis: Axis) -> Tensor:
     """Return the outputs of the last layer in the shape of its input, followed."""
     rows = sequences.rows
     result = rows if layers.sizes is not None else rows.view(len(sequences.sizes), -1, rows.shape[-1])
-    capture.follow_as(result, sequences.layout)
+    trace.follow_as(result, sequences.layout)
     if layers.batch_first:
         result = result.transpose(0, 1)
-        capture.follow_as(result, sequences.layout.at(axis._replace(dim=0), result.shape))
+        trace.follow_as(result, sequences.layout.at(axis._replace(dim=0), result.shape))
     return result
 
 
@@ -210,12 +210,12 @@ def _weights(parameters: Sequence[Tensor], biases: bool) -> Weights:
     return Weights(ih, hh, b_ih, b_hh, others[0] if others else None)
 
 
-def _state(capture: Trace, state: Tensor, layout: Layout, axis: Axis) -> Tensor:
+def _state(trace: Trace, state: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """Return the states before the first step, of shape `(layers and directions, sequences, features)`."""
-    if capture.expression(state) is not None:
-        return copied(capture, state, 3, layout, axis)
-    if state in capture.layouts:
-        own = capture.layout(state, "A recurrent layer")
+    if trace.expression(state) is not None:
+        return copied(trace, state, 3, layout, axis)
+    if state in trace.layouts:
+        own = trace.layout(state, "A recurrent layer")
         due = layout.at(axis, state.shape)
         if not torch.equal(own.labels(state.shape, state.device), due.labels(state.shape, state.device)):
             raise ValueError("its initial states are not those of the same samples as its sequences")
@@ -230,7 +230,7 @@ def _of_first_rows(layout: Layout, rows: int) -> Layout:
 
 
 def _direction(
-    capture: Trace,
+    trace: Trace,
     step: Callable[..., State],
     x: Sequences,
     state: State,
@@ -240,9 +240,9 @@ def _direction(
 ) -> tuple[Tensor, State]:
     """Return the outputs of all steps, `(rows, features)`, and the last states."""
     steps = Steps()
-    a = _pre_activations(capture, x, weights, steps, step is _gru)
-    projection = _projection(capture, x, weights, a, steps)
-    hh, b_hh, hr = (capture.value(w) for w in (weights.hh, weights.b_hh, weights.hr))
+    a = _pre_activations(trace, x, weights, steps, step is _gru)
+    projection = _projection(trace, x, weights, a, steps)
+    hh, b_hh, hr = (trace.value(w) for w in (weights.hh, weights.b_hh, weights.hr))
     outputs: list[Tensor] = []
     first = state
     ended: list[State] = []
@@ -270,7 +270,7 @@ def _direction(
     return torch.cat(outputs), tuple(ends)
 
 
-def _pre_activations(capture: Trace, x: Sequences, weights: Weights, steps: Steps, gated: bool) -> Tensor:
+def _pre_activations(trace: Trace, x: Sequences, weights: Weights, steps: Steps, gated: bool) -> Tensor:
     """Return a_t for all steps, `(rows, gates)`, tapped for all parameters but those of the projection."""
     gates, width = weights.ih.shape
     before, after = x.layout, x.layout.with_features(width, gates)
@@ -297,17 +297,17 @@ def _pre_activations(capture: Trace, x: Sequences, weights: Weights, steps: Step
     def for_b_hh(delta: Tensor, x: Tensor) -> Terms:
         return Terms(delta_of_hidden(delta))
 
-    a = F.linear(x.rows, capture.value(weights.ih), capture.value(weights.b_ih))
+    a = F.linear(x.rows, trace.value(weights.ih), trace.value(weights.b_ih))
     uses: list[tuple[Any, Build]] = [
         (weights.ih, for_ih),
         (weights.b_ih, for_b_ih),
         (weights.hh, for_hh),
         (weights.b_hh, for_b_hh),
     ]
-    return capture.tap(a, after, uses, (x.rows,))
+    return trace.tap(a, after, uses, (x.rows,))
 
 
-def _projection(capture: Trace, x: Sequences, weights: Weights, a: Tensor, steps: Steps) -> Tensor | None:
+def _projection(trace: Trace, x: Sequences, weights: Weights, a: Tensor, steps: Steps) -> Tensor | None:
     """Return zeros that are added to the projected states of all steps, `(rows, features)`, tapped for W_hr."""
     if weights.hr is None:
         return None
@@ -319,11 +319,11 @@ def _projection(capture: Trace, x: Sequences, weights: Weights, a: Tensor, steps
         h = precise(torch.cat(steps.unprojected))
         return LinearProducts(after.sample_first(delta, features), before.sample_first(h, hidden))
 
-    return capture.tap(a.new_zeros(len(a), features), after, [(weights.hr, for_hr)])
+    return trace.tap(a.new_zeros(len(a), features), after, [(weights.hr, for_hr)])
 
 
 def lstm_cell(
-    capture: Trace,
+    trace: Trace,
     input: Tensor,
     hx: Sequence[Tensor],
     w_ih: Tensor,
@@ -332,14 +332,14 @@ def lstm_cell(
     b_hh: Tensor | None = None,
 ) -> State:
     """`torch.lstm_cell`."""
-    with capture:
+    with trace:
         h, c = _lstm(F.linear(input, w_ih, b_ih), F.linear(hx[0], w_hh, b_hh), tuple(hx), Steps())
         return h, c
 
 
 def _cell(step: Callable[..., State]) -> Callable[..., Tensor]:
     def rule(
-        capture: Trace,
+        trace: Trace,
         input: Tensor,
         hx: Tensor,
         w_ih: Tensor,
@@ -347,7 +347,7 @@ def _cell(step: Callable[..., State]) -> Callable[..., Tensor]:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Tensor:
-        with capture:
+        with trace:
             return step(F.linear(input, w_ih, b_ih), F.linear(hx, w_hh, b_hh), (hx,), Steps())[0]
 
     return rule

@@ -22,16 +22,16 @@ Rule = Callable[..., Any]
 def in_order(rule: Rule) -> Rule:
     """Return `rule`, whose first operand needs the samples in dim 0, for all tensors that hold them there."""
 
-    def for_any_order(capture: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layout = capture.layout(input, getattr(rule, "__name__", "An operation"))
+    def for_any_order(trace: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout = trace.layout(input, getattr(rule, "__name__", "An operation"))
         axis = layout.axis(input.shape)
         if axis is None or axis.dim != 0 or (axis.before == 1 and layout.owners is None):
-            return rule(capture, input, *args, **kwargs)
+            return rule(trace, input, *args, **kwargs)
         rows = layout.by_sample(input.flatten(1) if input.dim() > 1 else input.unsqueeze(1), axis)
         images = _as(input, rows.flatten(0, 1).unflatten(1, input.shape[1:]))
-        capture.follow_as(images, Layout(1, layout.batch, images.numel() // layout.batch))
-        result = rule(capture, images, *args, **kwargs)
-        return capture.follow_as(_back(result, layout, axis), layout.at(axis, (len(input), *result.shape[1:])))
+        trace.follow_as(images, Layout(1, layout.batch, images.numel() // layout.batch))
+        result = rule(trace, images, *args, **kwargs)
+        return trace.follow_as(_back(result, layout, axis), layout.at(axis, (len(input), *result.shape[1:])))
 
     return for_any_order
 
