@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from persample.errors import BatchError, LossError, UnsupportedModelError
@@ -85,10 +86,11 @@ def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: in
 
 def refuse_backward_in_forward(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise if the forward pass that just ended gave a parameter a gradient."""
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            raise UnsupportedModelError(
-                f"The model or the loss calls .backward() in the forward pass, which adds to the gradient of parameter "
-                f"{name!r}, beside that of the losses: compute what is wanted there by torch.autograd.grad, or pass "
-                "inputs= to .backward()."
-            )
+    with torch._C.DisableTorchFunction():  # a mode that watches operations would see a look at each gradient
+        found = [name for name, parameter in parameters.items() if parameter.grad is not None]
+    if found:
+        raise UnsupportedModelError(
+            f"The model or the loss calls .backward() in the forward pass, which adds to the gradient of parameter "
+            f"{found[0]!r}, beside that of the losses: compute what is wanted there by torch.autograd.grad, or pass "
+            "inputs= to .backward()."
+        )

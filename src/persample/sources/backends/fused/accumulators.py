@@ -1,11 +1,13 @@
 """The uses of the parameters in one forward pass, and how their contributions become moments or rows.
 
-A parameter that is used once is done as soon as the gradient δ of that use arrives in the backward pass. All others
-wait until every use has its δ: then their contributions are added up for each sample, a few samples at a time, and
-squared after that.
+A parameter that is used once is done as soon as the gradient δ of that use arrives in the backward pass; so is one of
+which each use takes other entries, as experts take their slices of one tensor. All others wait until every use has its
+δ: then their contributions are added up for each sample, a few samples at a time, and squared after that.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -20,21 +22,37 @@ class Moment:
         self.batch_size = batch_size
         self.total: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
-        self.uses: dict[str, int] = {}
+        self.uses: dict[str, list[Expression]] = {}
         self.waiting: list[tuple[Expression, Contribution]] = []
+        self._apart: dict[str, bool] = {}
 
     def expect(self, expression: Expression) -> None:
         for name in expression.parameters:
-            self.uses[name] = self.uses.get(name, 0) + 1
+            self.uses.setdefault(name, []).append(expression)
 
     def receive(self, expression: Expression, contribution: Contribution) -> None:
         name = next(iter(expression.parameters))
-        if expression.reorders and self.uses.get(name) == 1:
+        uses = self.uses.get(name, ())
+        if len(uses) == 1 and expression.reorders:
             total, squares = contribution.sums()
             self.total[name] = expression.pull(total)[name]
             self.squares[name] = expression.pull(squares)[name]
+        elif len(uses) > 1 and self._are_apart(name):
+            for sums, value in zip((self.total, self.squares), contribution.sums(), strict=True):
+                if name not in sums:
+                    sums[name] = value.new_zeros(expression.parameters[name].shape)
+                expression.entries(sums[name]).add_(value)
         else:
             self.waiting.append((expression, contribution))
+
+    def _are_apart(self, name: str) -> bool:
+        """Whether no entry of a parameter is used twice."""
+        if name not in self._apart:
+            spans = [expression.span for expression in self.uses[name]]
+            known = sorted(span for span in spans if span is not None)
+            apart = all(last < first for (_, last), (first, _) in pairwise(known))
+            self._apart[name] = apart and len(known) == len(spans)
+        return self._apart[name]
 
     def finish(self) -> None:
         if not self.waiting:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.fused.arguments import substitute, tensors_in
+from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.backends.fused.op_table import RESHAPES, SAME, functions, name_of
 from persample.sources.backends.fused.tracked import saved_tensors_are_intercepted
 from persample.sources.model.autograd_graph import nodes_behind
@@ -73,6 +73,22 @@ class Expression:
     def reorders(self) -> bool:
         """Whether f only moves entries of one parameter, each to one place at most."""
         return self.moves and not self.repeats
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The first and the last entry in the memory of one parameter that θ' is a view of; None if it is no view."""
+        parameter = next(iter(self.parameters.values()))
+        shared = memory_of(self.value) == memory_of(parameter)
+        if not self.reorders or not shared or not parameter.is_contiguous() or self.value.numel() == 0:
+            return None
+        first = int(self.value.storage_offset() - parameter.storage_offset())
+        steps = zip(self.value.shape, self.value.stride(), strict=True)
+        return first, first + sum((size - 1) * step for size, step in steps)
+
+    def entries(self, values: Tensor) -> Tensor:
+        """Return those entries of `values`, shaped as the parameter, that θ' is; it has a `span`."""
+        offset = self.value.storage_offset() - next(iter(self.parameters.values())).storage_offset()
+        return values.as_strided(self.value.shape, self.value.stride(), values.storage_offset() + offset)
 
     def once(self, dim: int) -> Expression:
         """Return what is repeated along `dim`."""
@@ -254,8 +270,14 @@ def _moves(func: Any, source: Expression, args: tuple[Any, ...], kwargs: Mapping
         return True
     if func is Tensor.__getitem__:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return all(type(i) is int or isinstance(i, slice) or i is None or i is Ellipsis for i in index)
+        return all(type(i) is int or isinstance(i, slice) or i is None or i is Ellipsis or _is_number(i) for i in index)
     if func is F.embedding and isinstance(args[0], Tensor) and not source.repeats:
         # Looking up each row at most once, as position embeddings do, is a slice in another order.
         return len(args) == 2 and kwargs.get("padding_idx") is None and args[0].unique().numel() == args[0].numel()
     return False
+
+
+def _is_number(index: Any) -> bool:
+    """Whether an index is one number, though a tensor."""
+    whole = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
+    return whole and index.dim() == 0 and index.dtype is not torch.bool

@@ -89,12 +89,20 @@ RESHAPES = functions("view reshape view_as reshape_as flatten unflatten squeeze 
 
 ALL = object()  # the default of operations that act along all dimensions
 
+_REDUCTIONS = (
+    "sum mean prod nansum nanmean amax amin std var std_mean var_mean median nanmedian max min aminmax argmax argmin "
+    "any all count_nonzero logsumexp"
+)
+_NORMS = "norm vector_norm"
+
+#: Operations that make an entry of their result from all entries along some dimensions.
+REDUCTIONS = functions(f"{_REDUCTIONS} {_NORMS}")
+
 #: Operations along some dimensions only: which argument names these, and what holds if it is left away.
 ALONG: Mapping[Any, tuple[int, Any]] = _by_name(
     {
-        "sum mean prod nansum nanmean amax amin std var std_mean var_mean median nanmedian max min aminmax argmax "
-        "argmin any all count_nonzero logsumexp": (1, ALL),
-        "norm vector_norm": (2, ALL),
+        _REDUCTIONS: (1, ALL),
+        _NORMS: (2, ALL),
         "softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp": (1, None),
         "sort argsort mode glu": (1, -1),
         "topk kthvalue": (2, -1),
@@ -103,6 +111,9 @@ ALONG: Mapping[Any, tuple[int, Any]] = _by_name(
         "normalize": (2, 1),
         "gather scatter scatter_add scatter_reduce index_select index_add index_copy index_fill": (1, None),
         "take_along_dim repeat_interleave": (2, None),
+        "narrow select": (1, None),
+        "unbind": (1, 0),
+        "chunk split split_with_sizes unsafe_chunk unsafe_split tensor_split": (2, 0),
     }
 )
 

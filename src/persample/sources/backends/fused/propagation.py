@@ -240,11 +240,19 @@ def _by_family(call: Call) -> list[Where]:
     if func in op_table.LEADING and len(operands) == 1:
         return _agreed(call, operands, _leading(call))
     if func in op_table.ALONG:
-        if op_table.dims_of(func, call.args, call.kwargs) is op_table.ALL:
+        dims = op_table.dims_of(func, call.args, call.kwargs)
+        if dims is op_table.ALL or (func in op_table.REDUCTIONS and dims and _reduced_away(call, first, dims)):
             return [_of_all(call, shape) for shape in call.shapes()]
         # Indices of one dimension hold no entry for each sample.
         return _agreed(call, [t for t in operands if t.dim() == first.dim()], _along(call))
     raise Unknown
+
+
+def _reduced_away(call: Call, first: Tensor, dims: tuple[int, ...]) -> bool:
+    """Whether an operation reduces the dimension of `first` that holds the samples, each once."""
+    layout = call.samples[id(first)]
+    place = layout.place(first.shape) if len(call.samples) == 1 and layout.owners is None else None
+    return place is not None and place.dim in {d % first.dim() for d in dims}
 
 
 # What these make of one sample alone belongs to it, each entry.
@@ -453,19 +461,23 @@ def _by_sums(call: Call) -> list[Where]:
     target, dim, index, added = (*call.args, *(call.kwargs[name] for name in _ADDED if name in call.kwargs))
     if id(index) in call.samples or target.dim() == 0 or added.dim() != target.dim():
         raise Unknown
-    device = target.device
+    device, dim = target.device, dim % target.dim()
+    if id(target) in call.samples:
+        owner, others = (_along_dim(call, t, dim) for t in (target, added))
+        match [_along_dim(call, t, dim) for t in (target, added)]:
+            case [Tensor() as owner, Tensor() as others] if _are_owners(owner[index.reshape(-1)], others):
+                return [call.samples[id(target)]]
     nobody = torch.full((), NOBODY, device=device)
     labels = [
         call.samples[id(t)].labels(t.shape, device) if id(t) in call.samples else nobody.expand(t.shape)
         for t in (target, added)
     ]
-    dim = dim % target.dim()
     for d in range(target.dim()):
         if d != dim and all(label.stride(d) == 0 for label in labels):  # the same for all entries along it
             labels = [label.narrow(d, 0, min(1, label.shape[d])) for label in labels]
     if id(target) in call.samples:
         owner, others = torch.broadcast_tensors(labels[0].index_select(dim, index.reshape(-1)), labels[1])
-        if bool((others == owner).logical_or(others == NOBODY).all()):  # the rule: it belongs to whom it did
+        if _are_owners(owner, others):  # the rule: it belongs to whom it did
             return [call.samples[id(target)]]
     first, last = (
         _reduced(labels[0], dim, index, labels[1], reduction, others)
@@ -473,6 +485,20 @@ def _by_sums(call: Call) -> list[Where]:
     )
     owner = torch.where((first == last) | (last == NOBODY), last, SEVERAL)
     return [_where(call, owner.expand(target.shape), likely=[dim])]
+
+
+def _along_dim(call: Call, tensor: Tensor, dim: int) -> Tensor | None:
+    """Return whose the entries of `tensor` along a dimension are, if they are the same along all others."""
+    layout = call.samples.get(id(tensor))
+    place = None if layout is None else layout.place(tensor.shape)
+    if layout is None or place is None or place.dim != dim:
+        return None
+    rows = layout.row_labels(tensor.device)
+    return rows if place.folded == 1 else rows.view(1, -1, 1).expand(place.before, -1, place.after).reshape(-1)
+
+
+def _are_owners(owner: Tensor, others: Tensor) -> bool:
+    return torch.equal(owner, others) or bool((others == owner).logical_or(others == NOBODY).all())
 
 
 _ADDED = ("input", "dim", "index", "source")
