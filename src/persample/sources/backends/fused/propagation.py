@@ -251,8 +251,8 @@ def _by_family(call: Call) -> list[Where]:
 def _reduced_away(call: Call, first: Tensor, dims: tuple[int, ...]) -> bool:
     """Whether an operation reduces the dimension of `first` that holds the samples, each once."""
     layout = call.samples[id(first)]
-    place = layout.place(first.shape) if len(call.samples) == 1 and layout.owners is None else None
-    return place is not None and place.dim in {d % first.dim() for d in dims}
+    axis = layout.axis(first.shape) if len(call.samples) == 1 and layout.owners is None else None
+    return axis is not None and axis.dim in {d % first.dim() for d in dims}
 
 
 # What these make of one sample alone belongs to it, each entry.
@@ -490,11 +490,11 @@ def _by_sums(call: Call) -> list[Where]:
 def _along_dim(call: Call, tensor: Tensor, dim: int) -> Tensor | None:
     """Return whose the entries of `tensor` along a dimension are, if they are the same along all others."""
     layout = call.samples.get(id(tensor))
-    place = None if layout is None else layout.place(tensor.shape)
-    if layout is None or place is None or place.dim != dim:
+    axis = None if layout is None else layout.axis(tensor.shape)
+    if layout is None or axis is None or axis.dim != dim:
         return None
     rows = layout.row_labels(tensor.device)
-    return rows if place.folded == 1 else rows.view(1, -1, 1).expand(place.before, -1, place.after).reshape(-1)
+    return rows if axis.folded == 1 else rows.view(1, -1, 1).expand(axis.before, -1, axis.after).reshape(-1)
 
 
 def _are_owners(owner: Tensor, others: Tensor) -> bool:
