@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persample import Moments, merge_moments
-from persample.errors import UsageError
+from persample.errors import OptionError, UsageError
 from persample.testing.devices import generator_of
 
 
@@ -56,3 +56,36 @@ def test_merging_different_models_is_refused() -> None:
 def test_moments_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         moments_of(torch.ones(2, 3)).losses = torch.zeros(2)  # type: ignore[misc]
+
+
+def test_variance_and_noise_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    g = 0.5 + torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    moments = Moments(torch.zeros(6), {"a": g.mean(0)}, {"a": g.square().mean(0)})
+    torch.testing.assert_close(moments.variance()["a"], g.var(0))
+    trace = float(g.var(0).sum())
+    squared = float(g.mean(0).square().sum()) - trace / 6
+    assert moments.noise_scale() == pytest.approx(trace / squared if squared > 0 else float("inf"))
+    assert moments.noise_scale(per={"all": ["a"]}) == {"all": moments.noise_scale()}
+    with pytest.raises(OptionError, match="no parameter"):
+        moments.noise_scale(per={"all": ["b"]})
+    one = Moments(torch.zeros(1), {"a": g[0]}, {"a": g[0].square()})
+    with pytest.raises(UsageError, match="one gradient"):
+        one.variance()
+
+
+def test_noise_scale_is_unbiased_in_both_of_its_parts() -> None:
+    """Averaged over many batches of two, numerator and denominator are those of the distribution."""
+    generator = torch.Generator().manual_seed(0)
+    expectation = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    traces, squares = [], []
+    for _ in range(4000):
+        g = expectation + torch.randn(2, 2, dtype=torch.float64, generator=generator)
+        moments = Moments(torch.zeros(2), {"a": g.mean(0)}, {"a": g.square().mean(0)})
+        trace = float(moments.variance()["a"].sum())
+        traces.append(trace)
+        squares.append(float(g.mean(0).square().sum()) - trace / 2)
+        if squares[-1] > 0:
+            assert moments.noise_scale() == pytest.approx(trace / squares[-1])
+    assert sum(traces) / 4000 == pytest.approx(2, rel=0.05)
+    assert sum(squares) / 4000 == pytest.approx(5, rel=0.05)

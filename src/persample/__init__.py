@@ -11,6 +11,7 @@ Import from here or from a first-level package (`persample.sources`, `persample.
 """
 
 from persample import losses as losses
+from persample import quantities as quantities
 from persample.checks import benchmark as benchmark
 from persample.checks import crosscheck as crosscheck
 from persample.checks import explain as explain

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from persample.errors import UsageError
+from persample.errors import OptionError, UsageError
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,62 @@ class Moments:
     def batch_size(self) -> int:
         """The number of samples B that the moments are averaged over."""
         return len(self.losses)
+
+    def variance(self) -> dict[str, Tensor]:
+        """Return Σ_i (g_i − ḡ)² / (B − 1), element by element, for each parameter.
+
+        Where it is much smaller than ḡ², it has as many digits fewer.
+
+        Raises:
+            UsageError: there is but one sample.
+        """
+        if self.batch_size < 2:
+            raise UsageError("The variance of one gradient is not defined: take the moments of at least two samples.")
+        factor = self.batch_size / (self.batch_size - 1)
+        return {
+            name: (factor * (self.second_moment[name] - mean.square())).clamp_(min=0)
+            for name, mean in self.mean.items()
+        }
+
+    @overload
+    def noise_scale(self, per: None = None) -> float: ...
+
+    @overload
+    def noise_scale(self, per: Mapping[str, Iterable[str]]) -> dict[str, float]: ...
+
+    def noise_scale(self, per: Mapping[str, Iterable[str]] | None = None) -> float | dict[str, float]:
+        """Return the batch size at which the noise of the mean gradient is as large as the gradient: B_simple.
+
+        It is tr Σ / |G|², with Σ the covariance of the gradients of single samples and G their expectation, and with
+        estimates of both that are unbiased whatever the batch size (McCandlish et al., "An Empirical Model of
+        Large-Batch Training", 2018):
+
+            tr Σ ≈ Σ_j B/(B − 1) (h_j − ḡ_j²)        |G|² ≈ |ḡ|² − tr Σ / B
+
+        Of a small batch the second is noisy; infinity is returned where it is not positive. The expectation of their
+        ratio is not that of the ratio of expectations, so over several batches merge the moments first
+        (`merge_moments`).
+
+        Args:
+            per: names of parameters by group, for the noise scale of each group; None for that of all together.
+
+        Raises:
+            UsageError: there is but one sample.
+            OptionError: `per` names no parameter.
+        """
+        variance = self.variance()
+        if per is None:
+            return self._noise_scale(variance, list(variance))
+        for group, names in per.items():
+            for name in names:
+                if name not in variance:
+                    raise OptionError(f"Group {group!r} names {name!r}, which is no parameter of these moments.")
+        return {group: self._noise_scale(variance, list(names)) for group, names in per.items()}
+
+    def _noise_scale(self, variance: Mapping[str, Tensor], names: list[str]) -> float:
+        trace = sum(variance[name].sum(dtype=torch.float64).item() for name in names)
+        squared_norm = sum(self.mean[name].double().square().sum().item() for name in names) - trace / self.batch_size
+        return trace / squared_norm if squared_norm > 0 else math.inf
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from persample.errors import OptionError
 from persample.losses import as_per_sample
 from persample.moments import Moments
+from persample.quantities.block import Block
 from persample.sources.batch import Batch
 from persample.sources.lock import Lock
 from persample.sources.model.batch_norm_nodes import read_right
@@ -23,6 +24,9 @@ from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import RandomState, random_state_restored
 from persample.sources.model.refusals import refuse_hooked_parameters
 from persample.sources.model.usage import Use
+
+#: Takes a block of gradients.
+Receive = Callable[[Block], None]
 
 Check = Literal["first", "always", "never"]
 
@@ -76,6 +80,18 @@ class Contract(ABC):
     @abstractmethod
     def compute_moments(self, batch: Batch) -> Moments:
         """Return the moments of `batch`."""
+
+    @abstractmethod
+    def compute_blocks(self, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
+        """Give `receive` the gradients of `batch` as blocks, and return the detached losses, shape `(B,)`.
+
+        Each sample meets each parameter once; a parameter that the batch does not reach may be missing. The samples of
+        the blocks of all parameters are the same, and ascending.
+        """
+
+    @abstractmethod
+    def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
+        """Return how many samples a block of `compute_blocks` has; B if all parameters come as one block each."""
 
     def refuse_unsupported(self) -> None:  # noqa: B027 - most backends have nothing to add
         """Raise `UnsupportedModelError` for what can be seen, without a batch, to be beyond this backend."""

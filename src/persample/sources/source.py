@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from persample.errors import UnsupportedModelError
+from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
+from persample.quantities.computed import Quantities, refuse_quantities
+from persample.quantities.gram import Gram
+from persample.quantities.groups import as_groups
+from persample.quantities.norms import Norms
+from persample.quantities.projection import Projection
+from persample.quantities.protocol import Quantity
+from persample.quantities.weighted_sum import Weighted, WeightedSum, WeightedSumResult
 from persample.sources.batch import Batch, as_batch
-from persample.sources.contract import Contract, one_at_a_time
+from persample.sources.contract import Contract, Receive, one_at_a_time
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.eager import uncompiled
 from persample.sources.model.isolation import parameters_counted, parameters_guarded, state_restored, untouched
@@ -25,6 +32,7 @@ from persample.sources.selfcheck.computed import Compute, computed
 from persample.sources.selfcheck.oracle import losses_of_part, refuse_hidden_uses
 from persample.sources.selfcheck.raw_errors import in_words
 from persample.sources.selfcheck.returned import moments_of, per_sample_of, uses_of
+from persample.sources.selfcheck.rounds import MAX_BYTES, QuantitiesOf, formed_blocks, samples_within
 from persample.sources.selfcheck.verify import verify_unmixed
 
 
@@ -77,6 +85,69 @@ class PerSampleGradSource(Contract):
         gradients: dict[str, Tensor]
         _, gradients = self._run(inputs, targets, per_sample_of)
         return gradients
+
+    def compute(
+        self,
+        inputs: Any,
+        targets: Any,
+        *quantities: Quantity[Any],
+        groups: Tensor | Sequence[int] | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> Quantities:
+        """Return all `quantities` of the gradients of the single samples, from one forward and backward pass.
+
+            norms, variance = Norms(), Variance()
+            several = source.compute(inputs, targets, norms, variance)
+            several[norms], several.variance, several.losses
+
+        Args:
+            inputs: a mini-batch, as for `moments`.
+            targets: its targets.
+            *quantities: what is wanted, such as `persample.quantities.Norms()`.
+            groups: for each sample the number of its user, document or the like: the gradients of a group are added up
+                before the quantities are taken of these sums, in ascending order of the numbers.
+            max_bytes: as many bytes of per-sample gradients as may be formed at once. Backends that form them take
+                some samples after the other, and repeat that where a quantity needs all of them again; `fused` and
+                `hooks` need none.
+
+        Raises:
+            OptionError: something is no quantity, or an option of one has no meaning here.
+            BatchError, LossError, UnsupportedModelError, DisagreementError: as `moments`.
+        """
+        refuse_quantities(quantities)
+        batch = as_batch(inputs, targets, self.model)
+        if type(max_bytes) is not int or max_bytes < 1:
+            raise OptionError(f"max_bytes={max_bytes!r} must be a positive integer.")
+        compute = QuantitiesOf(quantities, None if groups is None else as_groups(groups, batch.size), max_bytes)
+        several: Quantities = self._run(inputs, targets, compute)
+        return several
+
+    def norms(self, inputs: Any, targets: Any) -> Tensor:
+        """Return ‖g_i‖₂ of the gradient of each sample over all parameters, shape `(B,)`; see `compute`."""
+        norms: Tensor = self.compute(inputs, targets, Norms()).norms
+        return norms
+
+    def weighted_sum(
+        self, inputs: Any, targets: Any, weights: Tensor | Callable[[Tensor], Tensor]
+    ) -> WeightedSumResult:
+        """Return Σ_i w_i g_i, with weights `(B,)` or a function that makes them of the norms `(B,)`.
+
+        Such a function clips, for example: `persample.quantities.clipping(1.0)`. It needs no second backward pass. See
+        `compute` for groups and errors.
+        """
+        several = self.compute(inputs, targets, WeightedSum(weights))
+        found: Weighted = several.weighted_sum
+        return WeightedSumResult(found.gradient, found.weights, found.norms, several.losses)
+
+    def gram(self, inputs: Any, targets: Any) -> Tensor:
+        """Return the products g_i·g_j of the gradients of all samples, shape `(B, B)`; see `compute`."""
+        products: Tensor = self.compute(inputs, targets, Gram()).gram
+        return products
+
+    def project(self, inputs: Any, targets: Any, projection: Projection) -> Tensor:
+        """Return `projection` of each gradient, shape `(B, projection.size)`; see `compute`."""
+        sketch: Tensor = self.compute(inputs, targets, projection)[projection]
+        return sketch
 
     def uses(self, inputs: Any = None, targets: Any = None) -> list[Use]:
         """Return what would serve each use of a parameter, without computing a gradient of the model.
@@ -157,6 +228,26 @@ class PerSampleGradSource(Contract):
             mean={name: g.mean(0) for name, g in gradients.items()},
             second_moment={name: g.square().mean(0) for name, g in gradients.items()},
         )
+
+    def compute_blocks(self, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
+        """Give `receive` the gradients of `batch` as blocks (see `persample.quantities.Block`).
+
+        Each sample meets each parameter once; a parameter that the batch does not reach may be missing. Here they are
+        formed by `compute_per_sample`, some samples after the other.
+
+        Args:
+            batch: the batch.
+            receive: takes the blocks; all those of some samples before those of the next.
+            max_bytes: as many bytes of per-sample gradients may be formed at once.
+
+        Returns:
+            The detached losses, shape `(B,)`.
+        """
+        return formed_blocks(self, batch, receive, max_bytes)
+
+    def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
+        """Return how many samples a block of `compute_blocks` has; B if all parameters come as one block each."""
+        return samples_within(self, batch, max_bytes)
 
     def find_uses(self, batch: Batch | None) -> Iterable[Use]:
         """Return what would serve each use of a parameter: see `uses`, which asks for it.

@@ -17,7 +17,7 @@ from persample.sources.selfcheck.returned import moments_of, uses_of
 from persample.sources.selfcheck.rounding import only_rounded
 from persample.sources.selfcheck.verify import refuse_nonlinear_backward, refuse_slight_mixing, verify
 
-#: `moments_of` or `per_sample_of`.
+#: `moments_of`, `per_sample_of`, or quantities.
 Compute = Callable[[Contract, Batch], Any]
 
 

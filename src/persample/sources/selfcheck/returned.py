@@ -35,7 +35,7 @@ def moments_of(source: Contract, batch: Batch) -> Moments:
     if not isinstance(found, Moments):
         raise _broken(source, f"{_kind(found)} from compute_moments", "persample.Moments are due")
     parameters = source.parameters()
-    _require_losses(source, found.losses, batch.size)
+    require_losses(source, found.losses, batch.size)
     _require_gradients(source, "mean gradient", found.mean, parameters)
     _require_gradients(source, "second moment", found.second_moment, parameters)
     return found
@@ -52,7 +52,7 @@ def per_sample_of(source: Contract, batch: Batch) -> tuple[Tensor, dict[str, Ten
         kind = f"{len(found)} values" if isinstance(found, tuple) else _kind(found)
         raise _broken(source, f"{kind} from compute_per_sample", "the losses and the per-sample gradients are due")
     losses, gradients = found
-    _require_losses(source, losses, batch.size)
+    require_losses(source, losses, batch.size)
     _require_gradients(source, "per-sample gradient", gradients, source.parameters(), batch.size)
     return losses, gradients
 
@@ -72,7 +72,8 @@ def uses_of(source: Contract, batch: Batch | None) -> Iterator[Use]:
         yield use
 
 
-def _require_losses(source: Contract, losses: Any, size: int) -> None:
+def require_losses(source: Contract, losses: Any, size: int) -> None:
+    """Raise `ContractError` unless `losses` are `size` real numbers without a graph."""
     if not isinstance(losses, Tensor) or losses.shape != (size,) or not losses.is_floating_point():
         raise _broken(source, f"{_kind(losses)} as losses", f"{size} real numbers are due, of shape {(size,)}")
     if losses.requires_grad:

@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from persample.errors import PersampleError
-from persample.moments import Moments
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
 from persample.sources.model.random_state import RandomState, random_state_restored
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
 from persample.sources.selfcheck.perturbation import rounding_left
 from persample.sources.selfcheck.tolerances import MOVED, least_precise
-from persample.sources.selfcheck.verify import replayed, some_samples, verify
+from persample.sources.selfcheck.verify import Result, replayed, some_samples, verify
 
 
 def only_rounded(
     source: Contract,
     batch: Batch,
     compute: Callable[[Contract, Batch], Any],
-    result: Moments | tuple[Tensor, dict[str, Tensor]],
+    result: Result,
     before: RandomState,
 ) -> bool:
     """Whether `result` failed `verify` for rounding alone.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from persample.errors import RAW_ERRORS, ContractError, DisagreementError, PersampleError, UnsupportedModelError
 from persample.moments import Moments
+from persample.quantities.computed import Quantities
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
 from persample.sources.model.isolation import state_restored
@@ -31,6 +32,10 @@ from persample.sources.selfcheck.oracle import (
 )
 from persample.sources.selfcheck.returned import ADVICE, moments_of, name_of
 from persample.sources.selfcheck.tolerances import Allowance, tolerance
+from persample.sources.selfcheck.verify_quantities import verify_quantities
+
+#: What is checked: moments, losses with per-sample gradients, or quantities.
+Result = Moments | tuple[Tensor, dict[str, Tensor]] | Quantities
 
 _SAMPLES = 4  # as many samples as are compared with the loop
 _PARTS = 64  # as many parts of a batch as are looked at, each alone, to tell why a result is wrong
@@ -39,7 +44,7 @@ _PARTS = 64  # as many parts of a batch as are looked at, each alone, to tell wh
 def verify(
     source: Contract,
     batch: Batch,
-    result: Moments | tuple[Tensor, dict[str, Tensor]],
+    result: Result,
     before: RandomState,
     rounding: float = 0.0,
     left: Mapping[str, float] | None = None,
@@ -49,7 +54,7 @@ def verify(
     Args:
         source: the backend.
         batch: what it was given.
-        result: what `compute_moments` or `compute_per_sample` returned.
+        result: what `compute_moments` or `compute_per_sample` returned, or quantities.
         before: the state of the random numbers before, from which the forward pass is repeated.
         rounding: the relative difference of gradients that is explained otherwise, if it is more than the dtype says.
         left: what `rounding_left` found of gradients that vanish.
@@ -70,6 +75,9 @@ def verify(
         with replayed(source, before):
             if isinstance(result, Moments):
                 _verify_moments(source, batch, result, losses.detach(), total, before, allowance)
+            elif isinstance(result, Quantities):
+                few = batch.take(some_samples(batch))
+                verify_quantities(source, batch, few, result, losses.detach(), allowance)
             else:
                 _verify_rows(source, batch, result, losses.detach(), total, allowance)
 

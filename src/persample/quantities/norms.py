@@ -1,0 +1,44 @@
+"""The norms of the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from persample.quantities.block import Block
+from persample.quantities.parts import ByGroup, Per
+from persample.quantities.protocol import Accumulation, Setting
+
+
+@dataclass(frozen=True)
+class Norms:
+    """‖g_i‖₂ of each sample, shape `(B,)`.
+
+    Attributes:
+        per: None for the norm over all parameters together; `"parameter"` for a dict with the norms by each; or a dict
+            of the names of parameters (or of modules) by group, for a dict with the norms by each group.
+
+    Raises:
+        OptionError: `per` names no parameter, or one in two groups.
+    """
+
+    per: Per = None
+    name: str = "norms"
+
+    def begin(self, setting: Setting) -> Accumulation[Tensor | dict[str, Tensor]]:
+        return _Norms(ByGroup(self.per, setting.parameters, setting.size))
+
+
+class _Norms(Accumulation[Tensor | dict[str, Tensor]]):
+    def __init__(self, squares: ByGroup) -> None:
+        self._squares = squares
+
+    def add(self, block: Block) -> None:
+        squares = self._squares.of(block.name)
+        if squares is not None:
+            squares[block.samples] += block.squared_norms().to(squares)
+
+    def result(self) -> Tensor | dict[str, Tensor]:
+        found = self._squares.result()
+        return found.sqrt() if isinstance(found, Tensor) else {group: s.sqrt() for group, s in found.items()}

@@ -1,0 +1,119 @@
+"""The self-check of quantities: weighted sums against ordinary gradients, and all quantities of a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.dtypes import at_least_float32
+from persample.errors import DisagreementError
+from persample.quantities.block import Formed
+from persample.quantities.computed import Quantities
+from persample.quantities.protocol import Quantity, Setting
+from persample.quantities.weighted_sum import WeightedSum
+from persample.sources.batch import Batch
+from persample.sources.contract import Contract
+from persample.sources.model.isolation import state_restored
+from persample.sources.model.random_state import random_state, random_state_restored
+from persample.sources.selfcheck.oracle import gradient, sample_gradients
+from persample.sources.selfcheck.returned import ADVICE, name_of
+from persample.sources.selfcheck.rounds import QuantitiesOf
+from persample.sources.selfcheck.tolerances import Allowance
+
+
+def verify_quantities(
+    source: Contract, batch: Batch, few: Batch, claimed: Quantities, losses: Tensor, allowance: Allowance
+) -> None:
+    """Raise if the gradients behind `claimed` are not the ordinary ones.
+
+    Of the whole batch, a sum with random weights must be the ordinary gradient of that sum of the losses. Of a few
+    samples, each quantity must be what it is of the gradients that the loop gives. Random numbers and state are those
+    from which the call began, and are left so.
+
+    Raises:
+        DisagreementError: something differs by more than rounding.
+    """
+    _require_close(source, "losses", claimed.losses, losses, allowance)
+    weights = 0.5 + torch.rand(batch.size, device="cpu", generator=torch.Generator().manual_seed(0)).to(losses)
+    start = random_state(source.model)
+    with state_restored(source.state()), random_state_restored(source.model, start):
+        found = QuantitiesOf([WeightedSum(weights)])(source, batch).weighted_sum
+    with state_restored(source.state()), random_state_restored(source.model, start):
+        expected = gradient((weights * source.losses(batch)).sum(), source)
+    _require_close(source, "weighted sum of the gradients", found.gradient, expected, allowance, batch.size)
+
+    asked = [_of_size(quantity, few.size) for quantity in claimed.asked]
+    with state_restored(source.state()), random_state_restored(source.model, start):
+        of_few = QuantitiesOf(asked)(source, few)
+    with state_restored(source.state()), random_state_restored(source.model, start):
+        _, rows = sample_gradients(source, few, range(few.size))
+        gradients = list(rows)
+    parameters = {name: p.detach() for name, p in source.parameters().items()}
+    for quantity, result in zip(asked, of_few.results, strict=True):
+        due = _of_rows(quantity, parameters, gradients)
+        _require_close(source, f"quantity {quantity.name!r}", result, due, allowance, few.size)
+
+
+def _of_rows(quantity: Quantity[Any], parameters: dict[str, Tensor], gradients: list[dict[str, Tensor]]) -> Any:
+    """Return a quantity of gradients that are there."""
+    accumulation = quantity.begin(Setting(len(gradients), parameters))
+    blocks = [
+        Formed(name, 0, len(gradients), at_least_float32(torch.stack([row[name] for row in gradients])))
+        for name in parameters
+    ]
+    more = True
+    while more:
+        for block in blocks:
+            accumulation.add(block)
+        more = accumulation.another_round()
+    return accumulation.result()
+
+
+def _of_size(quantity: Quantity[Any], size: int) -> Quantity[Any]:
+    """Return a quantity as for a batch of `size`: one that holds something for each sample says how."""
+    changed: Any = getattr(quantity, "of_size", None)
+    fitting: Quantity[Any] = quantity if changed is None else changed(size)
+    return fitting
+
+
+def _require_close(
+    source: Contract, what: str, claimed: Any, expected: Any, allowance: Allowance, samples: int = 0
+) -> None:
+    found, due = dict(_leaves(claimed)), dict(_leaves(expected))
+    largest = max((_largest(value) for value in due.values()), default=0.0)
+    for where, value in due.items():
+        other = found[where].to(value)
+        # Squares have twice the relative error of the gradients, and sums over n numbers of size e have √n e.
+        floor = allowance.difference("", 0.0, largest, samples) * max(1.0, value.numel() ** 0.5)
+        allowed = 4 * allowance.relative * _largest(value) + floor
+        difference = _largest(other - value)
+        if difference > allowed or bool((other.isnan() != value.isnan()).any()):
+            raise DisagreementError(
+                f"Backend {name_of(source)} is wrong on this model: the {what}{where} differs from that of ordinary "
+                f"gradients by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {ADVICE}"
+            )
+
+
+def _leaves(result: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the numbers of a result, and where they stand in it."""
+    if isinstance(result, Tensor):
+        yield where, result.detach()
+    elif isinstance(result, bool | int | float):
+        yield where, torch.tensor(float(result), dtype=torch.float64)
+    elif isinstance(result, Mapping):
+        for key, value in result.items():
+            yield from _leaves(value, f"{where} of {key!r}")
+    elif isinstance(result, tuple | list):
+        for number, value in enumerate(result):
+            yield from _leaves(value, f"{where}[{number}]")
+    elif is_dataclass(result):
+        for each in fields(result):
+            yield from _leaves(getattr(result, each.name), f"{where}.{each.name}")
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0
