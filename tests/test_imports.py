@@ -23,7 +23,6 @@ LAYERS = (
     ("persample.sources.backends",),
     ("persample.sources.registry",),
     ("persample.sources",),
-    ("persample.quantities",),
     ("persample.vogn", "persample.checks"),
     ("persample",),
     ("persample.experiments", "persample.testing"),
