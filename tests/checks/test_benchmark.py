@@ -1,0 +1,45 @@
+"""`benchmark`: what each backend costs, in units of an ordinary pass; a wrong one is not timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import persample
+from persample.moments import Moments
+from persample.sources import Batch, LoopSource, registry
+
+
+class Doubled(LoopSource):
+    """Twice the mean gradient."""
+
+    def compute_moments(self, batch: Batch) -> Moments:
+        moments = super().compute_moments(batch)
+        return Moments(moments.losses, {name: 2 * g for name, g in moments.mean.items()}, moments.second_moment)
+
+
+@pytest.fixture(autouse=True)
+def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    persample.register_backend("doubled", f"{__name__}:Doubled")
+
+
+def test_right_backends_are_timed_and_others_are_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.PReLU(), nn.Linear(3, 2))
+    x, y = torch.randn(6, 4), torch.randint(2, (6,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    backends = ["fused", "hooks", "doubled", "vmap"]
+    plain, fused, hooks, doubled, vmap = persample.benchmark(
+        model, persample.losses.cross_entropy, x, y, backends=backends, rounds=2
+    )
+    assert (plain.backend, plain.time_ratio, plain.memory_ratio) == ("plain", 1.0, 1.0)
+    for served in (fused, vmap):
+        assert served.problem is None
+        assert served.time_ratio is not None
+        assert served.time_ratio > 0
+    for refused, reason in ((hooks, "PReLU"), (doubled, "disagrees with the oracle")):
+        assert refused.time_ratio is None
+        assert reason in str(refused.problem)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
