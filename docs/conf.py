@@ -53,8 +53,9 @@ html_title = "persample"
 html_show_sourcelink = False
 
 # The pages are complete without a network: MathJax comes from a package, as one file without fonts of its own.
-html_static_path = [str(files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js")]
+html_static_path = ["_static", str(files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js")]
 mathjax_path = "tex-svg.js"
+html_css_files = ["custom.css"]
 
 
 def mark_code_blocks(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

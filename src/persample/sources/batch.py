@@ -48,7 +48,7 @@ class Batch:
         args: positional arguments, as the model gets them.
         kwargs: keyword arguments.
         targets: what the loss gets.
-        size: B.
+        size: B, the number of samples.
         split_tree: the same three with a `Split` in place of each part that is split otherwise; None if there is none.
     """
 

@@ -57,7 +57,7 @@ def update_hessian(hessian: Tensors, estimate: Tensors, with_decay: Tensors, *, 
     Bayesian Learning Rule", ICML 2020. With r = (1 − β₂) (ĥ − h) / (h + δ) it is h_{t+1} + δ = (h + δ) (1 + r + r²/2).
 
     Args:
-        hessian: h.
+        hessian: h, the running mean of the Hessian.
         estimate: ĥ.
         with_decay: h + δ.
         decay: β₂.
@@ -133,7 +133,7 @@ def running_average(
     Args:
         average: m_t.
         mass: c_t of each parameter.
-        value: v.
+        value: v, the new value.
         decay: β.
         bias_correction: whether to divide; otherwise m̂ = m_{t+1}.
 

@@ -21,7 +21,7 @@ class Elbo:
     Attributes:
         log_likelihoods: Σ_i log p(D_i | w_k) over all N training samples for each draw k, shape `(K,)`, float64.
         kl: KL(q ‖ prior), exact.
-        data_size: N.
+        data_size: N, the number of training samples.
     """
 
     log_likelihoods: Tensor

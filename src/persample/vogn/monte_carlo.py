@@ -46,10 +46,10 @@ class DrawOptions(TypedDict, total=False):
         samples: K, the number of draws; 32 if left out.
         generator: source of the noise; None is PyTorch's global generator, or the optimizer's own if an optimizer
             is asked (whose later draws then differ from those of a run without this call).
-        draws_at_once: as many draws in one pass of the model, by `torch.func.vmap`; memory grows with them. None
+        draws_at_once: number of draws per pass of the model, by `torch.func.vmap`; memory grows with it. None
             takes few at once on a CPU, where one by one is faster for all but tiny models, and up to a gibibyte of
             weights elsewhere. Where vmap cannot run the model, they go one by one. The draws are the same anyway.
-        rows_at_once: as many samples in one pass of the model; None takes all. All samples meet the same draws.
+        rows_at_once: number of samples per pass of the model; None takes all. All samples meet the same draws.
         pick: takes the tensor that matters out of what the model returns, for example
             `lambda output: output.logits`; None if that is a tensor already.
     """
@@ -163,7 +163,7 @@ def _draws(posterior: Gaussian, params: Weights, samples: int, generator: torch.
 
 
 def _affordable(params: Weights) -> int:
-    """As many draws as go well in one pass."""
+    """Number of draws that fit one pass."""
     on_cpu = all(p.device.type == "cpu" for p in params.values())
     most = _MOST_WEIGHTS_ON_CPU if on_cpu else _MOST_WEIGHTS_ELSEWHERE
     return max(1, most // max(1, sum(p.numel() for p in params.values())))

@@ -47,8 +47,8 @@ class VjpSource(PerSampleGradSource):
         model: the network.
         loss_fn: the loss of each sample.
         check: when the self-check runs.
-        chunk_size: c. Memory is that of `chunk_size` backward passes of as many samples each. None takes the whole
-            batch at once.
+        chunk_size: c, the number of samples per chunk. Memory is that of c backward passes of c samples each. None
+            takes the whole batch.
 
     Raises:
         OptionError: `chunk_size` is not a positive integer or None.

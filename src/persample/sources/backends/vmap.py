@@ -43,7 +43,7 @@ class VmapSource(PerSampleGradSource):
         model: the network.
         loss_fn: the loss of each sample.
         check: when the self-check runs.
-        chunk_size: as many samples at once. Memory is that of `chunk_size` × P gradients (P parameters), where
+        chunk_size: number of samples per chunk. Memory is that of `chunk_size` × P gradients (P parameters), where
             `per_sample` needs B × P for its result in any case. None takes the whole batch at once.
         randomness: what dropout and other random operations do: `"error"` refuses them, `"different"` draws for
             every sample, `"same"` draws once for all samples. As the random numbers are not those of an ordinary

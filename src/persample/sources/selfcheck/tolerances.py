@@ -67,7 +67,7 @@ class Allowance:
             name: of the parameter.
             size: the largest entry of its value.
             largest: the largest entry of all parameters' values.
-            samples: as many gradients of samples are added up in it.
+            samples: number of gradients that are added up in it.
         """
         floor = min(50 * torch.finfo(self.dtype).eps, 1e-4 * self.relative) * self.largest_loss
         # Ties that last bits decide are no rounding, so what is left has a limit. The loss may vanish, too.

@@ -37,8 +37,8 @@ from persample.sources.selfcheck.verify_quantities import verify_quantities
 #: What is checked: moments, losses with per-sample gradients, or quantities.
 Result = Moments | tuple[Tensor, dict[str, Tensor]] | Quantities
 
-_SAMPLES = 4  # as many samples as are compared with the loop
-_PARTS = 64  # as many parts of a batch as are looked at, each alone, to tell why a result is wrong
+_SAMPLES = 4  # number of samples that are compared with the loop
+_PARTS = 64  # number of parts of a batch that are examined, each alone, to find why a result is wrong
 
 
 def verify(
@@ -340,7 +340,7 @@ def require_close(
         claimed: tensors by the names of parameters.
         expected: the same, from ordinary gradients.
         allowance: what rounding explains.
-        samples: as many gradients of samples are added up.
+        samples: number of gradients that are added up.
     """
     largest = max((_largest(e) for e in expected.values()), default=0.0)
     for name, value in expected.items():

@@ -58,7 +58,7 @@ def one_per_sample(entries: list[Any]) -> Entries:
     A list of B entries is taken for that anyway, unless all tensors in it have B entries in dim 0.
 
     Args:
-        entries: as many as there are samples; tensors, dicts of tensors, or anything else. The model gets a list.
+        entries: one for each sample; tensors, dicts of tensors, or anything else. The model gets a list.
 
     Raises:
         BatchError: it is no list.

@@ -40,7 +40,7 @@ class MeanFieldVI(VariationalOptimizer):
         loss_fn: as for `VOGN`.
         lr: α.
         betas: β₁ and β₂.
-        eps: e.
+        eps: e, added to the roots.
         scale_init: σ at the start.
         shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
             `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,

@@ -72,7 +72,7 @@ class VOGN(VariationalOptimizer):
         bias_correction: whether that mean is divided by 1 − β^{t+1}, as m̂; otherwise m_{t+1} itself is used.
         average_prior: whether the prior's term τ λ (μ − m₀) / N is averaged together with ĝ, as in Osawa et al.; it is
             added afterwards otherwise.
-        damping: d.
+        damping: d, added to the curvature.
         temperature: τ, 1 by default.
         temperature_start: τ at the first step, if there is KL warm-up; 0.01 by default.
         temperature_steps: τ goes from `temperature_start` to `temperature` along a line in so many steps; 0, the

@@ -17,7 +17,7 @@ class OwnRows:
     Attributes:
         terms: t, of b samples: `(b, *shape of the operand in a batch of one)`.
         axis: where the operand has its entries for the samples.
-        count: B, as many samples as the operand has entries for.
+        count: B, the number of samples that the operand has entries for.
         first: which of them is the first of these b.
     """
 

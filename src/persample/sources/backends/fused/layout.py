@@ -29,9 +29,9 @@ class Layout(NamedTuple):
     """Where the samples are in a tensor of `outer · rows · inner` entries in row-major order.
 
     Attributes:
-        outer: as many entries stand before the rows.
+        outer: number of entries before the rows.
         batch: B, the number of samples.
-        inner: as many entries stand behind the rows.
+        inner: number of entries behind the rows.
         owners: whose the rows are; None where row i is sample i.
     """
 
