@@ -26,11 +26,7 @@ from persample.experiments import load_dataset
 def gradient_norms(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the norm of each sample's gradient over all parameters, shape (B,)."""
     source = persample.make_source("fused", model, persample.losses.cross_entropy)
-    norms = []
-    for x, y in zip(inputs.split(250), targets.split(250), strict=True):
-        gradients = source.per_sample(x, y)
-        norms.append(torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0))
-    return torch.cat(norms)
+    return torch.cat([source.norms(x, y) for x, y in zip(inputs.split(250), targets.split(250), strict=True)])
 
 
 def draw_found(images: Tensor, labels: Tensor, norms: Tensor, wrong: Tensor, path: Path) -> None:

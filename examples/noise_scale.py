@@ -24,16 +24,9 @@ from persample.experiments import load_dataset
 
 
 def noise_scale(source: persample.PerSampleGradSource, inputs: Tensor, targets: Tensor) -> float:
-    """Return tr Σ / |G|² (McCandlish and others, 2018), both parts without bias, averaged over batches of 500."""
-    traces, squares = 0.0, 0.0
-    for x, y in zip(inputs.split(500), targets.split(500), strict=True):
-        moments = source.moments(x, y)
-        size = moments.batch_size
-        square = sum(g.square().sum().item() for g in moments.mean.values())
-        second = sum(h.sum().item() for h in moments.second_moment.values())
-        trace = (second - square) * size / (size - 1)
-        traces, squares = traces + trace, squares + square - trace / size
-    return traces / squares
+    """Return the noise scale from all samples, 500 at a time."""
+    batches = zip(inputs.split(500), targets.split(500), strict=True)
+    return persample.merge_moments(source.moments(x, y) for x, y in batches).noise_scale()
 
 
 def draw_scales(steps: list[int], scales: list[float], losses: list[float], path: Path) -> None:

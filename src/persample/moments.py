@@ -59,11 +59,11 @@ class Moments:
     def noise_scale(self, per: Mapping[str, Iterable[str]] | None = None) -> float | dict[str, float]:
         """Return the batch size at which the noise of the mean gradient is as large as the gradient: B_simple.
 
-        It is tr Σ / |G|², with Σ the covariance of the gradients of single samples and G their expectation, and with
+        It is tr Σ / ‖G‖², with Σ the covariance of the gradients of single samples and G their expectation, and with
         estimates of both that are unbiased whatever the batch size (McCandlish et al., "An Empirical Model of
         Large-Batch Training", 2018):
 
-            tr Σ ≈ Σ_j B/(B − 1) (h_j − ḡ_j²)        |G|² ≈ |ḡ|² − tr Σ / B
+            tr Σ ≈ Σ_j B/(B − 1) (h_j − ḡ_j²)        ‖G‖² ≈ ‖ḡ‖² − tr Σ / B
 
         Of a small batch the second is noisy; infinity is returned where it is not positive. The expectation of their
         ratio is not that of the ratio of expectations, so over several batches merge the moments first
