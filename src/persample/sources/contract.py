@@ -121,7 +121,7 @@ class Contract(ABC):
         args, kwargs, targets = batch.for_a_call()
         outputs = called(model or self.model, args, kwargs)
         losses = losses_of(self.loss_fn, outputs, targets, batch.size)
-        refuse_backward_in_forward(self.parameters())
+        refuse_backward_in_forward(self.model)
         read_right([losses])
         return losses
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from persample.errors import BatchError, LossError, UnsupportedModelError
 from persample.losses import PerSampleLoss, advice_to_take_out, require_losses, tensors_by_name
+from persample.sources.model.modules import modules_of
 
 
 def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -84,13 +85,14 @@ def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: in
     return require_losses(losses, batch_size)
 
 
-def refuse_backward_in_forward(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise if the forward pass that just ended gave a parameter a gradient."""
+def refuse_backward_in_forward(model: nn.Module) -> None:
+    """Raise if the forward pass that just ended gave a trained parameter a gradient."""
     with torch._C.DisableTorchFunction():  # a mode that watches operations would see a look at each gradient
-        found = [name for name, parameter in parameters.items() if parameter.grad is not None]
-    if found:
-        raise UnsupportedModelError(
-            f"The model or the loss calls .backward() in the forward pass, which adds to the gradient of parameter "
-            f"{found[0]!r}, beside that of the losses: compute what is wanted there by torch.autograd.grad, or pass "
-            "inputs= to .backward()."
-        )
+        for module, path in modules_of(model).items():
+            for name, p in module._parameters.items():
+                if p is not None and p.requires_grad and p.grad is not None:
+                    raise UnsupportedModelError(
+                        "The model or the loss calls .backward() in the forward pass, which adds to the gradient of "
+                        f"parameter {f'{path}.{name}'.lstrip('.')!r}, beside that of the losses: compute what is "
+                        "wanted there by torch.autograd.grad, or pass inputs= to .backward()."
+                    )
