@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,3 +15,9 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 _PRECISE = (torch.float32, torch.float64)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which sums over samples are taken: autocast is off."""
+    active = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()

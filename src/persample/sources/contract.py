@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -92,6 +92,10 @@ class Contract(ABC):
     @abstractmethod
     def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
         """Return how many samples a block of `compute_blocks` has; B if all parameters come as one block each."""
+
+    def reading_blocks(self) -> AbstractContextManager[None]:
+        """Return the context in which quantities read blocks of this source."""
+        return nullcontext()
 
     def refuse_unsupported(self) -> None:  # noqa: B027 - most backends have nothing to add
         """Raise `UnsupportedModelError` for what can be seen, without a batch, to be beyond this backend."""

@@ -7,9 +7,8 @@ squaring.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,12 +39,6 @@ def precise(values: Tensor) -> Tensor:
     """Return `values` detached and in at least float32, in which all sums are taken; indices stay as they are."""
     values = values.detach()
     return at_least_float32(values) if values.is_floating_point() else values
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context in which those sums are taken: autocast is off."""
-    active = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 class Contribution(Protocol):

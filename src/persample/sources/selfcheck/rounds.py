@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.dtypes import at_least_float32
+from persample.dtypes import at_least_float32, without_autocast
 from persample.errors import ContractError, UnsupportedModelError
 from persample.quantities.block import Block, Formed, Grouped
 from persample.quantities.computed import Quantities
@@ -50,8 +50,7 @@ class QuantitiesOf:
         numbers, index = self.groups[order].unique_consecutive(return_inverse=True)
         in_order = torch.arange(batch.size, device="cpu")
         ordered = batch if torch.equal(order, in_order) else batch.take(order.tolist())
-        device = next((p.device for p in source.model.parameters()), None)
-        losses, results = self._results(source, ordered, len(numbers), index.to(device))
+        losses, results = self._results(source, ordered, len(numbers), index)
         back = torch.empty_like(order).scatter_(0, order, in_order)
         return Quantities(losses[back.to(losses.device)], self.asked, results, numbers)
 
@@ -60,6 +59,7 @@ class QuantitiesOf:
     ) -> tuple[Tensor, list[Any]]:
         setting = Setting(size, {name: p.detach() for name, p in source.parameters().items()})
         accumulations = [quantity.begin(setting) for quantity in self.asked]
+        device = next((p.device for p in source.model.parameters()), torch.device("cpu"))
         whole = source.samples_at_once(batch, self.max_bytes) >= batch.size
         keep = whole and any(accumulation.rereads for accumulation in accumulations)
         kept: list[Block] = []
@@ -67,8 +67,9 @@ class QuantitiesOf:
         def receive(block: Block) -> None:
             if keep:
                 kept.append(block)
-            _give(block, accumulations)
+            _give(block, accumulations, device)
 
+        index = None if index is None else index.to(device)
         losses = _blocks_of(source, batch, self.max_bytes, receive, index)
         wanting = [accumulation for accumulation in accumulations if accumulation.another_round()]
         while wanting:
@@ -78,10 +79,11 @@ class QuantitiesOf:
                     "if its attribute rereads is true: set it."
                 )
             if keep:
-                for block in kept:
-                    _give(block, wanting)
+                with source.reading_blocks():
+                    for block in kept:
+                        _give(block, wanting, device)
             else:
-                _blocks_of(source, batch, self.max_bytes, lambda block: _give(block, wanting), index)  # noqa: B023
+                _blocks_of(source, batch, self.max_bytes, lambda block: _give(block, wanting, device), index)  # noqa: B023
             wanting = [accumulation for accumulation in wanting if accumulation.another_round()]
         return losses, [accumulation.result() for accumulation in accumulations]
 
@@ -133,9 +135,10 @@ def _receive_formed(gradients: dict[str, Tensor], start: int, receive: Receive) 
         receive(Formed(name, start, len(g), at_least_float32(g)))
 
 
-def _give(block: Block, accumulations: Sequence[Accumulation[Any]]) -> None:
-    for accumulation in accumulations:
-        accumulation.add(block)
+def _give(block: Block, accumulations: Sequence[Accumulation[Any]], device: torch.device) -> None:
+    with without_autocast(device):
+        for accumulation in accumulations:
+            accumulation.add(block)
 
 
 def _blocks_of(source: Contract, batch: Batch, max_bytes: int, receive: Receive, index: Tensor | None) -> Tensor:

@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.contributions import precise, without_autocast
+from persample.sources.backends.contributions import precise
 from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
 from persample.sources.model.module_calls import (

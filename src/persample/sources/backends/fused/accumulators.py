@@ -7,10 +7,13 @@ which each use takes other entries, as experts take their slices of one tensor. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 from torch import Tensor
 
+from persample.quantities.block import Block
+from persample.sources.backends.contribution_blocks import SeveralUses, SingleUse
 from persample.sources.backends.contributions import Contribution, samples_at_once
 from persample.sources.backends.fused.expressions import Expression
 
@@ -82,6 +85,40 @@ class PerSample:
 
     def finish(self) -> None:
         pass
+
+
+class Blocks:
+    """Receives contributions and gives blocks of them on: those of single uses at once, the others in the end.
+
+    Args:
+        batch_size: B.
+        give: takes the blocks.
+    """
+
+    def __init__(self, batch_size: int, give: Callable[[Block], None]) -> None:
+        self.batch_size = batch_size
+        self.give = give
+        self.uses: dict[str, int] = {}
+        self.waiting: list[tuple[Expression, Contribution]] = []
+
+    def expect(self, expression: Expression) -> None:
+        for name in expression.parameters:
+            self.uses[name] = self.uses.get(name, 0) + 1
+
+    def receive(self, expression: Expression, contribution: Contribution) -> None:
+        name = expression.names[0]
+        if expression.reorders and self.uses.get(name) == 1:
+            width = expression.value.numel()
+            self.give(SingleUse(name, 0, self.batch_size, contribution, expression, width))
+        else:
+            self.waiting.append((expression, contribution))
+
+    def finish(self) -> None:
+        parameters = {name: p for expression, _ in self.waiting for name, p in expression.parameters.items()}
+        for name, p in parameters.items():
+            uses = [(e, contribution) for e, contribution in self.waiting if name in e.parameters]
+            width = sum(e.width for e, _ in uses)
+            self.give(SeveralUses(name, 0, self.batch_size, uses, width, p.detach()))
 
 
 def added_up(waiting: list[tuple[Expression, Contribution]], rows: slice) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from persample.sources.backends.contributions import samples_at_once, squares_of
 from persample.sources.backends.fused.autotune import COMPILED, Key, choose
 from persample.sources.backends.fused.onednn import product_for
+from persample.sources.backends.shortcuts import scaled, squared_norms, weighted_sum
 from persample.sources.backends.unfolding import unfold, windows_of
 
 Sums = tuple[Tensor, Tensor]
@@ -81,6 +82,22 @@ class Convolution:
         kind = ("convolution", self.geometry, self.images, self.x.dtype, self.x.device)
         key = Key(kind, (len(self.x) // self.images, *self.x.shape[2:], *self.delta.shape[2:]))
         return choose(key, lambda: forms(self), self)
+
+
+def norm_forms(c: Convolution) -> dict[str, Callable[[Convolution], tuple[Tensor]]]:
+    """The same ways to form gradients, some samples at a time, whose norms are taken in place of sums."""
+    return {name: partial(_norms, form) for name, form in forms(c).items()}
+
+
+def _norms(form: Callable[[Convolution], Sums], c: Convolution) -> tuple[Tensor]:
+    """The squared norms of what `form` adds up; the order of the entries, and zeros among them, change none."""
+    assert isinstance(form, partial)
+    pieces, dim = _PIECES[form.func]
+    norms = []
+    for g in pieces(c, **form.keywords):
+        others = [d for d in range(g.dim()) if d != dim]
+        norms.append(torch.linalg.vector_norm(g, dim=others).square())
+    return (torch.cat(norms),)
 
 
 def forms(c: Convolution) -> dict[str, Callable[[Convolution], Sums]]:
@@ -194,25 +211,36 @@ def _patches(c: Convolution) -> Tensor:
 
 
 def _by_patches(c: Convolution, rows: int) -> Sums:
-    if c.geometry.groups > 1 or c.images > 1:
-        return _added_up(_patches(part) for part in _parts(c, rows))
-    # (C·K, L) (L, O): the larger factor first is the faster order.
-    transposed = _added_up(_windows(part).squeeze(1) @ part.delta.flatten(2).mT for part in _parts(c, rows))
-    return _transposed(transposed, c.geometry.weight)
+    sums = _added_up(_patch_gradients(c, rows))
+    return sums if c.geometry.groups > 1 or c.images > 1 else _transposed(sums, c.geometry.weight)
+
+
+def _patch_gradients(c: Convolution, rows: int) -> Iterator[Tensor]:
+    """Per-sample gradients of each part; `(B, C·K, O)` where there are neither groups nor several images."""
+    for part in _parts(c, rows):
+        if c.geometry.groups > 1 or c.images > 1:
+            yield _patches(part)
+        else:  # (C·K, L) (L, O): the larger factor first is the faster order.
+            yield _windows(part).squeeze(1) @ part.delta.flatten(2).mT
 
 
 def _by_products(c: Convolution, rows: int) -> Sums:
-    product = product_for(c.x)
-    assert product is not None
     outputs = c.geometry.weight[0]
     total = c.delta.new_zeros(math.prod(c.geometry.weight[1:]), outputs)
     squares = torch.zeros_like(total)
+    for (g,) in _product_gradients(c, rows):
+        total += g
+        squares.addcmul_(g, g)
+    return _transposed((total, squares), c.geometry.weight)
+
+
+def _product_gradients(c: Convolution, rows: int) -> Iterator[Tensor]:
+    """The gradient of one sample after the other, `(1, C·K, O)`."""
+    product = product_for(c.x)
+    assert product is not None
     for part in _parts(c, rows):
         for a, d in zip(_windows(part).squeeze(1), part.delta.flatten(2), strict=True):
-            g = product(a, d)
-            total += g
-            squares.addcmul_(g, g)
-    return _transposed((total, squares), c.geometry.weight)
+            yield product(a, d).unsqueeze(0)
 
 
 def _transposed(sums: Sums, weight: tuple[int, ...]) -> Sums:
@@ -257,13 +285,14 @@ def _by_aligned_windows(c: Convolution, rows: int, shifts: int) -> Sums:
     number = channels * math.prod(copied)
     total, squares = (
         s[..., :number].reshape(shifts, outputs, channels, *copied).movedim(0, 2).reshape(c.geometry.weight)
-        for s in _added_up(_aligned_gradients(c, rows, shifts, number), dim=1)
+        for s in _added_up(_aligned_gradients(c, rows, shifts), dim=1)
     )
     return total, squares
 
 
-def _aligned_gradients(c: Convolution, rows: int, shifts: int, number: int) -> Iterator[Tensor]:
-    """Per-sample gradients of each part, `(shifts, B, O, number and some zeros)`."""
+def _aligned_gradients(c: Convolution, rows: int, shifts: int) -> Iterator[Tensor]:
+    """Per-sample gradients of each part, `(shifts, B, O, C·K and some zeros)`; several shifts go along K₁."""
+    number = math.prod(c.geometry.weight[1:]) // shifts
     width = math.prod(c.delta.shape[3:])  # of a row of windows
     memory = None
     for part in _parts(c, rows):
@@ -280,7 +309,12 @@ def _aligned_gradients(c: Convolution, rows: int, shifts: int, number: int) -> I
 
 
 def _by_groups(c: Convolution, rows: int) -> Sums:
-    return _added_up(_grouped(part) for part in _parts(c, rows))
+    return _added_up(_group_gradients(c, rows))
+
+
+def _group_gradients(c: Convolution, rows: int) -> Iterator[Tensor]:
+    for part in _parts(c, rows):
+        yield _grouped(part)
 
 
 def _grouped(c: Convolution) -> Tensor:
@@ -302,3 +336,39 @@ def _grouped(c: Convolution) -> Tensor:
         [False, True, False],
     )[1]
     return gradient.reshape(batch, *weight)
+
+
+#: What each form forms, some samples after the other, and the dimension of the samples in it.
+_PIECES: dict[Callable[..., Sums], tuple[Callable[..., Iterator[Tensor]], int]] = {
+    _by_patches: (_patch_gradients, 0),
+    _by_products: (_product_gradients, 0),
+    _by_groups: (_group_gradients, 0),
+    _by_rows: (_row_gradients, 1),
+    _by_aligned_windows: (_aligned_gradients, 1),
+}
+
+
+@squared_norms.register
+def _(contribution: Convolution, size: int, width: int) -> Tensor:
+    c = contribution
+    kind = ("norms of a convolution", c.geometry, c.images, c.x.dtype, c.x.device)
+    return choose(Key(kind, (size, *c.x.shape[2:], *c.delta.shape[2:])), lambda: norm_forms(c), c)[0]
+
+
+@weighted_sum.register
+def _(contribution: Convolution, weights: Tensor, width: int) -> Tensor:
+    geometry = contribution.geometry
+    gradient: Tensor = torch.ops.aten.convolution_backward.default(  # the ordinary weight gradient, of w_i δ_i
+        scaled(contribution.delta, weights.repeat_interleave(contribution.images)),
+        contribution.x,
+        contribution.x.new_empty(geometry.weight),
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * len(geometry.stride),
+        geometry.groups,
+        [False, True, False],
+    )[1]
+    return gradient

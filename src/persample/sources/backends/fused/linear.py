@@ -13,6 +13,16 @@ from torch import Tensor
 from persample.sources.backends.contributions import samples_at_once, squares_of
 from persample.sources.backends.fused.autotune import COMPILED, Key, choose
 from persample.sources.backends.fused.onednn import product_for
+from persample.sources.backends.shortcuts import (
+    gram,
+    gram_of_one_position,
+    norms_of_products,
+    pieces_of,
+    products_of_pairs,
+    scaled,
+    squared_norms,
+    weighted_sum,
+)
 
 Sums = tuple[Tensor, Tensor]
 Form = TypeVar("Form", bound=Callable[..., object])
@@ -132,3 +142,24 @@ def _one_by_one(delta: Tensor, a: Tensor, product: Callable[[Tensor, Tensor], Te
         total += g
         squares.addcmul_(g, g)
     return total, squares
+
+
+@squared_norms.register
+def _(contribution: LinearProducts, size: int, width: int) -> Tensor:
+    found = norms_of_products(contribution.delta, contribution.a)
+    if found is not None:
+        return found
+    return torch.cat([g.flatten(1).square().sum(1) for _, g in pieces_of(contribution, size, width, 2**18)])
+
+
+@weighted_sum.register
+def _(contribution: LinearProducts, weights: Tensor, width: int) -> Tensor:
+    delta, a = contribution.delta, contribution.a
+    return scaled(delta, weights).flatten(0, 1).mT @ a.flatten(0, 1)
+
+
+@gram.register
+def _(contribution: LinearProducts, size: int, width: int) -> Tensor:
+    if contribution.delta.shape[1] == 1:
+        return gram_of_one_position(contribution.delta.squeeze(1), contribution.a.squeeze(1))
+    return products_of_pairs(contribution, size, width)

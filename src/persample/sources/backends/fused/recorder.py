@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from persample.dtypes import without_autocast
 from persample.errors import PersampleError, UnsupportedModelError
-from persample.sources.backends.contributions import Contribution, without_autocast
+from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.fused.accumulators import Moment
 from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture

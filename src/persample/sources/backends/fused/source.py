@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
 from persample.moments import Moments
-from persample.sources.backends.contributions import without_autocast
-from persample.sources.backends.fused.accumulators import Moment, PerSample
+from persample.sources.backends.fused.accumulators import Blocks, Moment, PerSample
 from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.autotune import deterministic_choice
 from persample.sources.backends.fused.capture import Capture
@@ -22,7 +22,7 @@ from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
 from persample.sources.batch import Batch
-from persample.sources.contract import Check
+from persample.sources.contract import Check, Receive
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.usage import Use, current_module
 from persample.sources.recording.results import LossReduction, Recorded
@@ -75,6 +75,17 @@ class FusedSource(PerSampleGradSource):
             torch._foreach_div_([*sink.total.values(), *sink.squares.values()], batch.size)
         return Moments(losses, _complete(parameters, sink.total), _complete(parameters, sink.squares))
 
+    def compute_blocks(self, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
+        if batch.size == 1:
+            return super().compute_blocks(batch, receive, max_bytes)
+        return self._backward(batch, self.parameters(), Blocks(batch.size, receive))
+
+    def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
+        return batch.size
+
+    def reading_blocks(self) -> AbstractContextManager[None]:
+        return deterministic_choice(self.deterministic)
+
     @contextmanager
     def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
         recorder = FusedRecorder(self, loss_reduction)
@@ -108,7 +119,7 @@ class FusedSource(PerSampleGradSource):
             losses = self.losses(batch)
         return capture.finish(losses)
 
-    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | PerSample) -> Tensor:
+    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | PerSample | Blocks) -> Tensor:
         capture = Capture(parameters, batch.size, sink)
         with deterministic_choice(self.deterministic):
             losses = self._forward(batch, capture)

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.contributions import Contribution, precise, without_autocast
+from persample.sources.backends.contributions import Contribution, precise
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.selfcheck.oracle import inner_backward_pass

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from persample.sources.backends.contributions import Contribution, precise, without_autocast
+from persample.dtypes import without_autocast
+from persample.sources.backends.contributions import Contribution, precise
 from persample.sources.backends.hooks.rules import RULES
 from persample.sources.model.module_calls import ModuleCall, refuse_changed_inputs
 

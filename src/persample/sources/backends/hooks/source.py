@@ -14,16 +14,18 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from persample.dtypes import without_autocast
 from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.hooks.counting import Receive, UseCounter, contributions_of
 from persample.sources.backends.hooks.recorder import HooksRecorder
 from persample.sources.backends.hooks.rules import modules_with_rules, reason_against
-from persample.sources.backends.hooks.sums import HookSums, zeros
+from persample.sources.backends.hooks.sums import HookBlocks, HookSums, zeros
 from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
 from persample.sources.contract import Check
+from persample.sources.contract import Receive as ReceiveBlock
 from persample.sources.model.autograd_graph import outer_backward
 from persample.sources.model.module_calls import (
     ModuleCall,
@@ -104,6 +106,16 @@ class HooksSource(PerSampleGradSource):
             mean=self._in_own_dtype({name: value / batch.size for name, value in sums.total.items()}),
             second_moment=self._in_own_dtype({name: value / batch.size for name, value in sums.squares.items()}),
         )
+
+    def compute_blocks(self, batch: Batch, receive: ReceiveBlock, max_bytes: int) -> Tensor:
+        blocks = HookBlocks(self.parameters(), batch.size, receive)
+        losses = self._backward(batch, blocks.receive)
+        with without_autocast(losses.device):
+            blocks.finish()
+        return losses
+
+    def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
+        return batch.size
 
     @contextmanager
     def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from persample.quantities.block import Block
+from persample.sources.backends.contribution_blocks import Itself, Origin, SeveralUses, SingleUse
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.hooks.printed import printed_second_moment
 
@@ -40,6 +42,37 @@ class HookSums:
         """Square what had to be added up first."""
         for name, g in self._shared.items():
             self.total[name], self.squares[name] = g.sum(0), g.square().sum(0)
+        self._shared.clear()
+
+
+class HookBlocks:
+    """Receives the contributions of all uses, and gives blocks of them on.
+
+    Args:
+        parameters: by name.
+        batch_size: B.
+        give: takes the blocks.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], batch_size: int, give: Callable[[Block], None]) -> None:
+        self._parameters = parameters
+        self._size = batch_size
+        self._give = give
+        self._shared: dict[str, list[tuple[Origin, Contribution]]] = {}
+
+    def receive(self, name: str, contribution: Contribution, uses: int) -> None:
+        """Give a block on, or keep the contribution until all `uses` of the parameter have contributed."""
+        width = self._parameters[name].numel()
+        if uses == 1:
+            self._give(SingleUse(name, 0, self._size, contribution, Itself(name), width))
+        else:
+            self._shared.setdefault(name, []).append((Itself(name), contribution))
+
+    def finish(self) -> None:
+        """Give the blocks of what had to be kept."""
+        for name, uses in self._shared.items():
+            p = self._parameters[name]
+            self._give(SeveralUses(name, 0, self._size, uses, 2 * p.numel(), p.detach()))
         self._shared.clear()
 
 

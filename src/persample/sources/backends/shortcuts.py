@@ -1,0 +1,172 @@
+"""Norms, weighted sums and products of the gradients of one use of a parameter, without forming all of them.
+
+Index legend: as in `contributions`. With g_i = Σ_l δ_il a_ilᵀ:
+
+- one position: ‖g_i‖² = ‖δ_i‖² ‖a_i‖², and G Gᵀ = (Δ Δᵀ) ∘ (A Aᵀ);
+- many: ‖g_i‖² = Σ_ll' (δ_il·δ_il') (a_il·a_il') (Goodfellow, 2015; Li et al., 2022), where that is cheaper than g_i;
+- Σ_i w_i g_i = Σ_il (w_i δ_il) a_ilᵀ, the ordinary product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms, add_up
+
+#: As many numbers as are formed at once where the pieces must meet each other.
+_MEETING = 2**22
+
+
+def pieces_of(contribution: Contribution, size: int, width: int, budget: int = 2**20) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the gradients of some samples after the other, of `size` samples with `width` numbers each."""
+    rows = max(1, budget // max(1, width))
+    for start in range(0, size, rows):
+        where = slice(start, min(size, start + rows))
+        yield where, contribution.take(where).per_sample()
+
+
+def products_of_pairs(contribution: Contribution, size: int, width: int) -> Tensor:
+    """Return g_i·g_j, shape `(size, size)`, from two pieces at a time."""
+    rows: list[list[Tensor]] = []
+    for here, g in pieces_of(contribution, size, width, _MEETING):
+        rest = contribution.take(slice(here.stop, size))
+        row = [g.flatten(1) @ g.flatten(1).mT]
+        if here.stop < size:
+            others = pieces_of(rest, size - here.stop, width, _MEETING)
+            row += [g.flatten(1) @ other.flatten(1).mT for _, other in others]
+        rows.append(row)
+    products = rows[0][0].new_zeros(size, size)
+    start = 0
+    for row in rows:
+        found = torch.cat(row, 1)
+        products[start : start + len(found), start:] = found
+        products[start:, start : start + len(found)] = found.mT
+        start += len(found)
+    return products
+
+
+@singledispatch
+def squared_norms(contribution: Contribution, size: int, width: int) -> Tensor:
+    """Return ‖g_i‖², shape `(size,)`; a gradient has `width` numbers."""
+    return torch.cat([_squares(g) for _, g in pieces_of(contribution, size, width)])
+
+
+@singledispatch
+def weighted_sum(contribution: Contribution, weights: Tensor, width: int) -> Tensor:
+    """Return Σ_i w_i g_i."""
+    total: Tensor | None = None
+    for where, g in pieces_of(contribution, len(weights), width):
+        part = torch.tensordot(weights[where].to(g.dtype), g, 1)
+        total = part if total is None else total + part
+    assert total is not None  # a batch has samples
+    return total
+
+
+@singledispatch
+def gram(contribution: Contribution, size: int, width: int) -> Tensor:
+    """Return g_i·g_j, shape `(size, size)`."""
+    return products_of_pairs(contribution, size, width)
+
+
+def norms_of_products(delta: Tensor, a: Tensor) -> Tensor | None:
+    """Return ‖Σ_l δ_il a_ilᵀ‖² for δ `(B, L, O)` and a `(B, L, I)`; None where the gradients are cheaper to form."""
+    positions, outputs, inputs = delta.shape[1], delta.shape[2], a.shape[2]
+    if positions == 1:
+        return _squares(delta) * _squares(a)
+    if 2 * positions * (outputs + inputs) > outputs * inputs:
+        return None
+    products = (delta @ delta.mT).mul_(a @ a.mT)
+    return products.flatten(1).sum(1).clamp_(min=0)  # rounding may leave less than nothing
+
+
+def gram_of_one_position(delta: Tensor, a: Tensor) -> Tensor:
+    """Return (Δ Δᵀ) ∘ (A Aᵀ), for δ and a of shapes `(B, O)` and `(B, I)`."""
+    return (delta @ delta.mT).mul_(a @ a.mT)
+
+
+def scaled(delta: Tensor, weights: Tensor) -> Tensor:
+    """Return w_i δ_i, with the sample in dim 0."""
+    return delta * weights.to(delta.dtype).view(-1, *[1] * (delta.dim() - 1))
+
+
+def _squares(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms.square()
+
+
+@squared_norms.register
+def _(contribution: OuterProducts, size: int, width: int) -> Tensor:
+    if contribution.delta.shape[1] == 1:
+        found = norms_of_products(contribution.delta.squeeze(1).mT, contribution.a.squeeze(1).mT)
+    elif contribution.a.shape[-1] == 1:
+        found = (contribution.delta.square().sum((2, 3)) * contribution.a.square().sum((2, 3))).sum(1)
+    else:
+        found = None
+    if found is not None:
+        return found
+    return torch.cat([_squares(g) for _, g in pieces_of(contribution, size, width)])
+
+
+@weighted_sum.register
+def _(contribution: OuterProducts, weights: Tensor, width: int) -> Tensor:
+    return contribution.product(scaled(contribution.delta, weights), contribution.a)
+
+
+@gram.register
+def _(contribution: OuterProducts, size: int, width: int) -> Tensor:
+    if contribution.a.shape[-1] > 1:
+        return products_of_pairs(contribution, size, width)
+    delta, a = contribution.delta.squeeze(-1), contribution.a.squeeze(-1)
+    products: Tensor = torch.einsum("bgo,cgo->gbc", delta, delta).mul_(torch.einsum("bgi,cgi->gbc", a, a)).sum(0)
+    return products
+
+
+@squared_norms.register
+def _(contribution: Terms, size: int, width: int) -> Tensor:
+    return _squares(contribution.per_sample())
+
+
+@weighted_sum.register
+def _(contribution: Terms, weights: Tensor, width: int) -> Tensor:
+    g = contribution.per_sample()
+    total: Tensor = torch.tensordot(weights.to(g.dtype), g, 1)
+    return total
+
+
+@gram.register
+def _(contribution: Terms, size: int, width: int) -> Tensor:
+    g = contribution.per_sample().flatten(1)
+    return g @ g.mT
+
+
+@squared_norms.register
+def _(contribution: Lookups, size: int, width: int) -> Tensor:
+    sample, g = _rows_of_pairs(contribution)
+    return g.new_zeros(size).index_add_(0, sample, g.square().sum(1))
+
+
+@weighted_sum.register
+def _(contribution: Lookups, weights: Tensor, width: int) -> Tensor:
+    return add_up(contribution.indices, scaled(contribution.delta, weights), contribution.count)
+
+
+@gram.register
+def _(contribution: Lookups, size: int, width: int) -> Tensor:
+    # The rows of the table that nobody looks up are zero for all samples.
+    found, place = contribution.indices.unique(return_inverse=True)
+    if len(found) == contribution.count:
+        return products_of_pairs(contribution, size, width)
+    few = Lookups(place, contribution.delta, len(found))
+    return products_of_pairs(few, size, len(found) * contribution.delta.shape[-1])
+
+
+def _rows_of_pairs(contribution: Lookups) -> tuple[Tensor, Tensor]:
+    """Return the sample and the gradient of the row, for each pair of sample and index that occurs."""
+    sample = torch.arange(len(contribution.indices), device=contribution.indices.device).unsqueeze(1)
+    pairs, place = (sample * contribution.count + contribution.indices).unique(return_inverse=True)
+    g = add_up(place, contribution.delta, len(pairs))
+    return pairs // contribution.count, g
