@@ -104,6 +104,7 @@ def main(arguments: list[str] | None = None) -> float:
         prior_precision=1.0,
         hess_init=0.1,
         momentum=0.9,
+        temperature=1.0,
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -59,6 +59,7 @@ class Digits(lightning.LightningModule):
             prior_precision=10.0,
             hess_init=0.1,
             momentum=0.9,
+            temperature=1.0,
         )
         return self.vogn
 

@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         lr=3e-3,
         prior_precision=5.0,
         hess_init=0.01,
+        momentum=0.0,
+        temperature=1.0,
         backend="fused",
     )
     for epoch in range(options.epochs):

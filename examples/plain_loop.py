@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> float:
         prior_precision=10.0,
         hess_init=0.1,
         momentum=0.9,
+        temperature=1.0,
     )
     batches = -(-len(data.train_targets) // options.batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * batches)

@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> GaussianPrediction:
         hess_init=10.0,
         decay=0.99,
         momentum=0.9,
+        temperature=1.0,
         mc_samples=2,
         backend="fused",
     )

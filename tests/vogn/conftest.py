@@ -13,6 +13,8 @@ from persample.losses import cross_entropy
 from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 
+from .ways import PLAIN
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -45,6 +47,7 @@ def make_vogn() -> Callable[..., VOGN]:
             "lr": 0.05,
             "hess_init": 0.5,
             "decay": 0.9,
+            **PLAIN,
             "backend": "loop",
             "generator": generator_of(2),
         }

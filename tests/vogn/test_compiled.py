@@ -13,7 +13,7 @@ from persample import VOGN, backends, losses
 from persample.testing.devices import generator_of
 from persample.vogn import Vadam
 
-from .ways import RECORDING, Batch, by_closure, by_context, by_observing, make, network
+from .ways import PLAIN, RECORDING, Batch, by_closure, by_context, by_observing, make, network
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,7 @@ def test_compiled_losses(batch: Batch) -> None:
         hess_init=0.5,
         generator=generator_of(2),
         lr=0.01,
+        **PLAIN,
     )
     plain = make()
     by_observing(optimizer, *batch)

@@ -52,7 +52,16 @@ def test_two_halves_give_what_all_data_give() -> None:
     for part in (y[:4], y[4:]):
         # The curvature of each loss is the noise's precision, 4, and stays so.
         optimizer = OGN(
-            model, squared, data_size=len(part), lr=1.0, decay=1.0, hess_init=4.0, backend="loop", prior=prior
+            model,
+            squared,
+            data_size=len(part),
+            lr=1.0,
+            decay=1.0,
+            hess_init=4.0,
+            momentum=0.0,
+            temperature=1.0,
+            backend="loop",
+            prior=prior,
         )
         optimizer.observe(part, part)
         optimizer.step()

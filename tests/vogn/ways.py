@@ -17,6 +17,9 @@ from persample.vogn import IVON, OGN, VOGN, MeanFieldVI, Vadam, VariationalOptim
 Batch = tuple[Tensor, Tensor]
 Observe = Callable[[VariationalOptimizer, Tensor, Tensor], Any]
 
+# Settings of VOGN under which a step is that of Algorithm 1, whose terms a test can tell apart.
+PLAIN: dict[str, Any] = {"momentum": 0.0, "temperature": 1.0, "prior_precision": 1.0}
+
 RECORDING = ["loop", "vmap", "fused", "hooks", "backpack", "opacus"]
 RULES = [VOGN, OGN, IVON, Vadam, MeanFieldVI]
 RULES_AND_BACKENDS = [*((VOGN, backend) for backend in RECORDING), (IVON, ""), (Vadam, ""), (MeanFieldVI, "")]
@@ -31,7 +34,7 @@ def make(rule: Any = VOGN, backend: str = "fused", model: nn.Module | None = Non
     if rule in (VOGN, OGN):
         if problem := backends()[backend].problem:
             pytest.skip(problem)
-        settings = {"backend": backend, "hess_init": 0.5, **settings}
+        settings = {"backend": backend, "hess_init": 0.5, **PLAIN, **settings}
     defaults = {"data_size": 100, "lr": 0.01, "generator": generator_of(2)}
     return rule(model or network(), losses.cross_entropy, **(defaults | settings))
 

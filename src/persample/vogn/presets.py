@@ -17,6 +17,15 @@ from __future__ import annotations
 from typing import Any
 
 
+def algorithm1() -> dict[str, Any]:
+    """The algorithm as printed by Jain and Khan: no momentum, temperature 1, s_0 = 0, line 7 divides by s_t.
+
+    `lr` α, `prior_precision` λ and `decay` γ are yours to choose. The first step is α N / λ gradients long, which a
+    `DangerousFirstStepWarning` tells where it is too long: then add `hess_init=`.
+    """
+    return {"order": "printed", "momentum": 0.0, "temperature": 1.0, "hess_init": 0.0}
+
+
 def osawa2019_lenet5() -> dict[str, Any]:
     """LeNet-5 on CIFAR-10 without augmentation: batch size 128, 211 epochs, constant learning rate.
 
@@ -48,6 +57,7 @@ def osawa2019_lenet5_batchnorm() -> dict[str, Any]:
         "momentum": 0.9,
         "bias_correction": False,
         "average_prior": True,
+        "temperature": 1.0,
         "mc_samples": 10,
     }
 
@@ -77,7 +87,15 @@ def khan2018_australian() -> dict[str, Any]:
     The initial precision is that of the prior. Source: Khan et al., "Fast and Scalable Bayesian Deep Learning by
     Weight-Perturbation in Adam", ICML 2018, figure 3; vadam, `pytorch/vogn_code`.
     """
-    return {"lr": 1e-3, "prior_precision": 1.0, "decay": 0.999, "hess_init": 0.0, "order": "updated"}
+    return {
+        "lr": 1e-3,
+        "prior_precision": 1.0,
+        "decay": 0.999,
+        "hess_init": 0.0,
+        "order": "updated",
+        "momentum": 0.0,
+        "temperature": 1.0,
+    }
 
 
 # What the experiments of Osawa et al. on several GPUs have in common: learning rate 1e-4, momentum 0.9 of sums, weight
@@ -91,4 +109,5 @@ _OSAWA2019: dict[str, Any] = {
     "bias_correction": False,
     "average_prior": True,
     "damping": 1e-3,
+    "temperature": 1.0,
 }

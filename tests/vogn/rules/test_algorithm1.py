@@ -95,6 +95,7 @@ def compare(name: str, chosen: dict[str, Any], sizes: list[list[int]], seed: int
         problem.loss_fn,
         backend="loop",
         generator=generator_of(seed),
+        temperature=1.0,
         **chosen,
     )
     for parts, (mu, s) in zip(minibatches, truth, strict=True):

@@ -90,6 +90,8 @@ def make_optimizer(setting: Setting, model: nn.Module, data_size: int, noise: to
             decay=0.999,
             hess_init=0.0,
             order="updated",
+            momentum=0.0,
+            temperature=1.0,
             mc_samples=setting.draws,
             backend="fused",
             backend_options={"deterministic": True},

@@ -33,8 +33,8 @@ class VOGN(VariationalOptimizer):
         s_{t+1} = γ s_t + (1 − γ) h
         μ_{t+1} = μ_t − α (ĝ + λ μ_t / N) / (s_t + λ / N)
 
-    That is Algorithm 1 of Jain and Khan, after Khan et al., ICML 2018, and what the defaults do, save for `hess_init`.
-    With all settings the last line and the variance are
+    That is Algorithm 1 of Jain and Khan, after Khan et al., ICML 2018: `persample.vogn.presets.algorithm1()`. With all
+    settings the last line and the variance are
 
         m_{t+1} = β m_t + (1 − β) ĝ,   m̂ = m_{t+1} / (1 − β^{t+1})
         u = clip((m̂ + τ λ (μ_t − m₀) / N) / (s_t + d + τ λ / N), ±ξ)
@@ -114,11 +114,11 @@ class VOGN(VariationalOptimizer):
         model: Trained,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
-        lr: float = 1e-3,
+        lr: float = 0.01,
         decay: float = 0.999,
-        hess_init: float = 0.01,
+        hess_init: float = 0.1,
         order: core.Order = "printed",
-        momentum: float = 0.0,
+        momentum: float = 0.9,
         bias_correction: bool = True,
         average_prior: bool = False,
         damping: float = 0.0,
@@ -142,6 +142,8 @@ class VOGN(VariationalOptimizer):
             "damping": damping,
             "max_update": max_update,
         }
+        shared.setdefault("prior_precision", 20.0)
+        shared.setdefault("temperature", 0.3)
         super().__init__(model, loss_fn, settings, **shared)
 
     def _make_source(self) -> MomentSource:
