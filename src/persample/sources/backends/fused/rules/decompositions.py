@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,18 +76,23 @@ def looked_up(trace: Trace, table: Tensor, index: Any) -> Any:
         lookup = read(index, table)
         table = table[lookup.basic]
         numbers = {d: n for dim, given in lookup.tensors.items() for d, n in enumerate(_numbers(given), dim)}
-        count, others = len(numbers), [d for d in range(table.dim()) if d not in numbers]
-        table = table.permute(*numbers, *others)
-        sizes, rest = table.shape[:count], table.shape[count:]
-        number: Any = 0
-        for n, size in zip(numbers.values(), sizes, strict=True):
-            if bool(((n < -size) | (n >= size)).any()):
-                raise IndexError("an index is out of range")
-            number = number * size + n % size
+        table = table.permute(*numbers, *[d for d in range(table.dim()) if d not in numbers])
+        sizes, rest = table.shape[: len(numbers)], table.shape[len(numbers) :]
+        number = _linear(numbers.values(), sizes)
         rows = F.embedding(number, table.reshape(sizes.numel(), -1)).unflatten(-1, rest or (1,))
         rows = rows if rest else rows.squeeze(-1)
         before = range(lookup.before)
         return rows.movedim([number.dim() + d for d in before], [*before])
+
+
+def _linear(numbers: Iterable[Tensor], sizes: Iterable[int]) -> Any:
+    """The number i · size + j, and so on, of indices that may count from behind."""
+    number: Any = 0
+    for n, size in zip(numbers, sizes, strict=True):
+        if bool(((n < -size) | (n >= size)).any()):
+            raise IndexError("an index is out of range")
+        number = number * size + n % size
+    return number
 
 
 def _numbers(given: Tensor) -> list[Tensor]:
