@@ -16,7 +16,7 @@ from persample.sources.recording.results import LossReduction
 from persample.vogn.prior import Prior
 
 
-class Shared(TypedDict, total=False):
+class SharedSettings(TypedDict, total=False):
     """The settings that all rules have; what each means is told with `VOGN`."""
 
     data_size: Required[int]

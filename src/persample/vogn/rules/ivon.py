@@ -15,7 +15,7 @@ from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
 from persample.vogn.saving.state_schema import FINITE, MASS, Kinds
-from persample.vogn.settings import Shared
+from persample.vogn.settings import SharedSettings
 
 
 class IVON(VariationalOptimizer):
@@ -68,7 +68,7 @@ class IVON(VariationalOptimizer):
         hess_init: float = 1.0,
         rescale_lr: bool = True,
         max_update: float | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedSettings],
     ) -> None:
         settings = {
             "lr": lr,

@@ -16,7 +16,7 @@ from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
 from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
-from persample.vogn.settings import Shared
+from persample.vogn.settings import SharedSettings
 
 
 class MeanFieldVI(VariationalOptimizer):
@@ -72,7 +72,7 @@ class MeanFieldVI(VariationalOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         scale_init: float = 0.01,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedSettings],
     ) -> None:
         settings = {
             "lr": lr,

@@ -15,7 +15,7 @@ from persample.vogn.observations import Observed
 from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
 from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
-from persample.vogn.settings import Shared
+from persample.vogn.settings import SharedSettings
 
 
 class Vadam(VariationalOptimizer):
@@ -65,7 +65,7 @@ class Vadam(VariationalOptimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         hess_init: float = 0.0,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedSettings],
     ) -> None:
         settings = {
             "lr": lr,

@@ -22,7 +22,7 @@ from persample.vogn.optimizer import VariationalOptimizer
 from persample.vogn.param_group import Part
 from persample.vogn.pending import MomentSource
 from persample.vogn.saving.state_schema import FINITE, MASS, NOT_NEGATIVE, Kinds
-from persample.vogn.settings import Shared
+from persample.vogn.settings import SharedSettings
 
 
 class VOGN(VariationalOptimizer):
@@ -125,7 +125,7 @@ class VOGN(VariationalOptimizer):
         max_update: float | None = None,
         backend: str = "fused",
         backend_options: Mapping[str, Any] | None = None,
-        **shared: Unpack[Shared],
+        **shared: Unpack[SharedSettings],
     ) -> None:
         self.backend = backend
         if not isinstance(backend_options, Mapping | None):

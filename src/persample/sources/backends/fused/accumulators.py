@@ -70,7 +70,7 @@ class Moment:
                 _add(self.squares, name, piece.square().sum(0))
 
 
-class PerSample:
+class SingleGradients:
     """Receives contributions and adds up the gradient g_i of each sample."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
 from persample.moments import Moments
-from persample.sources.backends.fused.accumulators import Blocks, Moment, PerSample
+from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
 from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.autotune import deterministic_choice
 from persample.sources.backends.fused.capture import Capture
@@ -61,7 +61,7 @@ class FusedSource(PerSampleGradSource):
         if batch.size == 1:
             losses, alone = self._of_one(batch)
             return losses, {name: g.unsqueeze(0) for name, g in alone.items()}
-        parameters, sink = self.parameters(), PerSample()
+        parameters, sink = self.parameters(), SingleGradients()
         losses = self._backward(batch, parameters, sink)
         return losses, _in_own_memory(_complete(parameters, sink.gradients, batch.size))
 
@@ -119,7 +119,9 @@ class FusedSource(PerSampleGradSource):
             losses = self.losses(batch)
         return capture.finish(losses)
 
-    def _backward(self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | PerSample | Blocks) -> Tensor:
+    def _backward(
+        self, batch: Batch, parameters: dict[str, nn.Parameter], sink: Moment | SingleGradients | Blocks
+    ) -> Tensor:
         capture = Capture(parameters, batch.size, sink)
         with deterministic_choice(self.deterministic):
             losses = self._forward(batch, capture)
