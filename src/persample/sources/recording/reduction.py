@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from persample.errors import UnsupportedModelError, UsageError
 from persample.sources.model.autograd_graph import nodes_from
 from persample.sources.recording.results import LossReduction
+from persample.sources.selfcheck.tolerances import largest_entry
 
 # Products with zeros are zeros, so this is far above what rounding leaves of them.
 _ROUNDING = 1e-6
@@ -119,8 +120,8 @@ def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size:
         ):
             return
         raise
-    largest = max((_largest(h) for h in second if h is not None), default=0.0)
-    across = max((_largest(h[others]) for h in second if h is not None), default=0.0)
+    largest = max((largest_entry(h) for h in second if h is not None), default=0.0)
+    across = max((largest_entry(h[others]) for h in second if h is not None), default=0.0)
     if across > _ROUNDING * largest:
         raise UnsupportedModelError(
             "The loss is no sum over the samples: what one sample adds to it depends on others (a contrastive loss, a "
@@ -173,7 +174,3 @@ def _last_before(loss: Tensor, outputs: Iterable[GradientEdge]) -> list[Gradient
     met = [node for node in nodes_from([loss.grad_fn], stop=by_node) if node in by_node]
     behind = {node: nodes_from([n for n, _ in node.next_functions]) for node in met} if len(met) > 1 else {}
     return [by_node[node] for node in met if not any(node in found for found in behind.values())]
-
-
-def _largest(values: Tensor) -> float:
-    return values.detach().abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0

@@ -19,6 +19,11 @@ _RELATIVE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 MOVED = 5e-2
 
 
+def largest_entry(values: Tensor) -> float:
+    """Return the largest size of an entry, where NaN counts as 0."""
+    return values.detach().abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0
+
+
 def tolerance(values: Tensor) -> float:
     """Return the relative difference that rounding can explain, for a computation that gave `values`."""
     return _RELATIVE[least_precise(values)]

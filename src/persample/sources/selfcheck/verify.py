@@ -31,7 +31,7 @@ from persample.sources.selfcheck.oracle import (
     sample_gradients,
 )
 from persample.sources.selfcheck.returned import ADVICE, moments_of, name_of
-from persample.sources.selfcheck.tolerances import Allowance, tolerance
+from persample.sources.selfcheck.tolerances import Allowance, largest_entry, tolerance
 from persample.sources.selfcheck.verify_quantities import verify_quantities
 
 #: What is checked: moments, losses with per-sample gradients, or quantities.
@@ -342,14 +342,14 @@ def require_close(
         allowance: what rounding explains.
         samples: number of gradients that are added up.
     """
-    largest = max((_largest(e) for e in expected.values()), default=0.0)
+    largest = max((largest_entry(e) for e in expected.values()), default=0.0)
     for name, value in expected.items():
         _require_comparable(source, f"{what} of {name!r}", claimed[name], value)
-        difference = _largest(claimed[name] - value)
-        if difference > allowance.difference(name, _largest(value), largest, samples):
+        difference = largest_entry(claimed[name] - value)
+        if difference > allowance.difference(name, largest_entry(value), largest, samples):
             raise DisagreementError(
                 f"Backend {name_of(source)} is wrong on this model: the {what} of {name!r} differs from the ordinary "
-                f"one by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {ADVICE}"
+                f"one by {difference:.3g}, where its largest entry is {largest_entry(value):.3g}. {ADVICE}"
             )
 
 
@@ -366,7 +366,3 @@ def _require_comparable(source: Contract, what: str, claimed: Tensor, expected: 
             f"Backend {name_of(source)} is wrong on this model: the {what} is NaN in {int(claimed.isnan().sum())} of "
             f"{claimed.numel()} entries, where the ordinary one {numbers}. {ADVICE}"
         )
-
-
-def _largest(values: Tensor) -> float:
-    return values.abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0

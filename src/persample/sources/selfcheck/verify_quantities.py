@@ -22,7 +22,7 @@ from persample.sources.model.random_state import random_state, random_state_rest
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
 from persample.sources.selfcheck.returned import ADVICE, name_of
 from persample.sources.selfcheck.rounds import QuantitiesOf
-from persample.sources.selfcheck.tolerances import Allowance
+from persample.sources.selfcheck.tolerances import Allowance, largest_entry
 
 
 def verify_quantities(
@@ -84,17 +84,17 @@ def _require_close(
     source: Contract, what: str, claimed: Any, expected: Any, allowance: Allowance, samples: int = 0
 ) -> None:
     found, due = dict(_leaves(claimed)), dict(_leaves(expected))
-    largest = max((_largest(value) for value in due.values()), default=0.0)
+    largest = max((largest_entry(value) for value in due.values()), default=0.0)
     for where, value in due.items():
         other = found[where].to(value)
         # Squares have twice the relative error of the gradients, and sums over n numbers of size e have √n e.
         floor = allowance.difference("", 0.0, largest, samples) * max(1.0, value.numel() ** 0.5)
-        allowed = 4 * allowance.relative * _largest(value) + floor
-        difference = _largest(other - value)
+        allowed = 4 * allowance.relative * largest_entry(value) + floor
+        difference = largest_entry(other - value)
         if difference > allowed or bool((other.isnan() != value.isnan()).any()):
             raise DisagreementError(
                 f"Backend {name_of(source)} is wrong on this model: the {what}{where} differs from that of ordinary "
-                f"gradients by {difference:.3g}, where its largest entry is {_largest(value):.3g}. {ADVICE}"
+                f"gradients by {difference:.3g}, where its largest entry is {largest_entry(value):.3g}. {ADVICE}"
             )
 
 
@@ -113,7 +113,3 @@ def _leaves(result: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(result):
         for each in fields(result):
             yield from _leaves(getattr(result, each.name), f"{where}.{each.name}")
-
-
-def _largest(values: Tensor) -> float:
-    return values.abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0
