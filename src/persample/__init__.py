@@ -20,6 +20,14 @@ from persample.errors import PersampleError as PersampleError
 from persample.frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from persample.moments import Moments as Moments
 from persample.moments import merge_moments as merge_moments
+from persample.quantities import Gram as Gram
+from persample.quantities import Mean as Mean
+from persample.quantities import Norms as Norms
+from persample.quantities import PerSample as PerSample
+from persample.quantities import Projection as Projection
+from persample.quantities import SecondMoment as SecondMoment
+from persample.quantities import Variance as Variance
+from persample.quantities import WeightedSum as WeightedSum
 from persample.sources import PerSampleGradSource as PerSampleGradSource
 from persample.sources import batched as batched
 from persample.sources import make_source as make_source
