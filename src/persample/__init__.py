@@ -16,6 +16,10 @@ from persample.checks import benchmark as benchmark
 from persample.checks import crosscheck as crosscheck
 from persample.checks import explain as explain
 from persample.checks import fix as fix
+from persample.curvature import Fisher as Fisher
+from persample.curvature import ewc_penalty as ewc_penalty
+from persample.curvature import fisher as fisher
+from persample.curvature import laplace as laplace
 from persample.errors import PersampleError as PersampleError
 from persample.frozen_batch_norm import FrozenBatchNorm as FrozenBatchNorm
 from persample.moments import Moments as Moments

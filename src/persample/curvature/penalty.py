@@ -1,0 +1,37 @@
+"""Elastic weight consolidation: what was learned before, as a penalty on the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from persample.errors import OptionError
+from persample.vogn import Posterior, Prior
+
+
+def ewc_penalty(model: nn.Module, before: Posterior | Prior) -> Tensor:
+    """Return ½ Σ_j λ_j (w_j − m_j)², minus the log-density of what was learned before, up to a constant.
+
+    For a mean loss over N samples of the new task add `ewc_penalty(model, before) / N`. With
+    `before = persample.laplace(model, old_loader, loss_fn=…)` it is the penalty of Kirkpatrick et al., "Overcoming
+    catastrophic forgetting in neural networks", PNAS 2017, with the strength that follows from the number of old
+    samples. `VOGN(..., prior=before.as_prior())` needs no penalty: it is its prior.
+
+    Args:
+        model: the network, as it is now.
+        before: what was learned before; N(m, 1/λ) over each weight.
+
+    Returns:
+        A scalar, differentiable in the parameters.
+
+    Raises:
+        OptionError: `before` is of another model.
+    """
+    own = dict(model.named_parameters())
+    terms = []
+    for name, mean in before.mean.items():
+        if name not in own or own[name].shape != mean.shape:
+            raise OptionError(f"The model has no parameter {name!r} of shape {tuple(mean.shape)}: it is another one.")
+        distance = own[name] - mean.to(own[name])
+        terms.append((before.precision[name].to(own[name]) * distance.square()).sum())
+    return 0.5 * torch.stack(terms).sum()
