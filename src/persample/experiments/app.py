@@ -14,7 +14,7 @@ from rich.progress import track
 import persample
 from persample.errors import DataError, DisagreementError, OptionError, UnknownBackendError
 from persample.experiments import processes
-from persample.experiments.australian_credit.scores import Run, read_csv, write_csv
+from persample.experiments.australian_credit.scores import Run, Score, read_csv, write_csv
 from persample.experiments.australian_credit.settings import METHODS, PUBLISHED
 from persample.experiments.australian_credit.train import train_all
 from persample.experiments.config import TrainConfig
@@ -223,23 +223,8 @@ def australian(
             raise DataError(
                 f"{path} exists: go on with it (--resume), replace it (--overwrite), or choose another folder (--out)"
             )
-        data = load_australian(data_dir)
-        remove_begun([path])
-        done = {score.run: score for score in read_csv(path)} if resume else {}
-        left = [run for run in runs if run not in done]
         console = Console()
-        progress = track(
-            train_all(left, data, jobs=jobs or os.cpu_count() or 1),
-            "Training",
-            total=len(left),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        for score in progress:
-            done[score.run] = score
-            write_csv(list(done.values()), path)
-        scores = [done[run] for run in runs]
-        write_csv(scores, path)
+        scores = _scores(runs, path, data_dir, jobs or os.cpu_count() or 1, resume, console)
     console.print(australian_table(scores))
     typer.echo(f"Scores: {path}")
 
@@ -319,6 +304,23 @@ def explain(
 def backends() -> None:
     """List the backends and whether they can be used here."""
     Console().print(backends_table(persample.backends().values()))
+
+
+def _scores(
+    runs: list[Run], path: Path, data_dir: Path | None, jobs: int, resume: bool, console: Console
+) -> list[Score]:
+    """Return the scores of `runs`, those that `path` has already if they are resumed, and write them there."""
+    data = load_australian(data_dir)
+    remove_begun([path])
+    done = {score.run: score for score in read_csv(path)} if resume else {}
+    left = [run for run in runs if run not in done]
+    training = train_all(left, data, jobs=jobs)
+    for score in track(training, "Training", total=len(left), console=console, disable=not console.is_terminal):
+        done[score.run] = score
+        write_csv(list(done.values()), path)
+    scores = [done[run] for run in runs]
+    write_csv(scores, path)
+    return scores
 
 
 def _run(
