@@ -20,7 +20,7 @@ from persample.sources.lock import Lock
 from persample.sources.model.batch_norm_nodes import read_right
 from persample.sources.model.calling import called, losses_of, refuse_backward_in_forward
 from persample.sources.model.isolation import State, state_restored, untouched
-from persample.sources.model.modules import modules_of
+from persample.sources.model.modules import modules_of, parameters_of
 from persample.sources.model.random_state import RandomState, random_state_restored
 from persample.sources.model.refusals import refuse_hooked_parameters
 from persample.sources.model.usage import Use
@@ -112,7 +112,7 @@ class Contract(ABC):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that require a gradient, by name, in the model's order."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return parameters_of(self.model)
 
     def losses(self, batch: Batch, model: Callable[..., Any] | None = None) -> Tensor:
         """Run the model on `batch` and return the losses, shape `(B,)`, with their graph.

@@ -25,6 +25,18 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name: those of `model.named_parameters()`, in its order."""
+    if type(model).named_parameters is not nn.Module.named_parameters:
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[nn.Parameter, str] = {}
+    for module, path in modules_of(model).items():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                found.setdefault(p, f"{path}.{name}" if path else name)
+    return {name: p for p, name in found.items()}
+
+
 class Types(dict[type, bool]):
     """Whether something holds for a type; each is asked once, so that many values are sorted quickly."""
 
