@@ -24,6 +24,7 @@ LAYERS = (
     ("persample.sources.registry",),
     ("persample.sources",),
     ("persample.vogn", "persample.checks"),
+    ("persample.curvature",),
     ("persample",),
     ("persample.experiments", "persample.testing"),
     ("persample.cli", "persample.__main__"),
