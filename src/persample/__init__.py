@@ -10,6 +10,7 @@ Import from here or from a first-level package (`persample.sources`, `persample.
 `docs/architecture.md` has the map of the code.
 """
 
+from persample import likelihoods as likelihoods
 from persample import losses as losses
 from persample import quantities as quantities
 from persample.checks import benchmark as benchmark

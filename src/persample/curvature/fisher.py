@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from persample import losses
 from persample.curvature.batches import batches_of
 from persample.curvature.information import Fisher, Kind, require_kind
-from persample.curvature.output_model import OutputModel, logits_of, output_model
+from persample.curvature.of_outputs import distribution_of, logits_of
 from persample.errors import UsageError
+from persample.likelihoods import TargetDistribution
 from persample.sources import PerSampleGradSource, make_source
 from persample.sources.batch import as_batch
 from persample.sources.model.calling import called
@@ -51,9 +52,10 @@ def fisher(
         model: the network. Neither it nor its parameters are changed.
         loader: a DataLoader or any iterable of batches: pairs (inputs, targets), or dicts whose entry "labels" (or
             "targets") holds the targets.
-        loss_fn: the loss of each sample, as for `persample.make_source`. For "mc" and "exact" it is
-            `persample.losses.cross_entropy`, `bernoulli` or `gaussian` (by `functools.partial` with its noise), or
-            PyTorch's cross entropy; the model's outputs may be an object with `.logits`, of which the loss is taken.
+        loss_fn: the loss of each sample, as for `persample.make_source`. For "mc" and "exact" it is one of
+            `persample.likelihoods`, `persample.losses.cross_entropy`, `bernoulli` or `gaussian` (by `functools.partial`
+            with its noise), or PyTorch's cross entropy; the model's outputs may be an object with `.logits`, of which
+            the loss is taken.
         kind: see above.
         draws: K, for "mc".
         generator: source of the drawn targets, on the device of the outputs; None is PyTorch's global generator.
@@ -69,7 +71,7 @@ def fisher(
     require_kind(kind)
     require_count("draws", draws)
     require_generator("generator", generator)
-    targets_of = None if kind == "empirical" else output_model(loss_fn)
+    targets_of = None if kind == "empirical" else distribution_of(loss_fn)
     of_source = loss_fn if targets_of is None else _product if kind == "exact" else _of_logits(loss_fn)
     source = make_source(backend, model, of_source, **dict(backend_options or {}))
     sums: dict[str, Tensor] = {}
@@ -90,7 +92,7 @@ def _targets(
     inputs: Any,
     targets: Any,
     kind: Kind,
-    targets_of: OutputModel | None,
+    targets_of: TargetDistribution | None,
     draws: int,
     generator: torch.Generator | None,
 ) -> Iterator[Any]:

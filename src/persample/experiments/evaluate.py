@@ -69,4 +69,5 @@ def predict_averaged(optimizer: VOGN, inputs: Tensor, draws: int, seed: int, epo
         epoch: With the seed, what the draws are derived from.
     """
     generator = make_generator(seed, "evaluation", epoch)
-    return optimizer.predict(inputs, samples=draws, generator=generator, rows_at_once=_CHUNK).probabilities
+    predicted: Tensor = optimizer.predict(inputs, samples=draws, generator=generator, rows_at_once=_CHUNK).probabilities
+    return predicted

@@ -26,7 +26,7 @@ from persample.vogn.monte_carlo import DrawOptions
 from persample.vogn.observations import Observations, Observed
 from persample.vogn.param_group import Part
 from persample.vogn.posterior_state import PosteriorState, tensors_of_state
-from persample.vogn.prediction import ClassPrediction, GaussianPrediction, Likelihood, likelihood_of
+from persample.vogn.prediction import GaussianPrediction, Likelihood, Summarised, likelihood_of
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
 from persample.vogn.settings import require_generator, require_settings
 from persample.vogn.supported_models import refuse_replicas
@@ -247,9 +247,12 @@ class VariationalOptimizer(PosteriorState):
     # What users call: the posterior.
 
     def predict(
-        self, inputs: Any, *, likelihood: Likelihood | None = None, **draws: Unpack[DrawOptions]
-    ) -> ClassPrediction:
-        """Predict classes by the average over draws of the weights; see `Posterior.predict`.
+        self, inputs: Any, *, likelihood: Likelihood | Summarised | None = None, **draws: Unpack[DrawOptions]
+    ) -> Any:
+        """Predict by the average over draws of the weights: classes, or what the loss is the likelihood of.
+
+        Returns a `ClassPrediction`; a `GaussianPrediction` if the likelihood, or the loss, is one of real numbers or
+        counts of `persample.likelihoods`. See `Posterior.predict`.
 
         Args:
             inputs: what the model takes.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from persample.sources.batch import arguments, split_batch
 from persample.vogn import core
 from persample.vogn.elbo import Elbo, LikelihoodTable
 from persample.vogn.monte_carlo import DrawOptions, for_each_draw
-from persample.vogn.prediction import ClassPrediction, ClassSummary, GaussianPrediction, GaussianSummary, Likelihood
+from persample.vogn.prediction import (
+    ClassPrediction,
+    GaussianPrediction,
+    GaussianSummary,
+    Likelihood,
+    Summarised,
+    summary_of,
+)
 from persample.vogn.prior import Prior, require_same_shapes
 from persample.vogn.sampling import draw
 from persample.vogn.saving import posterior_file
@@ -173,9 +180,17 @@ class Posterior:
             model=self.model,
         )
 
+    @overload
     def predict(
         self, inputs: Any, *, likelihood: Likelihood = "categorical", **draws: Unpack[DrawOptions]
-    ) -> ClassPrediction:
+    ) -> ClassPrediction: ...
+
+    @overload
+    def predict(self, inputs: Any, *, likelihood: Summarised, **draws: Unpack[DrawOptions]) -> Any: ...
+
+    def predict(
+        self, inputs: Any, *, likelihood: Likelihood | Summarised = "categorical", **draws: Unpack[DrawOptions]
+    ) -> Any:
         """Predict classes by the average over draws of the weights: Σ_k p(y | x, w_k) / K.
 
         The model stays in the mode it is in: call `model.eval()` before, to predict without dropout.
@@ -183,7 +198,8 @@ class Posterior:
         Args:
             inputs: what the model takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
             likelihood: what the model returns. "categorical": logits of shape `(B, C, …)`, of which the softmax over
-                dim 1 is taken; "bernoulli": logits of any shape, of which the sigmoid is.
+                dim 1 is taken; "bernoulli": logits of any shape, of which the sigmoid is; or one of
+                `persample.likelihoods`, whose prediction is returned.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
@@ -191,7 +207,7 @@ class Posterior:
             UsageError: the posterior has no model, or the model's outputs are not logits of that shape.
             BatchError: `inputs` is neither a tensor, nor a tuple, nor a dict.
         """
-        summary = ClassSummary(likelihood)
+        summary = summary_of(likelihood)
         for_each_draw(self._model("predict()"), self, inputs, summary.add, **draws)
         return summary.result()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,12 @@ class ClassPrediction:
 
 @dataclass(frozen=True, eq=False)
 class GaussianPrediction:
-    """What K draws of the weights say about real numbers. Each tensor has the shape of the outputs, `(B, …)`.
+    """What K draws of the weights say about real numbers or counts. Each tensor has the shape of the targets, `(B, …)`.
 
     Attributes:
-        mean: f̄ = Σ_k f_k / K, with f_k the outputs under draw k.
+        mean: f̄ = Σ_k f_k / K, with f_k the mean of the targets under draw k.
         epistemic_variance: Σ_k (f_k − f̄)² / (K − 1), which more training data would reduce.
-        aleatoric_variance: 1/β of the observations' noise, which stays.
+        aleatoric_variance: that of the observations' noise, which stays; averaged over the draws where they differ.
     """
 
     mean: Tensor
@@ -56,8 +57,26 @@ class GaussianPrediction:
         return self.epistemic_variance + self.aleatoric_variance
 
 
-def likelihood_of(loss_fn: Any) -> Likelihood:
-    """Return the likelihood that a loss speaks of; "categorical" where nobody can tell.
+class Summary(Protocol):
+    """Adds the outputs of draws of the weights up to a prediction."""
+
+    def add(self, outputs: Tensor) -> None:
+        """Add the outputs of some draws, shape `(k, B, …)`."""
+
+    def result(self) -> Any:
+        """Return the prediction."""
+
+
+@runtime_checkable
+class Summarised(Protocol):
+    """A likelihood as an object, see `persample.likelihoods`."""
+
+    def summary(self) -> Summary:
+        """Return what adds up the outputs of draws of the weights to a prediction."""
+
+
+def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
+    """Return the likelihood that a loss speaks of, or is; "categorical" where nobody can tell.
 
     Raises:
         UsageError: it speaks of real numbers, or of probabilities instead of logits.
@@ -75,12 +94,19 @@ def likelihood_of(loss_fn: Any) -> Likelihood:
             "persample.losses.bernoulli; or average what you need over several `with optimizer.sampled_params():` "
             "blocks."
         )
+    if isinstance(loss_fn, Summarised):
+        return loss_fn
     bernoulli = loss_fn in (losses.bernoulli, F.binary_cross_entropy_with_logits)
     return "bernoulli" if bernoulli or isinstance(loss_fn, nn.BCEWithLogitsLoss) else "categorical"
 
 
 _REAL_NUMBERS = (losses.gaussian, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _LOSSES_OF_REAL_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+
+
+def summary_of(likelihood: Likelihood | Summarised) -> Summary:
+    """Return what adds up the outputs of draws of the weights to a prediction."""
+    return likelihood.summary() if isinstance(likelihood, Summarised) else ClassSummary(likelihood)
 
 
 class ClassSummary:
@@ -161,3 +187,28 @@ class GaussianSummary:
             epistemic_variance=self._squares / (self._draws - 1),
             aleatoric_variance=torch.full_like(self._mean, 1 / self._noise_precision),
         )
+
+
+class NumberSummary:
+    """As `GaussianSummary`, for outputs that tell mean and variance of the targets.
+
+    Args:
+        mean_and_variance: takes outputs `(k, B, …)`, and returns both, each in the shape of k times the targets.
+    """
+
+    def __init__(self, mean_and_variance: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._mean_and_variance = mean_and_variance
+        self._of_mean = GaussianSummary(1.0)
+        self._variance = torch.zeros((), device="cpu")
+        self._draws = 0
+
+    def add(self, outputs: Tensor) -> None:
+        """Add the outputs of some draws, shape `(k, B, …)`."""
+        mean, variance = self._mean_and_variance(outputs)
+        self._of_mean.add(mean)
+        self._variance = self._variance + variance.sum(0)
+        self._draws += len(outputs)
+
+    def result(self) -> GaussianPrediction:
+        """The prediction from all draws."""
+        return replace(self._of_mean.result(), aleatoric_variance=self._variance / self._draws)

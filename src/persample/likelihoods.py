@@ -1,0 +1,243 @@
+"""How targets are distributed, given the outputs of a model: one object for the loss, the prediction and the bound.
+
+A likelihood is called as a loss, `likelihood(outputs, targets)`, and returns −log p(target | output) of each sample,
+shape `(B,)`. An optimizer that was made with it predicts with it. Posteriors take it as `likelihood=`, and
+`persample.fisher` draws targets from it.
+
+    likelihood = persample.likelihoods.HeteroscedasticGaussian()
+    optimizer = persample.VOGN(model, likelihood, data_size=N)
+    …
+    predicted = optimizer.predict(inputs)       # mean, epistemic_variance, aleatoric_variance
+    bound = optimizer.elbo(inputs, targets)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persample import losses
+from persample.errors import LossError, OptionError, UsageError
+from persample.vogn.prediction import ClassSummary, NumberSummary, Summary
+
+
+class TargetDistribution(ABC):
+    """Base of the likelihoods."""
+
+    @abstractmethod
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return −log p(target | output) of each sample in nats, shape `(B,)`."""
+
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Return what adds up the outputs of draws of the weights to a prediction."""
+
+    @abstractmethod
+    def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw a target for each sample."""
+
+    @abstractmethod
+    def roots(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield vectors v_c with Σ_c v_c v_cᵀ the Fisher information of the outputs of each sample.
+
+        Raises:
+            UsageError: there are more than can be gone through.
+        """
+
+
+@dataclass(frozen=True)
+class Categorical(TargetDistribution):
+    """Classes; outputs are logits `(B, C, …)`, targets class indices `(B, …)`; as `persample.losses.cross_entropy`."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return losses.cross_entropy(outputs, targets)
+
+    def summary(self) -> Summary:
+        return ClassSummary("categorical")
+
+    def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        probabilities = outputs.movedim(1, -1).softmax(-1)
+        rows = probabilities.reshape(-1, probabilities.shape[-1])
+        return torch.multinomial(rows, 1, generator=generator).view(probabilities.shape[:-1])
+
+    def roots(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield sqrt(p_c) (p − e_c), as diag(p) − p pᵀ = Σ_c p_c (p − e_c)(p − e_c)ᵀ."""
+        if outputs.dim() != 2:
+            raise UsageError(
+                f'kind="exact" needs logits of shape (B, C), but the model returned {tuple(outputs.shape)}: use '
+                'kind="mc".'
+            )
+        p = outputs.softmax(1)
+        for c in range(p.shape[1]):
+            e = torch.zeros_like(p)
+            e[:, c] = 1
+            yield p[:, c : c + 1].sqrt() * (p - e)
+
+
+@dataclass(frozen=True)
+class Bernoulli(TargetDistribution):
+    """Independent zeros and ones; outputs are logits in the shape of the targets; as `persample.losses.bernoulli`."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return losses.bernoulli(outputs, targets)
+
+    def summary(self) -> Summary:
+        return ClassSummary("bernoulli")
+
+    def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.bernoulli(outputs.sigmoid(), generator=generator)
+
+    def roots(self, outputs: Tensor) -> Iterator[Tensor]:
+        p = outputs.sigmoid()
+        return _diagonal((p * (1 - p)).sqrt())
+
+
+@dataclass(frozen=True)
+class Gaussian(TargetDistribution):
+    """Real numbers with a known noise; outputs are means in the shape of the targets; as `persample.losses.gaussian`.
+
+    Attributes:
+        noise_precision: β = 1/variance of the noise, above 0.
+
+    Raises:
+        OptionError: it is not above 0.
+    """
+
+    noise_precision: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_precision < math.inf:
+            raise OptionError(f"noise_precision={self.noise_precision!r}: must be a number > 0.")
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return losses.gaussian(outputs, targets, noise_precision=self.noise_precision)
+
+    def summary(self) -> Summary:
+        return NumberSummary(lambda outputs: (outputs, torch.full_like(outputs, 1 / self.noise_precision)))
+
+    def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return outputs + _noise(outputs, generator) / math.sqrt(self.noise_precision)
+
+    def roots(self, outputs: Tensor) -> Iterator[Tensor]:
+        return _diagonal(torch.full_like(outputs, math.sqrt(self.noise_precision)))
+
+
+@dataclass(frozen=True)
+class HeteroscedasticGaussian(TargetDistribution):
+    """Real numbers whose noise the model predicts, or has learned (`LearnedNoise`).
+
+    Outputs `(B, 2 D, …)` hold in dim 1 the D means f, then the D log-variances v; targets have shape `(B, D, …)`:
+
+        −log p(y | f, v) = Σ ½ ((y − f)² exp(−v) + v + log 2π)
+
+    Source: Nix and Weigend, "Estimating the mean and variance of the target probability distribution", 1994; Kendall
+    and Gal, "What Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision?", NeurIPS 2017.
+    """
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        mean, log_variance = _halves(outputs, 1)
+        _require_same_shape("HeteroscedasticGaussian", "means", mean, targets)
+        entries = (targets - mean).square() * (-log_variance).exp() + log_variance + math.log(math.tau)
+        return 0.5 * entries.flatten(1).sum(1)
+
+    def summary(self) -> Summary:
+        def mean_and_variance(outputs: Tensor) -> tuple[Tensor, Tensor]:
+            mean, log_variance = _halves(outputs, 2)
+            return mean, log_variance.exp()
+
+        return NumberSummary(mean_and_variance)
+
+    def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        mean, log_variance = _halves(outputs, 1)
+        return mean + (0.5 * log_variance).exp() * _noise(mean, generator)
+
+    def roots(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Of the mean the information is exp(−v), of the log-variance ½."""
+        _, log_variance = _halves(outputs, 1)
+        of_mean = (-0.5 * log_variance).exp()
+        return _diagonal(torch.cat([of_mean, torch.full_like(of_mean, math.sqrt(0.5))], 1))
+
+
+@dataclass(frozen=True)
+class Poisson(TargetDistribution):
+    """Counts; outputs are logarithms of the rates in the shape of the targets.
+
+    −log p(y | f) = Σ exp(f) − y f + log y!
+    """
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        _require_same_shape("Poisson", "log-rates", outputs, targets)
+        counts = targets.to(outputs.dtype)
+        return (outputs.exp() - counts * outputs + torch.lgamma(counts + 1)).flatten(1).sum(1)
+
+    def summary(self) -> Summary:
+        return NumberSummary(lambda outputs: (outputs.exp(), outputs.exp()))
+
+    def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.poisson(outputs.exp(), generator=generator)
+
+    def roots(self, outputs: Tensor) -> Iterator[Tensor]:
+        return _diagonal((0.5 * outputs).exp())
+
+
+class LearnedNoise(nn.Module):
+    """A model of means with a noise that is learned, the same for all inputs: for `HeteroscedasticGaussian`.
+
+    The log-variances are a parameter of this model, so that optimizers train them, and posteriors are over them, too.
+
+    Args:
+        model: returns means `(B, D, …)`.
+        outputs: D, the size of dim 1.
+        log_variance: where they start.
+    """
+
+    def __init__(self, model: nn.Module, outputs: int, *, log_variance: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        like = next(model.parameters(), torch.zeros(()))
+        self.log_variance = nn.Parameter(torch.full((outputs,), log_variance, dtype=like.dtype, device=like.device))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return means and log-variances, one after the other in dim 1."""
+        mean: Tensor = self.model(*args, **kwargs)
+        log_variance = self.log_variance.view(1, -1, *[1] * (mean.dim() - 2))
+        return torch.cat([mean, torch.zeros_like(mean) + log_variance], 1)
+
+
+def _halves(outputs: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(outputs, Tensor) or outputs.dim() <= dim or outputs.shape[dim] % 2:
+        shape = tuple(outputs.shape[dim - 1 :]) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise LossError(
+            f"HeteroscedasticGaussian needs outputs of shape (B, 2 D, …), means and then log-variances in dim 1, but "
+            f"the model returned {shape}: give it twice as many outputs, or wrap it in LearnedNoise."
+        )
+    size = outputs.shape[dim] // 2
+    return outputs.narrow(dim, 0, size), outputs.narrow(dim, size, size)
+
+
+def _require_same_shape(name: str, what: str, outputs: Tensor, targets: Any) -> None:
+    if not isinstance(targets, Tensor) or outputs.shape != targets.shape:
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise LossError(
+            f"{name} got {what} of shape {tuple(outputs.shape)} and targets of shape {shape}: broadcasting them would "
+            "pair the wrong entries. Give both the same shape, for example with targets.unsqueeze(1)."
+        )
+
+
+def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def _diagonal(roots: Tensor) -> Iterator[Tensor]:
+    """The vectors of independent entries, whose information is `roots`²."""
+    rows = roots.reshape(len(roots), -1)
+    for c in range(rows.shape[1]):
+        v = torch.zeros_like(rows)
+        v[:, c] = rows[:, c]
+        yield v.view(roots.shape)

@@ -1,0 +1,178 @@
+"""Likelihoods against `torch.distributions` and NumPy: as losses, in predictions, in the bound, and in the Fisher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributions as D
+
+from persample import VOGN, Posterior, fisher, losses, make_source
+from persample.errors import LossError, OptionError, UsageError
+from persample.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    LearnedNoise,
+    Poisson,
+    TargetDistribution,
+)
+from persample.testing.devices import generator_of
+
+Truth = Callable[[Tensor], D.Distribution]
+
+
+def of_halves(outputs: Tensor) -> D.Distribution:
+    mean, log_variance = outputs.chunk(2, 1)
+    return D.Normal(mean, (0.5 * log_variance).exp())
+
+
+# Each likelihood, the number of outputs for two targets, and what PyTorch calls it.
+CASES: list[tuple[TargetDistribution, int, Truth]] = [
+    (Bernoulli(), 2, lambda f: D.Bernoulli(logits=f)),
+    (Gaussian(), 2, lambda f: D.Normal(f, 1.0)),
+    (Gaussian(4.0), 2, lambda f: D.Normal(f, 0.5)),
+    (HeteroscedasticGaussian(), 4, of_halves),
+    (Poisson(), 2, lambda f: D.Poisson(f.exp())),
+]
+NAMES = ["bernoulli", "gaussian", "gaussian with noise", "heteroscedastic", "poisson"]
+
+
+def outputs_of(number: int, size: int = 7) -> Tensor:
+    return torch.randn(size, number, generator=generator_of(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("likelihood", "number", "truth"), CASES, ids=NAMES)
+class TestEach:
+    def test_the_loss_is_minus_the_log_density(self, likelihood: Any, number: int, truth: Truth) -> None:
+        outputs = outputs_of(number)
+        torch.manual_seed(1)
+        targets = truth(outputs).sample()
+        torch.testing.assert_close(likelihood(outputs, targets), -truth(outputs).log_prob(targets).sum(1))
+
+    def test_gradients_of_single_samples(self, likelihood: Any, number: int, truth: Truth) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, number).double()
+        x = torch.randn(5, 3, dtype=torch.float64)
+        targets = truth(model(x).detach()).sample()
+        moments = [make_source(b, model, likelihood).moments(x, targets) for b in ("fused", "loop")]
+        for name, square in moments[1].second_moment.items():
+            torch.testing.assert_close(moments[0].second_moment[name], square)
+
+    def test_draws_have_its_mean_and_variance(self, likelihood: Any, number: int, truth: Truth) -> None:
+        outputs = outputs_of(number, 3)
+        draws = likelihood.draw(outputs.repeat(40000, 1), generator_of(2)).view(40000, 3, 2)
+        torch.testing.assert_close(draws.mean(0), truth(outputs).mean.double(), rtol=0.05, atol=0.03)
+        torch.testing.assert_close(draws.var(0), truth(outputs).variance.double(), rtol=0.08, atol=0.03)
+
+    def test_the_fisher_information_of_its_outputs(self, likelihood: Any, number: int, truth: Truth) -> None:
+        """E[s sᵀ] of the score s = ∂ log p(y | f) / ∂f, by 400,000 drawn targets."""
+        outputs = outputs_of(number, 1).repeat(400000, 1).requires_grad_()
+        torch.manual_seed(3)
+        targets = truth(outputs.detach()).sample()
+        (score,) = torch.autograd.grad(truth(outputs).log_prob(targets).sum(), outputs)
+        roots = torch.stack([v[0] for v in likelihood.roots(outputs[:1].detach())])
+        torch.testing.assert_close(roots.T @ roots, score.T @ score / len(score), rtol=0.05, atol=0.03)
+
+    def test_predictions_by_hand(self, likelihood: Any, number: int, truth: Truth) -> None:
+        """The law of total variance over draws of the weights; of classes the average of the probabilities."""
+        summary, draws = likelihood.summary(), [outputs_of(number) + k for k in (0.0, 0.3, -0.5)]
+        summary.add(torch.stack(draws[:2]))
+        summary.add(draws[2][None])
+        found = summary.result()
+        means = np.stack([truth(f).mean.numpy() for f in draws])
+        if isinstance(likelihood, Bernoulli):
+            np.testing.assert_allclose(found.probabilities.numpy(), means.mean(0))
+            return
+        variances = np.stack([np.broadcast_to(truth(f).variance.numpy(), means[0].shape) for f in draws])
+        np.testing.assert_allclose(found.mean.numpy(), means.mean(0))
+        np.testing.assert_allclose(found.epistemic_variance.numpy(), means.var(0, ddof=1))
+        np.testing.assert_allclose(found.aleatoric_variance.numpy(), variances.mean(0))
+        np.testing.assert_allclose(found.variance.numpy(), means.var(0, ddof=1) + variances.mean(0))
+
+    def test_one_object_trains_predicts_and_bounds(self, likelihood: Any, number: int, truth: Truth) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, number)).double()
+        x = torch.randn(6, 3, dtype=torch.float64)
+        targets = truth(model(x).detach()).sample()
+        optimizer = VOGN(model, likelihood, data_size=6, generator=generator_of(0))
+        optimizer.observe(x, targets)
+        optimizer.step()
+        found = optimizer.predict(x, samples=4, generator=generator_of(1))
+        again = optimizer.posterior.predict(x, likelihood=likelihood, samples=4, generator=generator_of(1))
+        for name, value in vars(found).items():
+            torch.testing.assert_close(value, vars(again)[name])
+        bound = optimizer.elbo(x, targets, samples=4, generator=generator_of(1))
+        table = optimizer.posterior.log_likelihoods(likelihood, x, targets, samples=4, generator=generator_of(1))
+        assert bound.log_likelihood == pytest.approx(table.sum(1).mean().item())
+
+    def test_its_exact_fisher_is_that_of_many_draws(self, likelihood: Any, number: int, truth: Truth) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(2, number).double()
+        x = 0.5 * torch.randn(400, 2, dtype=torch.float64)
+        y = torch.zeros(400, 2)
+        exact, drawn = (
+            fisher(model, [(x, y)], loss_fn=likelihood, kind=kind, draws=100, generator=generator_of(0)).diagonal
+            for kind in ("exact", "mc")
+        )
+        for name, value in exact.items():
+            torch.testing.assert_close(drawn[name], value, rtol=0.1, atol=0.03)
+
+
+def test_categorical_is_cross_entropy() -> None:
+    outputs, targets = outputs_of(3), torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    assert torch.equal(Categorical()(outputs, targets), losses.cross_entropy(outputs, targets))
+    summary = Categorical().summary()
+    summary.add(outputs[None])
+    torch.testing.assert_close(summary.result().probabilities, outputs.softmax(1))
+
+
+def test_learned_noise_finds_the_noise() -> None:
+    """Of a linear function with noise 0.3, and none of the posterior's making."""
+    g = generator_of(0)
+    x = torch.randn(500, 1, generator=g)
+    y = 2 * x + 0.3 * torch.randn(500, 1, generator=g)
+    torch.manual_seed(0)
+    model = LearnedNoise(nn.Linear(1, 1), 1)
+    optimizer = VOGN(model, HeteroscedasticGaussian(), data_size=500, generator=generator_of(1))
+    for _ in range(60):
+        for rows in torch.randperm(500, generator=g).split(50):
+            optimizer.observe(x[rows], y[rows])
+            optimizer.step()
+    predicted = optimizer.predict(x, samples=32)
+    assert predicted.aleatoric_variance.sqrt().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert predicted.mean.shape == y.shape
+    assert "log_variance" in optimizer.posterior.mean
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("likelihood", "outputs"), [(HeteroscedasticGaussian(), (4, 2)), (Poisson(), (4, 1)), (Gaussian(), (4, 1))]
+    )
+    def test_targets_that_would_be_broadcast(self, likelihood: Any, outputs: tuple[int, int]) -> None:
+        with pytest.raises(LossError, match="broadcasting them would pair the wrong entries"):
+            likelihood(torch.zeros(outputs), torch.zeros(4))
+
+    def test_one_output_where_two_are_due(self) -> None:
+        with pytest.raises(LossError, match="twice as many outputs, or wrap it in LearnedNoise"):
+            HeteroscedasticGaussian()(torch.zeros(4, 1), torch.zeros(4, 1))
+        model = nn.Linear(2, 3)
+        posterior = Posterior(*({n: torch.ones_like(p) for n, p in model.named_parameters()} for _ in range(2)), model)
+        with pytest.raises(LossError, match="twice as many outputs"):
+            posterior.predict(torch.zeros(2, 2), likelihood=HeteroscedasticGaussian())
+
+    def test_a_noise_that_is_none(self) -> None:
+        for value in (0.0, -1.0, math.inf, math.nan):
+            with pytest.raises(OptionError, match="noise_precision="):
+                Gaussian(value)
+
+    def test_losses_of_real_numbers_still_say_where_to_go(self) -> None:
+        optimizer = VOGN(nn.Linear(2, 1), losses.gaussian, data_size=4)
+        with pytest.raises(UsageError, match=r"predict_gaussian\(\)"):
+            optimizer.predict(torch.zeros(2, 2))
