@@ -60,16 +60,17 @@ class Twice(nn.Module):
 
 
 class Expressions(nn.Module):
-    """Weights that are made of parameters: a transposed one, a part of one, a low-rank product, a normalised one."""
+    """Weights made of parameters: transposed, a part of one, a low-rank product, normalised; and a single number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 7))
+        self.scale = nn.Parameter(torch.tensor(1.5))
         self.transposed, self.direction = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(CLASSES, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x, self.left @ self.right).tanh() @ self.transposed[:, :6].T
-        return F.linear(x, F.normalize(self.direction, dim=1), self.direction[:, 0])
+        return F.linear(self.scale * x, F.normalize(self.direction, dim=1), self.direction[:, 0])
 
 
 def images() -> nn.Module:
@@ -116,7 +117,7 @@ def rows_of(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def matrix(rows: dict[str, Tensor]) -> Tensor:
-    return torch.cat([g.flatten(1) for g in rows.values()], 1)
+    return torch.cat([g.reshape(len(g), g[0].numel()) for g in rows.values()], 1)
 
 
 def flat(gradient: dict[str, Tensor]) -> Tensor:
@@ -204,9 +205,10 @@ def test_all_quantities_in_one_pass(backend: str, name: str, pieces: bool, group
     random = torch.cat([m for n, r in rows.items() for _, m in projection.matrix(n, r[0].numel())])
     require_equal(several.projection, g @ random.double())
     largest = float(norms.max())
-    for n, r in rows.items():
-        assert float((several.by_parameter[n] - r.flatten(1).norm(dim=1)).abs().max()) <= 1e-9 * largest
-        assert float((several.grams[n] - r.flatten(1) @ r.flatten(1).T).abs().max()) <= 1e-9 * largest**2
+    for n, of_any_shape in rows.items():
+        r = of_any_shape.reshape(len(g), of_any_shape[0].numel())
+        assert float((several.by_parameter[n] - r.norm(dim=1)).abs().max()) <= 1e-9 * largest
+        assert float((several.grams[n] - r @ r.T).abs().max()) <= 1e-9 * largest**2
     if grouped:
         assert several.groups.tolist() == sorted(set(GROUPS))
 

@@ -68,7 +68,7 @@ class Block(ABC):
 
     def compute_squared_norms(self) -> Tensor:
         """Return what `squared_norms` keeps for whoever asks next."""
-        return torch.cat([g.flatten(1).square().sum(1) for _, g in self.pieces()])
+        return torch.cat([as_matrix(g).square().sum(1) for _, g in self.pieces()])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return Σ_i w_i g_i, with a weight for each sample of the block, shape `(size,)`."""
@@ -140,8 +140,13 @@ class Grouped(Block):
         return products.new_zeros(self.size, len(others)).index_add_(0, self.groups, products)
 
 
+def as_matrix(gradients: Tensor) -> Tensor:
+    """Return gradients `(b, *parameter.shape)` as rows, `(b, P)`; a parameter may be a single number."""
+    return gradients.flatten(1) if gradients.dim() > 1 else gradients.unsqueeze(1)
+
+
 def _product(g: Tensor, h: Tensor) -> Tensor:
-    return g.flatten(1) @ h.flatten(1).mT
+    return as_matrix(g) @ as_matrix(h).mT
 
 
 def _added(parts: Iterable[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import OptionError
-from persample.quantities.block import Block
+from persample.quantities.block import Block, as_matrix
 from persample.quantities.parts import ByGroup
 from persample.quantities.protocol import Accumulation, Setting
 
@@ -63,7 +63,7 @@ class _Projected(Accumulation[Tensor]):
         sketch = self._sketch.of(block.name)
         assert sketch is not None  # all parameters are together
         for where, g in block.pieces():
-            rows = g.flatten(1)
+            rows = as_matrix(g)
             here = slice(block.start + where.start, block.start + where.stop)
             for entries, matrix in self._projection.matrix(block.name, rows.shape[1]):
                 sketch[here] += (rows[:, entries] @ matrix.to(rows)).to(sketch)

@@ -15,6 +15,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from persample.quantities.block import as_matrix
 from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms, add_up
 
 #: As many numbers as are formed at once where the pieces must meet each other.
@@ -34,10 +35,10 @@ def products_of_pairs(contribution: Contribution, size: int, width: int) -> Tens
     rows: list[list[Tensor]] = []
     for here, g in pieces_of(contribution, size, width, _MEETING):
         rest = contribution.take(slice(here.stop, size))
-        row = [g.flatten(1) @ g.flatten(1).mT]
+        row = [as_matrix(g) @ as_matrix(g).mT]
         if here.stop < size:
             others = pieces_of(rest, size - here.stop, width, _MEETING)
-            row += [g.flatten(1) @ other.flatten(1).mT for _, other in others]
+            row += [as_matrix(g) @ as_matrix(other).mT for _, other in others]
         rows.append(row)
     products = rows[0][0].new_zeros(size, size)
     start = 0
@@ -94,7 +95,7 @@ def scaled(delta: Tensor, weights: Tensor) -> Tensor:
 
 
 def _squares(values: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(as_matrix(values), dim=1)
     return norms.square()
 
 
@@ -139,7 +140,7 @@ def _(contribution: Terms, weights: Tensor, width: int) -> Tensor:
 
 @gram.register
 def _(contribution: Terms, size: int, width: int) -> Tensor:
-    g = contribution.per_sample().flatten(1)
+    g = as_matrix(contribution.per_sample())
     return g @ g.mT
 
 

@@ -83,12 +83,14 @@ def _of_size(quantity: Quantity[Any], size: int) -> Quantity[Any]:
 def _require_close(
     source: Contract, what: str, claimed: Any, expected: Any, allowance: Allowance, samples: int = 0
 ) -> None:
-    found, due = dict(_leaves(claimed)), dict(_leaves(expected))
-    largest = max((largest_entry(value) for value in due.values()), default=0.0)
-    for where, value in due.items():
-        other = found[where].to(value)
+    found, due = list(_leaves(claimed)), list(_leaves(expected))
+    largest = max((largest_entry(value) for _, _, value in due), default=0.0)
+    for (where, key, value), (_, _, claim) in zip(due, found, strict=True):
+        other = claim.to(value)
+        names = [key] if key in source.parameters() else ["", *allowance.left]
+        floor = max(allowance.difference(name, 0.0, largest, samples) for name in names)
         # Squares have twice the relative error of the gradients, and sums over n numbers of size e have √n e.
-        floor = allowance.difference("", 0.0, largest, samples) * max(1.0, value.numel() ** 0.5)
+        floor *= max(1.0, value.numel() ** 0.5)
         allowed = 4 * allowance.relative * largest_entry(value) + floor
         difference = largest_entry(other - value)
         if difference > allowed or bool((other.isnan() != value.isnan()).any()):
@@ -98,18 +100,18 @@ def _require_close(
             )
 
 
-def _leaves(result: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the numbers of a result, and where they stand in it."""
+def _leaves(result: Any, where: str = "", key: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """Yield the numbers of a result, each with where it stands and with the last key of a mapping on the way to it."""
     if isinstance(result, Tensor):
-        yield where, result.detach()
+        yield where, key, result.detach()
     elif isinstance(result, bool | int | float):
-        yield where, torch.tensor(float(result), dtype=torch.float64)
+        yield where, key, torch.tensor(float(result), dtype=torch.float64)
     elif isinstance(result, Mapping):
-        for key, value in result.items():
-            yield from _leaves(value, f"{where} of {key!r}")
+        for name, value in result.items():
+            yield from _leaves(value, f"{where} of {name!r}", str(name))
     elif isinstance(result, tuple | list):
         for number, value in enumerate(result):
-            yield from _leaves(value, f"{where}[{number}]")
+            yield from _leaves(value, f"{where}[{number}]", key)
     elif is_dataclass(result):
         for each in fields(result):
-            yield from _leaves(getattr(result, each.name), f"{where}.{each.name}")
+            yield from _leaves(getattr(result, each.name), f"{where}.{each.name}", key)

@@ -1,0 +1,169 @@
+"""Time of quantities of the single gradients with `fused` and `hooks`, and of the peers that have them.
+
+    pip install ".[opacus,backpack]" --group benchmarks
+    python benchmarks/quantities.py --out runs/quantities
+
+Each quantity is timed over an ordinary forward and backward pass; all take turns within one process for each model.
+BackPACK's `BatchL2Grad` gives norms, Opacus' fast gradient clipping a clipped sum, with both of its backward passes;
+these are left out where they refuse the model or give other norms than a loop. Writes `quantities.json` and
+`quantities.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import persample
+from persample.checks.benchmark import plain_pass
+from persample.files import replacing
+from persample.quantities import Gram, Mean, Norms, SecondMoment, Variance, WeightedSum, clipping
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gradients import in_fresh_process, machine, problem
+
+MODELS = {"LeNet-5": 128, "MLP": 128, "Transformer": 32, "ResNet-20": 128}
+LIMIT = 1.0  # of the norms, in clipped sums
+
+
+def ours(source: persample.PerSampleGradSource, x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
+    """Return what is timed of a source."""
+    return {
+        "moments": lambda: source.moments(x, y),
+        "norms": lambda: source.compute(x, y, Norms()),
+        "clipped sum": lambda: source.compute(x, y, WeightedSum(clipping(LIMIT))),
+        "Gram": lambda: source.compute(x, y, Gram()),
+        "moments, norms and variance": lambda: source.compute(x, y, Mean(), SecondMoment(), Norms(), Variance()),
+    }
+
+
+def backpack_norms(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """Return the norms by BackPACK's `BatchL2Grad`."""
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    extended = extend(copy.deepcopy(model))
+    loss_fn = extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def norms() -> Tensor:
+        extended.zero_grad()
+        with backpack(BatchL2Grad()):
+            loss_fn(extended(x), y).backward()
+        return torch.stack([p.batch_l2 for p in extended.parameters()]).sum(0).sqrt()  # type: ignore[attr-defined]
+
+    return norms
+
+
+def opacus_clipped(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """Return the norms of a clipped sum by Opacus' fast gradient clipping, after both of its backward passes."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(
+        copy.deepcopy(model), max_grad_norm=LIMIT, use_ghost_clipping=True, loss_reduction="sum", strict=True
+    )
+
+    def clipped() -> Tensor:
+        wrapped.zero_grad()
+        losses = nn.functional.cross_entropy(wrapped(x), y, reduction="none")
+        wrapped.enable_hooks()
+        losses.sum().backward(retain_graph=True)
+        weights, norms = wrapped.get_clipping_coef(), wrapped.get_norm_sample()
+        wrapped.zero_grad()
+        wrapped.disable_hooks()
+        (weights * losses).sum().backward()
+        wrapped.enable_hooks()
+        return norms  # type: ignore[no-any-return]
+
+    return clipped
+
+
+PEERS = {"BackPACK norms": backpack_norms, "Opacus clipped sum": opacus_clipped}
+
+
+def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Return seconds and ratios for one model."""
+    warnings.simplefilter("ignore")
+    model, x, y = problem(name, batch)
+    loss_fn = persample.losses.cross_entropy
+    due = persample.make_source("fused", model, loss_fn).norms(x, y)
+    calls: dict[str, Callable[[], Any]] = {"plain": plain_pass(model, loss_fn, x, y)}
+    for backend in ("fused", "hooks"):
+        try:
+            persample.make_source(backend, model, loss_fn).norms(x, y)
+        except persample.PersampleError:
+            continue
+        source = persample.make_source(backend, model, loss_fn, check="never")
+        calls |= {f"{backend}: {what}": call for what, call in ours(source, x, y).items()}
+    left_out = {}
+    for peer, make in PEERS.items():
+        try:
+            call = make(model, x, y)
+            call()
+            found = call().detach()
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:  # it refuses
+            left_out[peer] = str(error).splitlines()[0][:200]
+            continue
+        if torch.allclose(found, due, rtol=1e-3):
+            calls[peer] = call
+        else:
+            left_out[peer] = f"other norms, by a factor of up to {float((found / due).max()):.2f}"
+    # On one thread its own time counts, whatever else the machine does.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {each: [] for each in calls}
+    for round_number in range(rounds + 1):
+        for each, call in calls.items():
+            call()
+            start = clock()
+            call()
+            if round_number:
+                seconds[each].append(clock() - start)
+    ratios = {
+        each: statistics.median(own / plain for own, plain in zip(found, seconds["plain"], strict=True))
+        for each, found in seconds.items()
+    }
+    return {"model": name, "batch": batch, "ratios": ratios, "left_out": left_out}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the ratios as a Markdown table."""
+    rows = dict.fromkeys(each for result in results for each in result["ratios"] if each != "plain")
+    rows |= dict.fromkeys(PEERS)
+    lines = ["| quantity | " + " | ".join(f"{r['model']} ({r['batch']})" for r in results) + " |"]
+    lines.append("|---" * (len(results) + 1) + "|")
+    for row in rows:
+        cells = [f"{r['ratios'][row]:.2f}" if row in r["ratios"] else "–" for r in results]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quantities"),
+    models: Annotated[str, typer.Option(help="Names of models, separated by semicolons.")] = ";".join(MODELS),
+    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 15,
+) -> None:
+    """Measure all quantities on all models."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in models.split(";"):
+        results.append(in_fresh_process(measure, name, MODELS[name], rounds))
+        print(table(results[-1:]), results[-1]["left_out"], flush=True)
+    report = {"machine": machine("backpack-for-pytorch", "opacus"), "results": results}
+    with replacing(out / "quantities.json") as new:
+        new.write_text(json.dumps(report, indent=2) + "\n")
+    with replacing(out / "quantities.md") as new:
+        new.write_text(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
