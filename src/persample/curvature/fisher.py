@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from persample import losses
-from persample.curvature.batches import batches_of
 from persample.curvature.information import Fisher, Kind, require_kind
 from persample.curvature.of_outputs import distribution_of, logits_of
 from persample.errors import UsageError
 from persample.likelihoods import TargetDistribution
+from persample.loaders import batches_of
 from persample.sources import PerSampleGradSource, make_source
 from persample.sources.batch import as_batch
 from persample.sources.model.calling import called

@@ -51,7 +51,7 @@ class DrawOptions(TypedDict, total=False):
             weights elsewhere. Where vmap cannot run the model, they go one by one. The draws are the same anyway.
         rows_at_once: number of samples per pass of the model; None takes all. All samples meet the same draws.
         pick: takes the tensor that matters out of what the model returns, for example
-            `lambda output: output.logits`; None if that is a tensor already.
+            `lambda output: output.last_hidden_state`; None if that is a tensor already, or called `.logits`.
     """
 
     samples: int
@@ -139,7 +139,7 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
 
     def forward(weights: Weights) -> Tensor:
         parts = [functional_call(model, weights, a, k) if weights else model(*a, **k) for a, k in batches]
-        parts = parts if pick is None else [pick(part) for part in parts]
+        parts = [getattr(part, "logits", part) if pick is None else pick(part) for part in parts]
         for part in parts:
             if not isinstance(part, Tensor) or not part.is_floating_point():
                 raise UsageError(

@@ -247,7 +247,12 @@ class VariationalOptimizer(PosteriorState):
     # What users call: the posterior.
 
     def predict(
-        self, inputs: Any, *, likelihood: Likelihood | Summarised | None = None, **draws: Unpack[DrawOptions]
+        self,
+        inputs: Any,
+        *,
+        likelihood: Likelihood | Summarised | None = None,
+        progress: bool = False,
+        **draws: Unpack[DrawOptions],
     ) -> Any:
         """Predict by the average over draws of the weights: classes, or what the loss is the likelihood of.
 
@@ -255,7 +260,8 @@ class VariationalOptimizer(PosteriorState):
         counts of `persample.likelihoods`. See `Posterior.predict`.
 
         Args:
-            inputs: what the model takes.
+            inputs: what the model takes, or a DataLoader.
+            progress: whether to show a bar over a DataLoader, by tqdm.
             likelihood: what the model returns. None goes by the loss: "bernoulli" if it is `persample.losses.bernoulli`
                 or PyTorch's of the same kind, else "categorical".
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
@@ -267,7 +273,8 @@ class VariationalOptimizer(PosteriorState):
         likelihood = likelihood or likelihood_of(self.loss_fn)
         posterior = self.posterior
         with self._lending.lend("predict()"):
-            return posterior.predict(inputs, likelihood=likelihood, **self._with_generator(draws))
+            drawn = self._with_generator(draws)
+            return posterior.predict(inputs, likelihood=likelihood, progress=progress, **drawn)
 
     def predict_gaussian(
         self, inputs: Any, *, noise_precision: float = 1.0, **draws: Unpack[DrawOptions]
@@ -277,19 +284,26 @@ class VariationalOptimizer(PosteriorState):
         with self._lending.lend("predict_gaussian()"):
             return posterior.predict_gaussian(inputs, noise_precision=noise_precision, **self._with_generator(draws))
 
-    def elbo(self, inputs: Any, targets: Any, **draws: Unpack[DrawOptions]) -> Elbo:
+    def elbo(self, inputs: Any, targets: Any = None, *, progress: bool = False, **draws: Unpack[DrawOptions]) -> Elbo:
         """Estimate the evidence lower bound with the optimizer's loss, prior and N; see `Posterior.elbo`.
 
         Args:
-            inputs: all training data, or a part of them that stands for all.
-            targets: what the loss function takes.
+            inputs: all training data, or a part of them that stands for all; or a DataLoader.
+            targets: what the loss function takes; with a DataLoader, None.
+            progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
         """
         loss_fn = require_loss(self.loss_fn, "elbo()")
         posterior, prior = self.posterior, self.prior
         with self._lending.lend("elbo()"):
             return posterior.elbo(
-                loss_fn, inputs, targets, prior=prior, data_size=self.data_size, **self._with_generator(draws)
+                loss_fn,
+                inputs,
+                targets,
+                prior=prior,
+                data_size=self.data_size,
+                progress=progress,
+                **self._with_generator(draws),
             )
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from persample.errors import OptionError, UsageError
+from persample.loaders import batches_of, inputs_of
 from persample.sources.batch import arguments, split_batch
 from persample.vogn import core
 from persample.vogn.elbo import Elbo, LikelihoodTable
 from persample.vogn.monte_carlo import DrawOptions, for_each_draw
+from persample.vogn.over_loader import at_the_same_draws, joined
 from persample.vogn.prediction import (
     ClassPrediction,
     GaussianPrediction,
@@ -182,24 +185,39 @@ class Posterior:
 
     @overload
     def predict(
-        self, inputs: Any, *, likelihood: Likelihood = "categorical", **draws: Unpack[DrawOptions]
+        self,
+        inputs: Any,
+        *,
+        likelihood: Likelihood = "categorical",
+        progress: bool = False,
+        **draws: Unpack[DrawOptions],
     ) -> ClassPrediction: ...
 
     @overload
-    def predict(self, inputs: Any, *, likelihood: Summarised, **draws: Unpack[DrawOptions]) -> Any: ...
+    def predict(
+        self, inputs: Any, *, likelihood: Summarised, progress: bool = False, **draws: Unpack[DrawOptions]
+    ) -> Any: ...
 
     def predict(
-        self, inputs: Any, *, likelihood: Likelihood | Summarised = "categorical", **draws: Unpack[DrawOptions]
+        self,
+        inputs: Any,
+        *,
+        likelihood: Likelihood | Summarised = "categorical",
+        progress: bool = False,
+        **draws: Unpack[DrawOptions],
     ) -> Any:
         """Predict classes by the average over draws of the weights: Σ_k p(y | x, w_k) / K.
 
         The model stays in the mode it is in: call `model.eval()` before, to predict without dropout.
 
         Args:
-            inputs: what the model takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            inputs: what the model takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments; or
+                a DataLoader, whose batches all meet the same draws: pairs or dicts with targets, which are left out,
+                or inputs alone.
             likelihood: what the model returns. "categorical": logits of shape `(B, C, …)`, of which the softmax over
                 dim 1 is taken; "bernoulli": logits of any shape, of which the sigmoid is; or one of
                 `persample.likelihoods`, whose prediction is returned.
+            progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
@@ -207,6 +225,9 @@ class Posterior:
             UsageError: the posterior has no model, or the model's outputs are not logits of that shape.
             BatchError: `inputs` is neither a tensor, nor a tuple, nor a dict.
         """
+        if isinstance(inputs, DataLoader):
+            parts = self._over(inputs, progress, draws, lambda part: self.predict(part, likelihood=likelihood, **draws))
+            return joined(parts)
         summary = summary_of(likelihood)
         for_each_draw(self._model("predict()"), self, inputs, summary.add, **draws)
         return summary.result()
@@ -231,14 +252,21 @@ class Posterior:
         return summary.result()
 
     def log_likelihoods(
-        self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **draws: Unpack[DrawOptions]
+        self,
+        loss_fn: Callable[[Any, Any], Tensor],
+        inputs: Any,
+        targets: Any = None,
+        *,
+        progress: bool = False,
+        **draws: Unpack[DrawOptions],
     ) -> Tensor:
         """Return log p(target_i | input_i, w_k) for each draw k and sample i, in nats, shape `(K, B)`.
 
         Args:
             loss_fn: minus the log-likelihood of each sample, shape `(B,)`.
-            inputs: as for `predict`.
-            targets: what `loss_fn` takes.
+            inputs: as for `predict`; or a DataLoader of pairs, or of dicts with an entry "labels" or "targets".
+            targets: what `loss_fn` takes; with a DataLoader, None.
+            progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
@@ -247,6 +275,17 @@ class Posterior:
             PersampleError: as `predict`.
         """
         model = self._model("log_likelihoods()")
+        if isinstance(inputs, DataLoader):
+            if targets is not None:
+                raise UsageError("A DataLoader brings its own targets: leave the argument out.")
+            pairs = batches_of(inputs, progress=progress)
+            tables = at_the_same_draws(
+                pairs,
+                draws.get("generator"),
+                self._devices(),
+                lambda pair: self.log_likelihoods(loss_fn, *pair, **draws),
+            )
+            return torch.cat(list(tables), 1)
         batch = split_batch(*arguments(inputs, model), targets, for_gradients=False)
         table = LikelihoodTable(loss_fn, batch.targets)
         for_each_draw(model, self, inputs, table.add, **draws)
@@ -256,26 +295,28 @@ class Posterior:
         self,
         loss_fn: Callable[[Any, Any], Tensor],
         inputs: Any,
-        targets: Any,
+        targets: Any = None,
         *,
         prior: Prior | Posterior | float,
         data_size: int | None = None,
+        progress: bool = False,
         **draws: Unpack[DrawOptions],
     ) -> Elbo:
         """Estimate the evidence lower bound E[log p(D | w)] − KL(posterior ‖ prior), in nats.
 
         Args:
             loss_fn: minus the log-likelihood of each sample, shape `(B,)`.
-            inputs: all training data, or a part of them that stands for all; as for `predict`.
-            targets: what `loss_fn` takes.
+            inputs: all training data, or a part of them that stands for all; as for `log_likelihoods`.
+            targets: what `loss_fn` takes; with a DataLoader, None.
             prior: as for `kl`.
             data_size: N, the number of training samples, to which the log-likelihood is scaled; None is B.
+            progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             PersampleError: as `log_likelihoods` and `kl`.
         """
-        table = self.log_likelihoods(loss_fn, inputs, targets, **draws)
+        table = self.log_likelihoods(loss_fn, inputs, targets, progress=progress, **draws)
         size = table.shape[1] if data_size is None else require_count("data_size", data_size)
         return Elbo(table.double().mean(1) * size, self.kl(prior).item(), size)
 
@@ -309,6 +350,14 @@ class Posterior:
         """
         mean, precision = posterior_file.read(Path(path), device)
         return Posterior(mean, precision, model)
+
+    def _over(self, loader: Any, progress: bool, draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:
+        """What `ask` returns for the inputs of each batch, all at the same draws."""
+        batches = inputs_of(loader, progress=progress)
+        return at_the_same_draws(batches, draws.get("generator"), self._devices(), ask)
+
+    def _devices(self) -> set[torch.device]:
+        return {mean.device for mean in self.mean.values()}
 
     def _model(self, call: str) -> nn.Module:
         if self.model is None:

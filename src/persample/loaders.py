@@ -49,6 +49,24 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def inputs_of(loader: Iterable[Any], *, progress: bool = False) -> Iterator[Any]:
+    """Yield the inputs of each mini-batch: as `batches_of`, but a batch without targets is all inputs.
+
+    A batch of a `TensorDataset` of inputs alone is a list of one tensor, which is the inputs.
+
+    Args:
+        loader: as for `batches_of`.
+        progress: whether to show a bar, by tqdm.
+    """
+    for batch in _with_bar(loader) if progress else loader:
+        if isinstance(batch, Mapping):
+            yield {name: value for name, value in batch.items() if name not in _TARGETS}
+        elif isinstance(batch, tuple | list) and len(batch) in (1, 2):
+            yield batch[0]
+        else:
+            yield batch
+
+
 def _with_bar(loader: Iterable[Any]) -> Iterable[Any]:
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
