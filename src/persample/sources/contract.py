@@ -146,10 +146,10 @@ class Contract(ABC):
         ):
             yield other
 
-    def check_is_due(self, batch: Batch) -> bool:
+    def check_is_due(self, batch: Batch, method: str = "recording") -> bool:
         """Whether `check` says that the self-check of `check_once` is due for `batch`."""
         if self.check == "first":
-            return self.kind_of(batch, "recording") not in self.checked
+            return self.kind_of(batch, method) not in self.checked
         return self.check == "always"
 
     def refuse_hooks(self) -> None:

@@ -246,3 +246,31 @@ def test_inputs_that_were_computed(backend: str, batch: Batch) -> None:
     by_observing(plain, x, y)
     optimizer.step()
     torch.testing.assert_close(optimizer.model[0].weight, plain.model[0].weight, rtol=1e-9, atol=1e-12)
+
+
+class Pairs(nn.Module):
+    """Returns two embeddings of each sample, and the similarities of all of them, as contrastive models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        left, right = self.left(x).tanh(), self.right(x.flip(1)).tanh()
+        return {"similarities": left @ right.mT, "left": left, "right": right}
+
+
+@pytest.mark.parametrize("backend", ["fused", "loop", "vmap", "hooks"])
+def test_outputs_that_mix_the_samples_matter_only_to_losses_of_them(backend: str, per_sample_truth: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Pairs().double(), torch.randn(5, 3).double()
+    source = persample.make_source(backend, model, lambda o, t: (o["left"] * o["right"]).sum(1))
+    truth = per_sample_truth(model, source.loss_fn, x, None).gradients
+    for _ in range(2):
+        with source.recording() as recorded:
+            outputs = model(x)
+            (outputs["left"] * outputs["right"]).sum(1).mean().backward()
+        squares = {name: g.square().mean(0) for name, g in truth.items()}
+        torch.testing.assert_close(dict(recorded.moments().second_moment), squares)
+    with pytest.raises(UnsupportedModelError), source.recording():
+        F.cross_entropy(model(x)["similarities"], torch.arange(5)).backward()

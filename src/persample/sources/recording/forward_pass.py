@@ -28,6 +28,7 @@ class ForwardPass:
         edges: where the tensors that it returned stand in the graph, those of them that do.
         hooks: those that the model put on these tensors (`Tensor.register_hook`), as the tensors hold them.
         outputs: which of the tensors that it returned have a number, or more, for each sample.
+        reached: which of the tensors that it returned a backward pass has given a gradient.
         done: whether a backward pass has gone through it.
         divisor: by what number the loss was divided last.
         added: whether its gradients were added to others in `p.grad`.
@@ -40,6 +41,7 @@ class ForwardPass:
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     hooks: list[dict[int, Any]] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
     done: bool = False
     divisor: float = 1.0
     added: bool = False

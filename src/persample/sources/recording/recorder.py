@@ -259,23 +259,26 @@ class Recorder(TorchFunctionMode):
             forward_pass.edges = {i: get_gradient_edge(t) for i, t in enumerate(tensors) if t.requires_grad}
             forward_pass.hooks = [t._backward_hooks for t in tensors if t._backward_hooks]
             forward_pass.outputs = [i for i, t in enumerate(tensors) if _is_of_samples(t, forward_pass.batch.size)]
-            for edge in forward_pass.edges.values():
+            for i, edge in forward_pass.edges.items():
                 # On the node: a hook on the tensor itself could be one of the user's, which layers' backends refuse.
-                self.hold(edge.node.register_prehook(self._output_hook(forward_pass, edge.output_nr)))
+                self.hold(edge.node.register_prehook(self._output_hook(forward_pass, i, edge.output_nr)))
             self.end(forward_pass, tensors)
 
-    def _output_hook(self, forward_pass: ForwardPass, index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def _output_hook(
+        self, forward_pass: ForwardPass, index: int, place: int
+    ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
-            delta = deltas[index]
+            delta = deltas[place]
             if delta is not None:
-                self._on_output(forward_pass, delta)
+                self._on_output(forward_pass, index, delta)
 
         return hook
 
-    def _on_output(self, forward_pass: ForwardPass, delta: Tensor) -> None:
+    def _on_output(self, forward_pass: ForwardPass, index: int, delta: Tensor) -> None:
         if self.checking or (self.in_backward and not self.in_outer_backward()):
             return
         self.reach(forward_pass)
+        forward_pass.reached.add(index)
         if delta.dim() > 0 and len(delta) == forward_pass.batch.size:
             with torch._C.DisableTorchFunction():
                 nonzero = delta.detach() != 0
@@ -417,12 +420,29 @@ class Recorder(TorchFunctionMode):
             self.checking = False
 
     def check(self, source: Contract, forward_pass: ForwardPass) -> None:
-        """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs."""
+        """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs.
 
+        If it refuses the model, the outputs that the user's loss does not depend on are left out: they may mix the
+        samples, as the similarities do that contrastive models return.
+        """
+        reached = [index for index in forward_pass.outputs if index in forward_pass.reached]
+        of_these = f"recording of outputs {reached}"
+        if not source.check_is_due(forward_pass.batch, of_these):
+            return
+        try:
+            self._check_outputs(source, forward_pass, forward_pass.outputs)
+        except UnsupportedModelError:
+            if not reached or reached == forward_pass.outputs:
+                raise
+            self._check_outputs(source, forward_pass, reached, of_these)
+
+    def _check_outputs(
+        self, source: Contract, forward_pass: ForwardPass, indices: Sequence[int], method: str = "recording"
+    ) -> None:
         def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
             found = tensors_of(outputs)
-            losses = torch.zeros(len(numbers), device=found[next(iter(forward_pass.outputs))].device)
-            for index in forward_pass.outputs:
+            losses = torch.zeros(len(numbers), device=found[indices[0]].device)
+            for index in indices:
                 output = found[index]
                 weights = _weights(output.shape[1:], index).to(output)
                 finite = torch.where(output.isfinite(), output, 0)  # attention masks may be infinite
@@ -435,7 +455,7 @@ class Recorder(TorchFunctionMode):
             with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
                 if state is not None:
                     state.put_back()
-                check_once(source, batch.with_targets(batch.targets), loss_fn)
+                check_once(source, batch.with_targets(batch.targets), loss_fn, method)
         finally:
             self.checking = False
 

@@ -66,19 +66,21 @@ def _refuse_uses(source: Contract, batch: Batch, disagreement: DisagreementError
             raise UnsupportedModelError(use.why) from disagreement
 
 
-def check_once(source: Contract, batch: Batch, loss_fn: Callable[[Any, Any], Tensor]) -> None:
-    """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind.
+def check_once(
+    source: Contract, batch: Batch, loss_fn: Callable[[Any, Any], Tensor], method: str = "recording"
+) -> None:
+    """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind and `method`.
 
     Nothing remains of it, no random number is used up.
 
     Raises:
         DisagreementError, UnsupportedModelError: what the self-check found.
     """
-    if not source.check_is_due(batch):
+    if not source.check_is_due(batch, method):
         return
     source.moving = None
     with source.with_loss(loss_fn, random_state(source.model)) as checked:
         computed(checked, batch, moments_of, checked.state(), checking=True)
     source.moving = checked.moving
     if batch.size > 1:
-        source.checked.add(source.kind_of(batch, "recording"))
+        source.checked.add(source.kind_of(batch, method))
