@@ -198,7 +198,11 @@ def test_check_losses_refuses(value: Any, message: str) -> None:
 def test_scalars_are_told_apart() -> None:
     outputs = normal(0, 4, 3).requires_grad_()
     targets, ignoring = torch.tensor([0, 1, 2, 1]), torch.tensor([0, -100, 2, 1])
-    nobody, classes, ignored = "from which nobody can tell", "by the class weights", r"not ignored \(ignore_index\)"
+    nobody, classes, ignored = (
+        "which does not say what it was divided by",
+        "by the class weights",
+        r"not ignored \(ignore_index\)",
+    )
     cross_entropy = nn.functional.cross_entropy
     for loss, reason in (
         (cross_entropy(outputs, targets), nobody),

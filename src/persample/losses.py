@@ -1,6 +1,6 @@
 """Losses of the single samples: minus log-likelihoods of shape (B,), and the losses of `torch.nn` made so.
 
-`loss_fn(outputs, targets)` must return one loss per sample. From a scalar nobody can tell by what it was divided
+`loss_fn(outputs, targets)` must return one loss per sample. A scalar does not say what it was divided by
 (`nn.MSELoss` divides by B·C, `nn.CrossEntropyLoss` with weights by their sum), so a scalar is refused.
 """
 
@@ -197,7 +197,7 @@ def _divisor(scalar: Tensor) -> str:
                 return "a mean that divides by the class weights of all targets in the batch"
             if float(saved._saved_total_weight) != saved._saved_target.numel():
                 return "a mean that divides by how many targets in the whole batch are not ignored (ignore_index)"
-    return "from which nobody can tell by what it was divided"
+    return "which does not say what it was divided by"
 
 
 _MOST_STEPS = 5  # from the scalar to the loss of PyTorch's, past views and products with numbers

@@ -186,7 +186,7 @@ class TestPriors:
             make_vogn(model, prior_mean={name: t for name, t in fitting.items() if name != "2.bias"})
         with pytest.raises(OptionError, match=r"prior_precision.*'0\.bias'.*shape \(3,\)"):
             make_vogn(model, prior_precision=fitting | {"0.bias": torch.ones(3)})
-        with pytest.raises(OptionError, match=r"prior_precision=\{…\}: must be a number >= 0, or a tensor"):
+        with pytest.raises(OptionError, match=r"prior_precision must be a finite number >= 0, or a tensor"):
             make_vogn(model, prior_precision=fitting | {"0.bias": -torch.ones(4)})
 
 

@@ -158,7 +158,7 @@ class _Problem:
         if not source.exact:
             raise UsageError(
                 f"Backend {backend!r} is asked for an approximation of the second moment, which crosscheck does not "
-                "compare as if it were exact: leave that option away."
+                "compare as if it were exact: drop that option away."
             )
         return source
 

@@ -93,7 +93,7 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
         known = ", ".join(map(repr, get_args(Replacement)))
         raise OptionError(f"batch_norm={batch_norm!r} is not known: use one of {known}.")
     if groups is not None and batch_norm != "group_norm":
-        raise OptionError(f"groups={groups!r} is for batch_norm='group_norm' only: leave it away.")
+        raise OptionError(f"groups={groups!r} is for batch_norm='group_norm' only: omit it.")
     for module, paths in _batch_norms(model).items():
         _refuse_unknown(module, paths[0])
     fixed = copy_of(model)
@@ -143,7 +143,7 @@ def _group_norm(module: _BatchNorm, path: str, groups: int | None) -> nn.GroupNo
     if channels == 1 and isinstance(module, nn.BatchNorm1d):
         raise UnsupportedModelError(
             f"{describe(path, module)} has a single feature, of which GroupNorm would make a constant: use "
-            "batch_norm='frozen', or leave the layer away."
+            "batch_norm='frozen', or remove the layer."
         )
     if groups is None:
         most = max(1, min(_MOST_GROUPS, channels // _FEWEST_CHANNELS))
@@ -152,7 +152,7 @@ def _group_norm(module: _BatchNorm, path: str, groups: int | None) -> nn.GroupNo
         divisors = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
         raise OptionError(
             f"groups={groups} does not divide the {channels} channels of {describe(path, module)}: use one of "
-            f"{divisors}, or leave it away."
+            f"{divisors}, or omit it."
         )
     new = nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine)
     new.weight, new.bias = module.weight, module.bias

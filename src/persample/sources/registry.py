@@ -104,7 +104,7 @@ def make_source(
         raise MissingPackageError(f"Backend {backend!r} cannot be imported ({error}). {hint}") from error.__cause__
     except OptionError as error:
         raise OptionError(
-            f"Backend {backend!r} cannot be used: {error}. Use another one, or tell its author."
+            f"Backend {backend!r} cannot be used: {error}. Use another one, or report this to its author."
         ) from None
     _refuse_unknown_options(backend, source_class, options)
     if machinery and options.setdefault("machinery", machinery) != machinery:

@@ -196,7 +196,7 @@ class PerSampleGradSource(Contract):
 
     @contextmanager
     def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
-        """Record the moments of forward and backward passes that the user runs himself, inside a `with` block.
+        """Record the moments of forward and backward passes that users run themselves, inside a `with` block.
 
             with source.recording() as recorded:
                 loss = torch.nn.functional.cross_entropy(model(inputs), targets)
@@ -204,7 +204,7 @@ class PerSampleGradSource(Contract):
             moments = recorded.moments()
 
         The model is called as a whole, and `backward()` after each call of it. Dim 0 of its tensor arguments is the
-        sample. `loss_fn` is not used. `p.grad` gets the gradient, as ever.
+        sample. `loss_fn` is not used. `p.grad` gets the gradient as usual.
 
         Args:
             loss_reduction: how the losses of the samples were reduced to a scalar, `"mean"` or `"sum"`. A mean is one

@@ -91,7 +91,7 @@ def with_changes(
         raise UsageError(
             "p.grad was changed after the backward pass, but it is not just the gradient of what was observed since "
             "the last step (it was not empty before, or the batches have other sizes, or several draws or observe() "
-            "took part), so nobody can tell what the step should be. Call optimizer.zero_grad() after each step, and "
+            "took part), so the gradient of the step is ambiguous. Call optimizer.zero_grad() after each step, and "
             "change p.grad in each block, after its backward pass; or clip by max_grad_norm."
         )
     part = observations.parts[0]

@@ -125,7 +125,7 @@ def warn_of_width(mean: list[Tensor], scale: list[Tensor]) -> bool:
 def warn_of_stuck_curvature(curvature: Mapping[str, Tensor], initial: float, decay: float, steps: list[int]) -> bool:
     """Warn with `StuckCurvatureWarning` if a layer's curvature is little but what is left of its initial value.
 
-    Of s_t a part γ^t s_0 comes from the start, and the rest from the data. Before 3 / (1 − γ) steps nobody can tell.
+    Of s_t a part γ^t s_0 comes from the start, and the rest from the data. Before 3 / (1 − γ) steps this is unknown.
 
     Args:
         curvature: s_t by the names of the parameters.

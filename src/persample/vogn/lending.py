@@ -36,6 +36,6 @@ class Lending:
         """
         if self.out:
             raise UsageError(
-                f"{call} came inside sampled_params(), or while observe() or predict() ran: there the parameters are "
-                "a draw from the posterior instead of its mean. Call it outside."
+                f"{call} cannot run inside sampled_params(), or while observe() or predict() runs (in another thread, "
+                "for example): the parameters are a draw from the posterior there, not its mean. Call it outside."
             )

@@ -101,8 +101,8 @@ class VariationalOptimizer(PosteriorState):
         earlier = [] if redraw else observations.draws
         if earlier and len(earlier) != self.mc_samples:
             raise UsageError(
-                f"There were {len(earlier)} draws since the last step and mc_samples is {self.mc_samples}, so "
-                "redraw=False cannot take the draws of the time before: leave both as they are between steps."
+                f"redraw=False reuses the draws since the last step, of which there are {len(earlier)}, but mc_samples "
+                f"is {self.mc_samples} now: change mc_samples after a step only."
             )
         draws, losses = [], []
         generator = self._training_noise()
@@ -160,7 +160,9 @@ class VariationalOptimizer(PosteriorState):
         """
         require_generator("generator", generator)
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
-            raise OptionError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
+            raise OptionError(
+                f"grad_scaler must be the torch.amp.GradScaler that scales the loss, got {grad_scaler!r}."
+            )
         noisy = self.draws_for_training or not train
         generator = generator or (self._training_noise() if train else self.generator)
         if train and not self._lending.out:
@@ -208,7 +210,7 @@ class VariationalOptimizer(PosteriorState):
         """
         self._lending.refuse("step()")
         if closure is not None and not callable(closure):
-            raise OptionError(f"closure={closure!r}: must be a function without arguments, or None.")
+            raise OptionError(f"closure must be a function without arguments, or None; got {closure!r}.")
         self._follow_model()
         loss = None if closure is None else self._observe_closure(closure)
         self._follow_model()
@@ -403,7 +405,9 @@ class VariationalOptimizer(PosteriorState):
         """
         names = [name for name in self._params() if name in moments.mean]
         if not names:
-            raise UsageError("All parameters of the optimizer were frozen after it was made: nothing is left to train.")
+            raise UsageError(
+                "All parameters of the optimizer were frozen after it was made, so there is nothing to train."
+            )
         second = moments.second_moment
         return Moments(
             moments.losses,

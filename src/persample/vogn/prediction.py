@@ -76,7 +76,7 @@ class Summarised(Protocol):
 
 
 def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
-    """Return the likelihood that a loss speaks of, or is; "categorical" where nobody can tell.
+    """Return the likelihood that a loss speaks of, or is; "categorical" where the loss does not show it.
 
     Raises:
         UsageError: it speaks of real numbers, or of probabilities instead of logits.

@@ -59,27 +59,30 @@ def _numbers(holds: Callable[[float | Tensor], Any]) -> Callable[[Any], bool]:
 
 # Of each setting what it may be, in words and as a condition. A rule has some of them.
 _ALLOWED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a number >= 0", _number(lambda v: v >= 0)),
-    "prior_precision": ("a number >= 0, or a tensor of such numbers for each parameter", _numbers(lambda v: v >= 0)),
-    "prior_mean": ("a number, or a tensor of numbers for each parameter", _numbers(lambda v: v == v)),
+    "lr": ("a finite number >= 0", _number(lambda v: v >= 0)),
+    "prior_precision": (
+        "a finite number >= 0, or a tensor of such numbers for each parameter",
+        _numbers(lambda v: v >= 0),
+    ),
+    "prior_mean": ("a finite number, or a tensor of such numbers for each parameter", _numbers(lambda v: v == v)),
     "decay": ("a number from 0 to 1", _number(lambda v: 0 <= v <= 1)),
-    "hess_init": ("a number >= 0", _number(lambda v: v >= 0)),
+    "hess_init": ("a finite number >= 0", _number(lambda v: v >= 0)),
     "momentum": ("a number >= 0 and < 1", _number(lambda v: 0 <= v < 1)),
     "bias_correction": ("True or False", lambda v: isinstance(v, bool)),
     "average_prior": ("True or False", lambda v: isinstance(v, bool)),
     "order": ('"printed" or "updated"', lambda v: v in ("printed", "updated")),
-    "damping": ("a number >= 0", _number(lambda v: v >= 0)),
-    "temperature": ("a number > 0", _number(lambda v: v > 0)),
-    "temperature_start": ("a number > 0", _number(lambda v: v > 0)),
+    "damping": ("a finite number >= 0", _number(lambda v: v >= 0)),
+    "temperature": ("a finite number > 0", _number(lambda v: v > 0)),
+    "temperature_start": ("a finite number > 0", _number(lambda v: v > 0)),
     "temperature_steps": ("a whole number >= 0", lambda v: _is_number(v) and isinstance(v, Integral) and int(v) >= 0),
-    "max_update": ("a number > 0, or None", lambda v: v is None or _number(lambda w: w > 0)(v)),
+    "max_update": ("a finite number > 0, or None", lambda v: v is None or _number(lambda w: w > 0)(v)),
     "betas": (
         "two numbers >= 0 and < 1",
         lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_number(lambda b: 0 <= b < 1)(b) for b in v),
     ),
     "rescale_lr": ("True or False", lambda v: isinstance(v, bool)),
-    "eps": ("a number >= 0", _number(lambda v: v >= 0)),
-    "scale_init": ("a number > 0", _number(lambda v: v > 0)),
+    "eps": ("a finite number >= 0", _number(lambda v: v >= 0)),
+    "scale_init": ("a finite number > 0", _number(lambda v: v > 0)),
 }
 
 
@@ -118,7 +121,7 @@ def refuse_unknown_settings(group: Mapping[str, Any], known: Collection[str]) ->
         if name in known or name in _OF_ANY_OPTIMIZER:
             continue
         if name in OF_RUN:
-            reason = "is one of the whole optimizer: pass it beside params, not in a group"
+            reason = "applies to the whole optimizer: pass it beside params, not in a group"
         elif name == "weight_decay":
             reason = "is not known: a weight decay of w is prior_precision = w * data_size"
         else:
@@ -135,7 +138,7 @@ def require_settings(settings: Mapping[str, Any]) -> None:
     for name, (allowed, holds) in _ALLOWED.items():
         if name in settings and not holds(settings[name]):
             value = "{…}" if isinstance(settings[name], list) else repr(settings[name])
-            raise OptionError(f"{name}={value}: must be {allowed}.")
+            raise OptionError(f"{name} must be {allowed}, got {value}.")
     if settings.get("hess_init") == 0 and settings["prior_precision"] == 0 and not settings.get("damping"):
         raise OptionError(
             "hess_init=0 and prior_precision=0 together give the first posterior the precision N s + λ = 0, from "
@@ -150,7 +153,7 @@ def require_count(name: str, value: object) -> int:
         OptionError: it is not.
     """
     if not _is_number(value) or not isinstance(value, Integral) or value < 1:
-        raise OptionError(f"{name}={value!r}: must be a whole number >= 1.")
+        raise OptionError(f"{name} must be a whole number >= 1, got {value!r}.")
     return int(value)
 
 
@@ -161,13 +164,13 @@ def require_positive_number(name: str, value: object) -> float:
         OptionError: it is not.
     """
     if not _number(lambda v: v > 0)(value):
-        raise OptionError(f"{name}={value!r}: must be a number > 0.")
+        raise OptionError(f"{name} must be a finite number > 0, got {value!r}.")
     return float(value)  # type: ignore[arg-type]
 
 
 def _require_reduction(name: str, value: object) -> object:
     if not isinstance(value, str) or value not in get_args(LossReduction):
-        raise OptionError(f'{name}={value!r}: must be "mean" or "sum".')
+        raise OptionError(f'{name} must be "mean" or "sum", got {value!r}.')
     return value
 
 
@@ -198,7 +201,7 @@ def require_generator(name: str, generator: object) -> None:
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise OptionError(
-            f"{name}={generator!r}: must be a torch.Generator, as in torch.Generator().manual_seed(0), or None."
+            f"{name} must be a torch.Generator such as torch.Generator().manual_seed(0), or None; got {generator!r}."
         )
 
 

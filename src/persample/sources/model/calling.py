@@ -35,7 +35,7 @@ def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def fits(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether `forward` takes these arguments, by number and names; also where nobody can tell."""
+    """Whether `forward` takes these arguments, by number and names; also where its signature does not tell."""
     if getattr(model, "_forward_pre_hooks", None):  # may change them
         return True
     try:

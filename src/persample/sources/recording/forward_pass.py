@@ -32,7 +32,7 @@ class ForwardPass:
         done: whether a backward pass has gone through it.
         divisor: by what number the loss was divided last.
         added: whether its gradients were added to others in `p.grad`.
-        covered: for each sample whether the loss depends on its outputs; None if nobody can tell.
+        covered: for each sample whether the loss depends on its outputs; None if unknown.
     """
 
     batch: Batch

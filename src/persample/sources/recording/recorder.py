@@ -473,7 +473,7 @@ def _is_of_samples(tensor: Tensor, size: int) -> bool:
 def earlier_pass() -> UsageError:
     """Return the error that says that a backward pass came too late."""
     return UsageError(
-        "A backward pass goes through a call of the model that was not the last one, so nobody can tell which samples "
+        "A backward pass goes through a call of the model that was not the last one, so it is ambiguous which samples "
         "belong together: call backward() after each call of the model, or call it once with all samples."
     )
 

@@ -204,7 +204,7 @@ def refuse_nonlinear_backward(source: Contract, batch: Batch, before: RandomStat
         raise UnsupportedModelError(
             "Something in the backward pass (a hook, a custom torch.autograd.Function) clips, normalises or rounds "
             "gradients, or changes them otherwise by a function that is not linear, so that the gradient of the batch "
-            "is not the sum of those of its samples. Leave it away, or make it linear. If what it makes of each sample "
+            "is not the sum of those of its samples. Remove it, or make it linear. If what it makes of each sample "
             "alone is wanted, use backend 'vjp' with check='never'."
         ) from difference
 

@@ -75,12 +75,12 @@ class VOGN(VariationalOptimizer):
         damping: d, added to the curvature.
         temperature: τ, 1 by default.
         temperature_start: τ at the first step, if there is KL warm-up; 0.01 by default.
-        temperature_steps: τ goes from `temperature_start` to `temperature` along a line in so many steps; 0, the
+        temperature_steps: τ rises linearly from `temperature_start` to `temperature` over this number of steps; 0, the
             default, is no KL warm-up.
         max_update: ξ; None does not clip.
         max_grad_norm: ĝ is scaled down to this norm over all parameters if it is longer; the curvature is not touched.
             None, the default, leaves it as it is.
-        augmentation: ρ, how many times more samples random changes of the inputs make of the data; 1 by default.
+        augmentation: ρ, factor by which augmentation enlarges the data set; 1 by default.
         mc_samples: draws of the weights in each `observe()`, and of a closure in each `step(closure)`; 1 by default.
         loss_reduction: how losses are reduced to a scalar in passes of your own, see `sampled_params()`; "mean" by
             default.

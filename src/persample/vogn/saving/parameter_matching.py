@@ -90,8 +90,8 @@ def _require_other_names(saved: list[list[str]], own: list[list[str]]) -> None:
     for name, own_name in zip(there, here, strict=True):
         if name != own_name and (name in here or own_name in there):
             raise OptionError(
-                f"The saved state has {name!r} where this optimizer has {own_name!r}, and other parameters than it: "
-                "nobody can tell which belong together. Build it with the same parameters, in the same order."
+                f"The saved state has {name!r} where this optimizer has {own_name!r}, and other parameters, so they "
+                "cannot be matched. Build the optimizer with the same parameters, in the same order."
             )
 
 

@@ -65,8 +65,8 @@ class BackpackExtend(PeerMachinerySource):
         for call in calls:
             if any(times[p] > 1 for p in trainable(call.module)):
                 yield (
-                    f"A parameter of {call.name} is used by more than one call of a layer, of which BackPACK keeps the "
-                    "last one only."
+                    f"A parameter of {call.name} is used by more than one call of a layer, and BackPACK keeps only the "
+                    "last."
                 )
 
     @contextmanager

@@ -34,9 +34,9 @@ def reason_against(layer: nn.Module) -> str | None:
         return "has parameters, and BackPACK has no rule for it, or none that holds in all its uses."
     if isinstance(layer, _CONVOLUTIONS):
         if layer.padding == "same":
-            return "has padding='same', which BackPACK takes wrongly: give it in numbers."
+            return "has padding='same', which BackPACK computes incorrectly: pass numbers."
         if layer.padding_mode != "zeros":
-            return f"has padding_mode={layer.padding_mode!r}, but BackPACK takes zeros: pad before the layer."
+            return f"has padding_mode={layer.padding_mode!r}, but BackPACK pads with zeros: pad before the layer."
     if isinstance(layer, _TRANSPOSED) and any(layer.output_padding):
         return f"has output_padding={layer.output_padding}, which BackPACK does not know."
     if isinstance(layer, nn.Embedding):

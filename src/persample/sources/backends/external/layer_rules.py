@@ -205,7 +205,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 def alteration(layer: nn.Module) -> str | None:
     """Return in what `layer`, of a class of `torch.nn` with weight and bias, is not what its class says."""
     if name := own_callable(layer):
-        return f"has a {name} of its own, put on the instance, which no rule knows."
+        return f"has a {name} of its own, set on the instance, which no rule knows."
     parameters = layer._parameters
     if parameters.keys() - {"weight", "bias"} or not isinstance(parameters.get("weight"), nn.Parameter):
         return (

@@ -53,7 +53,7 @@ EMBEDDING_BAG = "overwrites repeated indices in Opacus, and weights and maxima a
 def reason_against(layer: nn.Module) -> str | None:
     """Return why Opacus is wrong on `layer`, of one of the `KNOWN` classes, as a sentence without its subject."""
     if isinstance(layer, CONVOLUTIONS) and layer.padding_mode != "zeros":
-        return f"has padding_mode={layer.padding_mode!r}, but Opacus takes zeros: pad before the layer."
+        return f"has padding_mode={layer.padding_mode!r}, but Opacus pads with zeros: pad before the layer."
     if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
         return f"has padding_idx={layer.padding_idx}, which Opacus overlooks."
     if isinstance(layer, nn.LayerNorm) and layer._parameters["bias"] is None:

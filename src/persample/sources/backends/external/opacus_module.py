@@ -71,7 +71,7 @@ class OpacusModule(PeerMachinerySource):
                 return "has parameters and buffers, and Opacus has no grad sampler for it."
             for module in layer.modules():
                 if method := own_callable(module):
-                    return f"has a {method} of its own, put on an instance, which Opacus cannot run again."
+                    return f"has a {method} of its own, set on an instance, which Opacus cannot run again."
         if not layer.training and type(layer) not in WITHOUT_MODE:
             return "is in eval mode, in which GradSampleModule passes it over: call .train() on it."
         return None

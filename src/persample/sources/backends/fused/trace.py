@@ -108,7 +108,7 @@ class Trace(TorchFunctionMode):
         """Return where the samples are in `tensor`.
 
         Raises:
-            UnsupportedModelError: nobody can tell.
+            UnsupportedModelError: it is unknown.
         """
         return self.known(self.layouts.get(tensor), operation, tensor.shape)
 
@@ -126,7 +126,7 @@ class Trace(TorchFunctionMode):
         """Return the same as `samples_in` for operations entry by entry; rows may have no owner, as `layout_of_rows`.
 
         Raises:
-            UnsupportedModelError: nobody can tell.
+            UnsupportedModelError: it is unknown.
         """
         followed = [t for t in tensors_in((args, dict(kwargs))) if t in self.layouts]
         if len(followed) == 1:
@@ -157,7 +157,7 @@ class Trace(TorchFunctionMode):
         """Return where the samples are in those operands that hold any, by the operand's id.
 
         Raises:
-            UnsupportedModelError: nobody can tell for any of them, or samples were mixed in one.
+            UnsupportedModelError: it is unknown for one of them, or samples were mixed in one.
         """
         found = {}
         operands = [t for t in tensors_in((args, dict(kwargs))) if t in self.layouts]

@@ -66,12 +66,12 @@ def reason_against(module: nn.Module) -> str | None:
         base = next((known.__name__ for known in kind.__mro__ if known in RULES), None)
         if base is not None:
             return (
-                f"is a subclass of {base}: backend 'hooks' has rules for exact classes only, for it cannot know what a "
-                "subclass computes."
+                f"is a subclass of {base}: backend 'hooks' has rules for exact classes only, because a subclass may "
+                "compute something else."
             )
         return "has parameters of its own, and backend 'hooks' has no rule for it."
     if "forward" in vars(module):
-        return "has a forward of its own, put on the instance, which the rule does not know."
+        return "has its own forward, set on the instance, which the rule does not know."
     unknown = module._parameters.keys() - {"weight", "bias"}
     if unknown or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return (

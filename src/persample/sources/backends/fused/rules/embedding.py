@@ -90,5 +90,5 @@ def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None
     if max_norm is not None or scale_grad_by_freq:
         raise UnsupportedModelError(
             f"{name} was called with max_norm or scale_grad_by_freq: the first rewrites the weight, the second mixes "
-            "the samples. Leave them away."
+            "the samples. Do not pass them."
         )

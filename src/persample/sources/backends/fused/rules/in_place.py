@@ -65,7 +65,7 @@ def write_samples(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mappin
     """Run an operation that writes samples into an expression of parameters.
 
     Raises:
-        UnsupportedModelError: other tensors share its memory, or nobody can tell where it has entries for the samples.
+        UnsupportedModelError: other tensors share its memory, or it is unknown where it has entries for the samples.
     """
     target = args[0]
     _require_own_memory(trace, func, args, kwargs)
