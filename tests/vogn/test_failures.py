@@ -39,7 +39,7 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_settings_out_of_range_are_refused_everywhere(name: str, value: Any, model: nn.Module, make_vogn: Make) -> None:
-    message = re.escape(f"{name} must be ")
+    message = re.escape(f"{name}={value!r} must be ")
     with pytest.raises(OptionError, match=message):
         make_vogn(model, **{name: value})
     with pytest.raises(OptionError, match=message):

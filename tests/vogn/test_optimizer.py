@@ -146,7 +146,7 @@ class TestAccumulation:
     def test_needs_as_many_draws_as_before(self, vogn: VOGN, batch: Batch) -> None:
         vogn.observe(*batch)
         vogn.mc_samples = 2
-        with pytest.raises(UsageError, match=r"There were 1 draws.*mc_samples is 2"):
+        with pytest.raises(UsageError, match=r"reuses the draws.*there are 1, but mc_samples is 2"):
             vogn.observe(*batch, redraw=False)
 
 
@@ -186,7 +186,7 @@ class TestPriors:
             make_vogn(model, prior_mean={name: t for name, t in fitting.items() if name != "2.bias"})
         with pytest.raises(OptionError, match=r"prior_precision.*'0\.bias'.*shape \(3,\)"):
             make_vogn(model, prior_precision=fitting | {"0.bias": torch.ones(3)})
-        with pytest.raises(OptionError, match=r"prior_precision must be a finite number >= 0, or a tensor"):
+        with pytest.raises(OptionError, match=r"prior_precision=\{…\} must be a finite number >= 0, or a tensor"):
             make_vogn(model, prior_precision=fitting | {"0.bias": -torch.ones(4)})
 
 

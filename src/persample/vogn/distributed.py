@@ -34,8 +34,8 @@ class Processes:
     def __init__(self, group: dist.ProcessGroup) -> None:
         if not isinstance(group, dist.ProcessGroup):
             raise OptionError(
-                "process_group must be a group of torch.distributed, for example torch.distributed.group.WORLD after "
-                f"torch.distributed.init_process_group(); got {group!r}."
+                f"process_group={group!r} must be a group of torch.distributed, for example "
+                "torch.distributed.group.WORLD after torch.distributed.init_process_group()."
             )
         self.group = group
         self.rank = dist.get_rank(group)

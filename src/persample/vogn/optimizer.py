@@ -160,9 +160,7 @@ class VariationalOptimizer(PosteriorState):
         """
         require_generator("generator", generator)
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
-            raise OptionError(
-                f"grad_scaler must be the torch.amp.GradScaler that scales the loss, got {grad_scaler!r}."
-            )
+            raise OptionError(f"grad_scaler={grad_scaler!r} must be the torch.amp.GradScaler that scales the loss.")
         noisy = self.draws_for_training or not train
         generator = generator or (self._training_noise() if train else self.generator)
         if train and not self._lending.out:
@@ -210,7 +208,7 @@ class VariationalOptimizer(PosteriorState):
         """
         self._lending.refuse("step()")
         if closure is not None and not callable(closure):
-            raise OptionError(f"closure must be a function without arguments, or None; got {closure!r}.")
+            raise OptionError(f"closure={closure!r} must be a function without arguments, or None.")
         self._follow_model()
         loss = None if closure is None else self._observe_closure(closure)
         self._follow_model()

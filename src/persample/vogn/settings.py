@@ -138,7 +138,7 @@ def require_settings(settings: Mapping[str, Any]) -> None:
     for name, (allowed, holds) in _ALLOWED.items():
         if name in settings and not holds(settings[name]):
             value = "{…}" if isinstance(settings[name], list) else repr(settings[name])
-            raise OptionError(f"{name} must be {allowed}, got {value}.")
+            raise OptionError(f"{name}={value} must be {allowed}.")
     if settings.get("hess_init") == 0 and settings["prior_precision"] == 0 and not settings.get("damping"):
         raise OptionError(
             "hess_init=0 and prior_precision=0 together give the first posterior the precision N s + λ = 0, from "
@@ -153,7 +153,7 @@ def require_count(name: str, value: object) -> int:
         OptionError: it is not.
     """
     if not _is_number(value) or not isinstance(value, Integral) or value < 1:
-        raise OptionError(f"{name} must be a whole number >= 1, got {value!r}.")
+        raise OptionError(f"{name}={value!r} must be a whole number >= 1.")
     return int(value)
 
 
@@ -164,13 +164,13 @@ def require_positive_number(name: str, value: object) -> float:
         OptionError: it is not.
     """
     if not _number(lambda v: v > 0)(value):
-        raise OptionError(f"{name} must be a finite number > 0, got {value!r}.")
+        raise OptionError(f"{name}={value!r} must be a finite number > 0.")
     return float(value)  # type: ignore[arg-type]
 
 
 def _require_reduction(name: str, value: object) -> object:
     if not isinstance(value, str) or value not in get_args(LossReduction):
-        raise OptionError(f'{name} must be "mean" or "sum", got {value!r}.')
+        raise OptionError(f'{name}={value!r} must be "mean" or "sum".')
     return value
 
 
@@ -201,7 +201,7 @@ def require_generator(name: str, generator: object) -> None:
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise OptionError(
-            f"{name} must be a torch.Generator such as torch.Generator().manual_seed(0), or None; got {generator!r}."
+            f"{name}={generator!r} must be a torch.Generator, such as torch.Generator().manual_seed(0), or None."
         )
 
 

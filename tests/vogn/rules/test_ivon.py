@@ -243,5 +243,5 @@ def test_a_group_of_processes(tmp_path: Any) -> None:
 
 
 def test_rescale_lr_is_a_truth_value() -> None:
-    with pytest.raises(OptionError, match="rescale_lr must be True or False, got 1"):
+    with pytest.raises(OptionError, match="rescale_lr=1 must be True or False"):
         IVON(network(), cross_entropy, data_size=10, rescale_lr=1)  # type: ignore[arg-type]
