@@ -47,8 +47,8 @@ class IVON(VariationalOptimizer):
         max_update: ξ, the clip radius; None does not clip.
         shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
             `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,
-            `mc_samples`, `loss_reduction`, `generator`, `params`, `process_group`), as for `VOGN`. `max_grad_norm`
-            scales ĝ, but not ĥ.
+            `mc_samples`, `loss_reduction`, `generator`, `params`, `process_group`), as for `VOGN`; by default
+            `prior_precision` and `temperature` are 1. `max_grad_norm` scales ĝ, but not ĥ.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.

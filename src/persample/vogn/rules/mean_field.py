@@ -44,8 +44,8 @@ class MeanFieldVI(VariationalOptimizer):
         scale_init: σ at the start.
         shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
             `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,
-            `mc_samples`, `loss_reduction`, `generator`, `params`), as for `VOGN`. `max_grad_norm`
-            scales ĝ, but not ĝ ∘ ε.
+            `mc_samples`, `loss_reduction`, `generator`, `params`), as for `VOGN`; by default
+            `prior_precision` and `temperature` are 1. `max_grad_norm` scales ĝ, but not ĝ ∘ ε.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.

@@ -42,7 +42,8 @@ class Vadam(VariationalOptimizer):
         hess_init: s_0. The initial posterior has precision N s_0 + λ.
         shared: `data_size` and the other settings of all rules (`prior_precision`, `prior_mean`, `prior`,
             `temperature`, `temperature_start`, `temperature_steps`, `max_grad_norm`, `augmentation`,
-            `mc_samples`, `loss_reduction`, `generator`, `params`), as for `VOGN`.
+            `mc_samples`, `loss_reduction`, `generator`, `params`), as for `VOGN`; by default
+            `prior_precision` and `temperature` are 1.
 
     Raises:
         OptionError: an argument is out of its range, or a parameter is not the model's, frozen, or given twice.

@@ -59,8 +59,8 @@ class VOGN(VariationalOptimizer):
             `observe()` and `elbo()`, not by passes of your own, see `sampled_params()`.
         data_size: the number of training samples.
         lr: α.
-        prior_precision: λ of the prior N(m₀, 1/λ) over each weight, 1 by default. 0 is a flat prior. A mapping from the
-            names of parameters to tensors gives each weight its own.
+        prior_precision: λ of the prior N(m₀, 1/λ) over each weight, 20 by default. 0 is a flat prior. A mapping from
+            the names of parameters to tensors gives each weight its own.
         prior_mean: m₀, likewise; 0 by default.
         prior: in place of the two before, a `Prior`: for example `posterior.as_prior()` of an earlier training, to go
             on with new data.
@@ -73,7 +73,7 @@ class VOGN(VariationalOptimizer):
         average_prior: whether the prior's term τ λ (μ − m₀) / N is averaged together with ĝ, as in Osawa et al.; it is
             added afterwards otherwise.
         damping: d, added to the curvature.
-        temperature: τ, 1 by default.
+        temperature: τ, 0.3 by default.
         temperature_start: τ at the first step, if there is KL warm-up; 0.01 by default.
         temperature_steps: τ rises linearly from `temperature_start` to `temperature` over this number of steps; 0, the
             default, is no KL warm-up.
