@@ -14,7 +14,13 @@ SRC = Path(persample.__file__).parent.parent
 #: circle of modules; the longest name that fits a module says which room it is in.
 LAYERS = (
     ("persample.errors", "persample.warn", "persample.dtypes", "persample.files"),
-    ("persample.losses", "persample.moments", "persample.frozen_batch_norm", "persample.quantities"),
+    (
+        "persample.losses",
+        "persample.moments",
+        "persample.frozen_batch_norm",
+        "persample.quantities",
+        "persample.metrics",
+    ),
     ("persample.sources.model", "persample.sources.splits", "persample.sources.batch", "persample.sources.lock"),
     ("persample.sources.contract",),
     ("persample.sources.selfcheck",),

@@ -12,6 +12,7 @@ Import from here or from a first-level package (`persample.sources`, `persample.
 
 from persample import likelihoods as likelihoods
 from persample import losses as losses
+from persample import metrics as metrics
 from persample import quantities as quantities
 from persample.checks import benchmark as benchmark
 from persample.checks import crosscheck as crosscheck
@@ -43,6 +44,7 @@ from persample.sources.registry import backends as backends
 from persample.vogn import IVON as IVON
 from persample.vogn import OGN as OGN
 from persample.vogn import VOGN as VOGN
+from persample.vogn import Ensemble as Ensemble
 from persample.vogn import MeanFieldVI as MeanFieldVI
 from persample.vogn import Posterior as Posterior
 from persample.vogn import Prior as Prior

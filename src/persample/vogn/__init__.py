@@ -15,6 +15,7 @@ from persample.vogn.diagnostics import PosteriorWidthWarning as PosteriorWidthWa
 from persample.vogn.diagnostics import StuckCurvatureWarning as StuckCurvatureWarning
 from persample.vogn.distributed import SeparateProcessesWarning as SeparateProcessesWarning
 from persample.vogn.elbo import Elbo as Elbo
+from persample.vogn.ensemble import Ensemble as Ensemble
 from persample.vogn.failures import DangerousFirstStepWarning as DangerousFirstStepWarning
 from persample.vogn.failures import NonFiniteError as NonFiniteError
 from persample.vogn.failures import SkippedStepWarning as SkippedStepWarning

@@ -1,0 +1,117 @@
+"""How good probabilities are, and how well an uncertainty tells what is out of distribution.
+
+All take tensors, and return a Python float, averaged in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from persample.errors import BatchError, OptionError
+
+
+def log_loss(probabilities: Tensor, targets: Tensor) -> float:
+    """Mean of −log p(target), in nats.
+
+    A probability of exactly 0 counts as the smallest normal number of its dtype.
+
+    Args:
+        probabilities: of the classes, shape `(N, C)`.
+        targets: class indices, shape `(N,)`.
+
+    Raises:
+        BatchError: the shapes do not belong together, or there is no sample.
+    """
+    _require_classes(probabilities, targets)
+    of_targets = probabilities.gather(1, targets[:, None]).clamp(min=torch.finfo(probabilities.dtype).tiny)
+    return -of_targets.double().log().mean().item()
+
+
+def brier_score(probabilities: Tensor, targets: Tensor) -> float:
+    """Mean over samples of Σ_c (p_c − 1[c = target])², from 0 to 2 (Brier, 1950).
+
+    Args:
+        probabilities: of the classes, shape `(N, C)`.
+        targets: class indices, shape `(N,)`.
+
+    Raises:
+        BatchError: the shapes do not belong together, or there is no sample.
+    """
+    _require_classes(probabilities, targets)
+    distance = probabilities.double().scatter_add(1, targets[:, None], -torch.ones_like(targets[:, None]).double())
+    return distance.square().sum(1).mean().item()
+
+
+def calibration_error(probabilities: Tensor, targets: Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error of the most probable class (Naeini et al., 2015; Guo et al., 2017), from 0 to 1.
+
+    Samples are put in bins of equal width by the probability of their most probable class; the gaps between its mean
+    and the accuracy are averaged with the shares of the samples.
+
+    Args:
+        probabilities: of the classes, shape `(N, C)`.
+        targets: class indices, shape `(N,)`.
+        bins: their number.
+
+    Raises:
+        BatchError: the shapes do not belong together, or there is no sample.
+        OptionError: `bins` is below 1.
+    """
+    _require_classes(probabilities, targets)
+    if bins < 1:
+        raise OptionError(f"bins={bins!r}: must be a whole number >= 1.")
+    confidence, predicted = probabilities.double().max(1)
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gaps.index_add_(0, (confidence * bins).long().clamp(0, bins - 1), confidence - (predicted == targets).double())
+    return (gaps.abs().sum() / len(targets)).item()
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that a sample from outside is more uncertain than one from inside, ties counted by half.
+
+    That is the area under the receiver operating characteristic (Hanley and McNeil, 1982).
+
+    Args:
+        inside: an uncertainty of samples like the training data, shape `(N,)`, such as `prediction.entropy`.
+        outside: the same of samples that are not, shape `(M,)`.
+
+    Raises:
+        BatchError: one is no vector, has no sample, or an entry that is not a number.
+    """
+    ordered, outside = _scores(inside, outside)
+    below = torch.searchsorted(ordered, outside, right=False).double()
+    not_above = torch.searchsorted(ordered, outside, right=True).double()
+    return ((below + not_above) / 2).mean().item() / len(ordered)
+
+
+def fpr95(inside: Tensor, outside: Tensor) -> float:
+    """Share of the samples from outside that pass where at least 95 % of those from inside pass.
+
+    A sample passes if its uncertainty is at most a threshold, the lowest with which 95 % do.
+
+    Args:
+        inside: as for `auroc`.
+        outside: as for `auroc`.
+
+    Raises:
+        BatchError: as for `auroc`.
+    """
+    ordered, outside = _scores(inside, outside)
+    threshold = ordered[-(-95 * len(ordered) // 100) - 1]
+    return (outside <= threshold).double().mean().item()
+
+
+def _require_classes(probabilities: Tensor, targets: Tensor) -> None:
+    if probabilities.dim() != 2 or targets.shape != probabilities.shape[:1] or not len(targets):
+        raise BatchError(
+            "Metrics need probabilities of shape (N, C) and class indices of shape (N,), N >= 1, but got "
+            f"{tuple(probabilities.shape)} and {tuple(targets.shape)}."
+        )
+
+
+def _scores(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    for name, scores in (("inside", inside), ("outside", outside)):
+        if scores.dim() != 1 or not len(scores) or bool(scores.isnan().any()):
+            raise BatchError(f"{name} must be a vector of numbers with at least one entry, got {tuple(scores.shape)}.")
+    return inside.double().sort().values, outside.double()
