@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,14 +14,31 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import ContractError, DisagreementError, UnsupportedModelError
+from persample.quantities import Gram, Norms, PerSample, Quantities, Quantity, SecondMoment, WeightedSum
 from persample.sources.contract import Check
 from persample.testing.devices import generator_state, set_seed
 from persample.testing.problem import Problem
 from persample.testing.trace import no_trace
 from persample.testing.truth import Stream, Truth
 
-Method = Literal["moments", "per_sample"]
+Method = Literal["moments", "per_sample", "quantities"]
 METHODS: tuple[Method, ...] = ("moments", "per_sample")
+
+_CALLS: dict[str, Callable[[persample.PerSampleGradSource, Any, Any], Any]] = {
+    "moments": lambda source, inputs, targets: source.moments(inputs, targets),
+    "per_sample": lambda source, inputs, targets: source.per_sample(inputs, targets),
+    "quantities": lambda source, inputs, targets: source.compute(inputs, targets, *asked()),
+}
+
+
+def asked() -> tuple[Quantity[Any], ...]:
+    """Return quantities that between them ask for everything that a backend may have a shorter way to."""
+    return SecondMoment(), PerSample(), Norms(per="parameter"), WeightedSum(_weights), Gram(per="parameter")
+
+
+def _weights(norms: Tensor) -> Tensor:
+    """Weights of both signs, of the shape of the norms."""
+    return torch.linspace(-1, 2, len(norms), dtype=norms.dtype, device=norms.device)
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Candidate:
         return persample.make_source(self.backend, problem.model, problem.loss_fn, check=check, **self.options)
 
     def judge(self, problem: Problem, check: Check = "first") -> Verdict:
-        """Call both methods, and return whether the backend was exact or refused, and why.
+        """Call the methods, and return whether the backend was exact or refused, and why.
 
         Raises:
             AssertionError: a number is wrong and the self-check did not see it, the result is not what the contract
@@ -68,7 +85,9 @@ class Candidate:
                 not say what to do.
         """
         truth = None if problem.impossible else problem.truth(self.stream)
-        verdicts = [self._judge_method(problem, truth, method, check) for method in METHODS]
+        own_blocks = type(self.source(problem)).compute_blocks is not persample.PerSampleGradSource.compute_blocks
+        methods = (*METHODS, "quantities") if own_blocks else METHODS
+        verdicts = [self._judge_method(problem, truth, method, check) for method in methods]
         return next((verdict for verdict in verdicts if verdict != EXACT), EXACT)
 
     def _judge_method(self, problem: Problem, truth: Truth | None, method: Method, check: Check) -> Verdict:
@@ -78,7 +97,7 @@ class Candidate:
         with _buffers_as_before_or(buffers, problem.model), trace, problem.autocasting():
             set_seed(problem.seed)
             try:
-                result = getattr(source, method)(problem.inputs, problem.targets)
+                result = _CALLS[method](source, problem.inputs, problem.targets)
             except ContractError as error:
                 raise AssertionError(str(error)) from error
             except (UnsupportedModelError, DisagreementError) as error:
@@ -139,6 +158,9 @@ def assert_right(method: Method, result: Any, truth: Truth, problem: Problem, le
         assert_same(result, truth.gradients, problem, floor, left)
         return
     size = len(truth.losses)
+    if method == "quantities":
+        _assert_right_quantities(result, truth, problem, floor, left)
+        return
     assert result.batch_size == size
     assert not result.losses.requires_grad
     assert result.losses.shape == truth.losses.shape
@@ -148,6 +170,32 @@ def assert_right(method: Method, result: Any, truth: Truth, problem: Problem, le
     second_moment = {name: g.square().sum(0) / size for name, g in truth.gradients.items()}
     assert_same(result.mean, mean, problem, floor, left)
     assert_same(result.second_moment, second_moment, problem, floor * largest, {n: v**2 for n, v in left.items()})
+
+
+def _assert_right_quantities(
+    result: Quantities, truth: Truth, problem: Problem, rounding: float, left: Mapping[str, float]
+) -> None:
+    """Assert that the quantities of `asked` are what they should be."""
+    size, largest = len(truth.losses), _largest(truth.gradients)
+    squares = {n: v**2 for n, v in left.items()}
+    second_moment = {name: g.square().sum(0) / size for name, g in truth.gradients.items()}
+    assert_same(result.second_moment, second_moment, problem, rounding * largest, squares)
+    assert_same(result.per_sample, truth.gradients, problem, rounding, left)
+    weights = torch.linspace(-1, 2, size, dtype=truth.losses.dtype, device=truth.losses.device)
+    weighted = {name: torch.tensordot(weights.to(g.dtype), g, 1) for name, g in truth.gradients.items()}
+    assert_same(
+        result.weighted_sum.gradient, weighted, problem, size * rounding, {n: size * v for n, v in left.items()}
+    )
+    relative = _relative(problem)
+    for name, g in truth.gradients.items():
+        rows = g.reshape(size, g[0].numel()).double()
+        products = rows @ rows.mT
+        entries = max(1, rows.shape[1]) * max(rounding, left[name])
+        # A norm that comes as the root of a sum of products keeps half of the digits where these cancel.
+        of_all = sum(float(other.double().square().sum()) for other in truth.gradients.values())
+        allowed = 1e2 * relative * (of_all + entries**2) + rows.shape[1] * left[name] ** 2
+        assert float((result.gram[name] - products).abs().max()) <= allowed, f"Gram matrix of {name}"
+        assert float((result.norms[name].square() - products.diagonal()).abs().max()) <= allowed, f"norms of {name}"
 
 
 def rounding(truth: Truth) -> float:

@@ -59,6 +59,11 @@ def squared_norms(contribution: Contribution, size: int, width: int) -> Tensor:
 @singledispatch
 def weighted_sum(contribution: Contribution, weights: Tensor, width: int) -> Tensor:
     """Return Σ_i w_i g_i."""
+    return weighted_pieces(contribution, weights, width)
+
+
+def weighted_pieces(contribution: Contribution, weights: Tensor, width: int) -> Tensor:
+    """Return Σ_i w_i g_i from gradients that are formed."""
     total: Tensor | None = None
     for where, g in pieces_of(contribution, len(weights), width):
         part = torch.tensordot(weights[where].to(g.dtype), g, 1)
@@ -114,6 +119,8 @@ def _(contribution: OuterProducts, size: int, width: int) -> Tensor:
 
 @weighted_sum.register
 def _(contribution: OuterProducts, weights: Tensor, width: int) -> Tensor:
+    if contribution.a.shape[-1] > 1:  # to form them costs less than to put all positions of all samples side by side
+        return weighted_pieces(contribution, weights, width)
     return contribution.product(scaled(contribution.delta, weights), contribution.a)
 
 
