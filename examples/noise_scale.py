@@ -24,7 +24,7 @@ from persample.experiments import load_dataset
 
 
 def noise_scale(source: persample.PerSampleGradSource, inputs: Tensor, targets: Tensor) -> float:
-    """Return the noise scale from all samples, 500 at a time."""
+    """Return the noise scale of all samples: their moments are merged first, as the digits are sorted by class."""
     batches = zip(inputs.split(500), targets.split(500), strict=True)
     return persample.merge_moments(source.moments(x, y) for x, y in batches).noise_scale()
 
@@ -33,7 +33,7 @@ def draw_scales(steps: list[int], scales: list[float], losses: list[float], path
     """Draw noise scale and loss over the steps."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, layout="constrained")
     above.plot(steps, scales, "o-", color="#0072B2")
-    above.set(ylabel="noise scale (samples)", ylim=(0, None), title="The useful batch size grows during training")
+    above.set(ylabel="noise scale (samples)", yscale="log", title="The useful batch size grows during training")
     below.plot(steps, losses, "o-", color="#D55E00")
     below.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
     figure.savefig(path, dpi=120)
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     inputs, targets = data.train_inputs, data.train_targets
     model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 100), nn.ReLU(), nn.Linear(100, 10))
     source = persample.make_source("fused", model, persample.losses.cross_entropy)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
 
     steps: list[int] = []
     scales: list[float] = []
