@@ -85,8 +85,8 @@ def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
         loss_fn = loss_fn.func
     if loss_fn in _REAL_NUMBERS or isinstance(loss_fn, _LOSSES_OF_REAL_NUMBERS):
         raise UsageError(
-            "predict() predicts classes, but the loss is one of real numbers: use predict_gaussian(), or say what the "
-            'model returns by likelihood="categorical" or "bernoulli".'
+            "predict() predicts classes, but the loss is one of real numbers: use predict_gaussian(), train with a "
+            'likelihood of persample.likelihoods, or pass likelihood="categorical" or "bernoulli".'
         )
     if loss_fn is F.binary_cross_entropy or isinstance(loss_fn, nn.BCELoss):
         raise UsageError(
