@@ -119,3 +119,9 @@ def test_a_wrong_grad_scaler_is_noticed_before_the_pass(batch: Batch) -> None:
 def test_a_model_without_parameters_has_nothing_to_train() -> None:
     with pytest.raises(OptionError, match="nothing to train"):
         VOGN(nn.Tanh(), cross_entropy, data_size=10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_unknown_argument_is_named_with_those_that_there_are(rule: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{rule.__name__}\(\) has no argument 'learning_rate': .*lr.*data_size"):
+        rule(network(), data_size=10, learning_rate=0.1)

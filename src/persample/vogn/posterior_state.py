@@ -38,6 +38,7 @@ from persample.vogn.settings import (
     OF_RUN,
     OF_WEIGHTS,
     RUN,
+    SharedSettings,
     each_weights,
     groups_of,
     name_params,
@@ -60,7 +61,7 @@ class PosteriorState(torch.optim.Optimizer):
         loss_fn: `loss_fn(outputs, targets)` returns minus the log-likelihood of each sample, shape `(B,)`. None if only
             passes of your own are recorded, see `sampled_params()`.
         settings: those that the rule has beside the ones below, which a group may change, too.
-        shared: the settings of all rules, by their names, as for `VOGN`.
+        unknown: what is no argument of any rule, to be refused by name.
 
     Raises:
         OptionError: an argument is out of its range; a parameter is not the model's, frozen, or given twice; or the
@@ -119,7 +120,11 @@ class PosteriorState(torch.optim.Optimizer):
         generator: torch.Generator | None = None,
         params: Iterable[Any] | None = None,
         process_group: ProcessGroup | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            known = ", ".join(("loss_fn", *settings, *SharedSettings.__annotations__))
+            raise TypeError(f"{type(self).__name__}() has no argument {next(iter(unknown))!r}: it takes {known}.")
         network, params = model_and_params(model, params)
         refuse_model(network, several_processes=not self.keeps_draws_apart)
         if process_group is not None and self.keeps_draws_apart:
