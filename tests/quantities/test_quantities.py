@@ -198,6 +198,7 @@ def test_all_quantities_in_one_pass(backend: str, name: str, pieces: bool, group
     require_equal(several.clipped.norms, norms)
     require_equal(flat(several.clipped.gradient), clipped @ g)
     require_equal(flat(several.given.gradient), weights @ g)
+    require_equal(several.given.norms, norms)
     require_equal(several.gram, g @ g.T)
     require_equal(several.cross, g @ g[:3].T)
     projection = asked["projection"]
@@ -226,7 +227,9 @@ def test_short_forms(backend: str) -> None:
     weights = torch.arange(SAMPLES)
     given = source.weighted_sum(problem.x, problem.y, weights)
     require_equal(flat(given.gradient), weights.double() @ g)
-    assert given.norms is None
+    require_equal(given.norms, g.norm(dim=1))
+    assert torch.equal(given.weights, weights.double())
+    require_equal(given.losses, clipped.losses)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ class Weighted:
     Attributes:
         gradient: Σ_i w_i g_i for each parameter, by its name, in its dtype.
         weights: w, shape `(B,)`.
-        norms: ‖g_i‖₂, shape `(B,)`; None where the weights were given.
+        norms: ‖g_i‖₂, shape `(B,)`.
     """
 
     gradient: dict[str, Tensor]
     weights: Tensor
-    norms: Tensor | None
+    norms: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,31 +77,30 @@ def clipping(max_norm: float) -> Callable[[Tensor], Tensor]:
 
 
 class _WeightedSum(Accumulation[Weighted]):
+    """Takes the norms in the first round; and the sum in the same round if the weights are given, else in a second."""
+
     def __init__(self, weights: Tensor | Callable[[Tensor], Tensor], setting: Setting) -> None:
         self._size, self._parameters, self._totals = setting.size, setting.parameters, Totals(setting)
-        self._norms: Tensor | None = None
-        self._first: Accumulation[Any] | None = None
-        if isinstance(weights, Tensor):
-            self._weights = self._checked(weights)
-        else:
-            self._function, self._first, self.rereads = weights, Norms().begin(setting), True
+        self._norms: Accumulation[Any] = Norms().begin(setting)
+        self._function = None if isinstance(weights, Tensor) else weights
+        self._weights = self._checked(weights) if isinstance(weights, Tensor) else None
+        self._is_first_round, self.rereads = True, self._function is not None
 
     def add(self, block: Block) -> None:
-        if self._first is not None:
-            self._first.add(block)
-        else:
+        if self._weights is not None:
             self._totals.add(block.name, block.weighted_sum(self._weights[block.samples]))
+        if self._is_first_round:
+            self._norms.add(block)
 
     def another_round(self) -> bool:
-        if self._first is None:
+        if self._function is None or not self._is_first_round:
             return False
-        norms: Tensor = self._first.result()
-        self._norms, self._first = norms, None
-        self._weights = self._checked(self._function(norms))
+        self._is_first_round, self._weights = False, self._checked(self._function(self._norms.result()))
         return True
 
     def result(self) -> Weighted:
-        return Weighted(self._totals.divided(), self._weights, self._norms)
+        assert self._weights is not None  # a round has given them
+        return Weighted(self._totals.divided(), self._weights, self._norms.result())
 
     def _checked(self, weights: Any) -> Tensor:
         if not isinstance(weights, Tensor) or weights.shape != (self._size,) or weights.is_complex():

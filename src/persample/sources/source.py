@@ -130,7 +130,7 @@ class PerSampleGradSource(Contract):
     def weighted_sum(
         self, inputs: Any, targets: Any, weights: Tensor | Callable[[Tensor], Tensor]
     ) -> WeightedSumResult:
-        """Return Σ_i w_i g_i, with weights `(B,)` or a function that makes them of the norms `(B,)`.
+        """Return Σ_i w_i g_i with the norms, for weights `(B,)` or a function that makes them of the norms `(B,)`.
 
         Such a function clips, for example: `persample.quantities.clipping(1.0)`. It needs no second backward pass. See
         `compute` for groups and errors.
