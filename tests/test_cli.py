@@ -337,6 +337,16 @@ def test_benchmarks(persample: Command) -> None:
     assert "hooks" in out
 
 
+def test_quantities_by_name(persample: Command) -> None:
+    some = ["--batch-size", "3", "--backend", "fused", "--quantity", "norms", "--quantity", "clipped-sum"]
+    code, out, _ = persample("bench", "--rounds", "1", *some)
+    assert code == 0
+    assert "norms, clipped-sum" in out
+    code, out, _ = persample("crosscheck", "--model", "mnist-convnet", *some)
+    assert code == 0
+    assert "quantities" in out
+
+
 def test_machineries_of_a_backend_by_names_of_their_own(persample: Command) -> None:
     pytest.importorskip("opacus")
     names = ["opacus (rules)", "opacus"]
@@ -364,6 +374,7 @@ def test_lists_the_backends(persample: Command) -> None:
         (["train", "--schedule", "linear"], "persample: schedule='linear' must be one of constant, cosine"),
         (["reproduce", "--epochs", "0"], "persample: epochs=0 must be at least 1"),
         (["crosscheck", "--backend", "nobody"], "persample: no backend is called 'nobody'; choose among"),
+        (["bench", "--quantity", "norm"], "persample: no quantity is called 'norm'; choose among mean, second-moment"),
         (["bench", "--model", "resnet"], "persample: no model is called 'resnet'"),
         (["explain", "lenet5", "--backend", "nobody"], "persample: no backend is called 'nobody'; choose among"),
         (["explain", "lenet5", "--shape", "3,x"], "persample: shape='3,x' must be positive integers with commas"),

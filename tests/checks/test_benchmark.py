@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import persample
 from persample.moments import Moments
+from persample.quantities import Norms, Setting
 from persample.sources import Batch, LoopSource, registry
 
 
@@ -43,3 +46,23 @@ def test_right_backends_are_timed_and_others_are_told() -> None:
         assert refused.time_ratio is None
         assert reason in str(refused.problem)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_quantities_are_timed_in_place_of_moments() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    asked: list[str] = []
+
+    class Counted(Norms):
+        def begin(self, setting: Setting) -> Any:
+            asked.append(self.name)
+            return super().begin(setting)
+
+    x, y = torch.randn(6, 4), torch.randint(2, (6,))
+    plain, fused, hooks = persample.benchmark(
+        model, persample.losses.cross_entropy, x, y, backends=["fused", "hooks"], rounds=2, quantities=[Counted()]
+    )
+    assert plain.time_ratio == 1.0
+    assert fused.time_ratio is not None
+    assert hooks.time_ratio is not None
+    assert len(asked) > 2 * 2 * 3  # two backends, three rounds with the first, two calls in each

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 import persample
 from persample.errors import UnsupportedModelError, UsageError
 from persample.moments import Moments
+from persample.quantities import Gram, Norms, Projection, WeightedSum, clipping
+from persample.quantities.block import Formed
 from persample.sources import Batch, LoopSource, registry
+from persample.sources.contract import Receive
 
 
 class Doubled(LoopSource):
@@ -48,6 +51,41 @@ def test_a_wrong_backend_is_told_by_how_much_it_is_wrong() -> None:
     assert right.agrees
     assert wrong.second_moment == pytest.approx(math.sqrt(2) - 1, rel=1e-4)  # as root mean squares
     assert max(wrong.mean or 0, wrong.per_sample or 0) < 1e-5
+
+
+class WithoutCrossTerms(LoopSource):
+    """Norms of blocks of its own that are too large for one sample."""
+
+    def compute_blocks(self, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
+        losses, gradients = self.compute_per_sample(batch)
+        for name, g in gradients.items():
+            receive(_TooLong(name, 0, len(g), g))
+        return losses
+
+
+class _TooLong(Formed):
+    def compute_squared_norms(self) -> Tensor:
+        squares = super().compute_squared_norms()
+        squares[-1] *= 1.21
+        return squares
+
+
+def test_quantities_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    persample.register_backend("long", f"{__name__}:WithoutCrossTerms")
+    asked = [Norms(), Norms(per="parameter", name="each"), WeightedSum(clipping(0.1)), Gram(), Projection(4)]
+    wrong, *right = persample.crosscheck(*problem(), backends=["long", "loop", "hooks", "fused"], quantities=asked)
+    assert not wrong.agrees
+    assert max(wrong.mean or 0, wrong.second_moment or 0, wrong.per_sample or 0) < 1e-5
+    assert wrong.quantities is not None
+    assert 0.01 < wrong.quantities <= 0.1 + 1e-6
+    for agreement in right:
+        assert agreement.agrees, agreement
+        assert agreement.quantities is not None
+        assert agreement.quantities < 1e-5
+    (agreement,) = persample.crosscheck(*problem(), backends=["fused"])
+    assert agreement.quantities is None
+    with pytest.raises(persample.errors.OptionError, match="no quantity"):
+        persample.crosscheck(*problem(), backends=["fused"], quantities=[Norms])  # type: ignore[list-item]
 
 
 def test_a_refusal_is_told_and_the_others_go_on() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch.utils import _pytree as pytree
 from persample.checks.crosscheck import Agreement, as_it_was, crosscheck
 from persample.checks.memory import peak_memory
 from persample.losses import as_per_sample
+from persample.quantities import Quantity
 from persample.sources.batch import as_batch
 from persample.sources.model.random_state import random_state, random_state_restored
 from persample.sources.registry import make_source, name_with, names_side_by_side
+from persample.sources.source import PerSampleGradSource
 
 #: The name under which the ordinary forward and backward pass stands in the results.
 PLAIN = "plain"
@@ -25,7 +28,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory of `moments` with one backend.
+    """Time and memory of `moments`, or of the quantities that were asked for, with one backend.
 
     Attributes:
         backend: its name, or `"plain"` for the ordinary forward and backward pass.
@@ -64,8 +67,9 @@ def benchmark(
     backends: Iterable[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     rounds: int = 15,
+    quantities: Sequence[Quantity[Any]] = (),
 ) -> list[Cost]:
-    """Time `moments` with each backend against an ordinary forward and backward pass.
+    """Time `moments`, or `quantities`, with each backend against an ordinary forward and backward pass.
 
     In every round the plain pass and all backends take their turn, so that what else the machine does meets them
     alike; the ratios are medians over the rounds. Each turn is two calls, of which the second is timed, as in a loop
@@ -81,18 +85,19 @@ def benchmark(
             them, as `"opacus (module)"` and `"opacus (rules)"`.
         options: options for single backends, by name.
         rounds: how often each is timed.
+        quantities: what `source.compute` is asked for, all at once, in place of `moments`.
 
     Returns:
         The plain pass first, then the backends in the order given.
     """
     options = options or {}
     names = [name for name in names_side_by_side(options) if name != "loop"] if backends is None else backends
-    agreements = crosscheck(model, loss_fn, inputs, targets, backends=names, options=options)
+    agreements = crosscheck(model, loss_fn, inputs, targets, backends=names, options=options, quantities=quantities)
     calls: dict[str, Callable[[], Any]] = {PLAIN: plain_pass(model, loss_fn, inputs, targets)}
     for agreement in agreements:
         if agreement.agrees:
             source = make_source(agreement.backend, model, loss_fn, check="never", **options.get(agreement.backend, {}))
-            calls[agreement.backend] = lambda source=source: source.moments(inputs, targets)  # type: ignore[misc]
+            calls[agreement.backend] = partial(_call, source, inputs, targets, quantities)
     resident = _bytes((list(model.parameters()), list(model.buffers()), inputs, targets))
     with as_it_was(model), random_state_restored(model, random_state(model)):
         seconds = _alternate(calls, rounds, _device(model))
@@ -105,6 +110,10 @@ def benchmark(
         else:
             costs.append(Cost(agreement.backend, problem=agreement.problem or _disagreement(agreement)))
     return costs
+
+
+def _call(source: PerSampleGradSource, inputs: Any, targets: Any, quantities: Sequence[Quantity[Any]]) -> Any:
+    return source.compute(inputs, targets, *quantities) if quantities else source.moments(inputs, targets)
 
 
 def plain_pass(
@@ -154,9 +163,11 @@ def _cost(name: str, seconds: Mapping[str, list[float]], peaks: Mapping[str, int
 
 
 def _disagreement(agreement: Agreement) -> str:
+    of_quantities = "" if agreement.quantities is None else f", quantities {agreement.quantities:.1e}"
     return (
         f"not timed: it disagrees with the oracle (relative errors: mean {agreement.mean:.1e}, second moment "
-        f"{agreement.second_moment:.1e}, per-sample {agreement.per_sample:.1e}; allowed {agreement.allowed:.0e})"
+        f"{agreement.second_moment:.1e}, per-sample {agreement.per_sample:.1e}{of_quantities}; allowed "
+        f"{agreement.allowed:.0e})"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from persample.checks.copies import copy_of
 from persample.errors import ContractError, PersampleError, UsageError
+from persample.quantities import Quantity
+from persample.quantities.computed import numbers_in, refuse_quantities
 from persample.sources.batch import as_batch, in_float64
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
@@ -43,6 +45,8 @@ class Agreement:
             the gradient; in float64 that is as good as excluded.
         problem: why the backend refused or cannot be imported, what it returned against its contract, or None.
         machinery: which of its machineries ran, for a backend that has several.
+        quantities: error of the quantities that were asked for, each relative to its own largest entry; None if none
+            were.
     """
 
     backend: str
@@ -53,6 +57,7 @@ class Agreement:
     in_float64: float | None = None
     problem: str | None = None
     machinery: str | None = None
+    quantities: float | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +69,7 @@ class Agreement:
         """Whether the backend ran and all its errors are within what rounding explains."""
         if self.mean is None or self.second_moment is None or self.per_sample is None:
             return False
-        largest = max(self.mean, self.second_moment, self.per_sample)
+        largest = max(self.mean, self.second_moment, self.per_sample, self.quantities or 0.0)
         if self.in_float64 is not None:
             return self.in_float64 <= ALLOWED[torch.float64] and largest <= MOVED
         return largest <= self.allowed
@@ -78,6 +83,7 @@ def crosscheck(
     *,
     backends: Iterable[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    quantities: Sequence[Quantity[Any]] = (),
 ) -> list[Agreement]:
     """Compare backends with the loop over the samples, run in float64 on a copy of the model.
 
@@ -89,6 +95,7 @@ def crosscheck(
         backends: names to compare. All that exist if None, those of several machineries with each of them, as
             `"opacus (module)"` and `"opacus (rules)"`.
         options: options for single backends, by name, such as `{"vmap": {"chunk_size": 16}}`.
+        quantities: what `source.compute` is to be asked for, and compared, beside moments and per-sample gradients.
 
     Returns:
         One `Agreement` for each backend, in the order given. The self-check is off, so what is compared is what the
@@ -104,7 +111,8 @@ def crosscheck(
     names = names_side_by_side(options) if backends is None else list(backends)
     start = random_state(model)
     args, kwargs, targets = as_batch(inputs, targets, model).tree()
-    problem = _Problem(model, loss_fn, kwargs or args, targets, start)
+    refuse_quantities(quantities)
+    problem = _Problem(model, loss_fn, kwargs or args, targets, start, quantities)
     with as_it_was(model), random_state_restored(model, start):
         make_source("loop", model, loss_fn).moments(problem.inputs, problem.targets)
         draws = not same_random_state(start, random_state(model))
@@ -134,7 +142,9 @@ def _agreement(
         return Agreement(name, None, None, None, allowed, problem=str(error))
     except Exception as error:  # noqa: BLE001 - the loop ran, so it is the backend's, and the others go on
         return Agreement(name, None, None, None, allowed, problem=f"{type(error).__name__}: {error}")
-    return Agreement(name, *errors, allowed, in_float64, _nans(found, expected), source.ran)
+    mean, root, rows, *of_quantities = errors
+    nans, worst = _nans(found, expected), max(of_quantities, default=None)
+    return Agreement(name, mean, root, rows, allowed, in_float64, nans, source.ran, worst)
 
 
 @dataclass(frozen=True)
@@ -146,12 +156,13 @@ class _Problem:
     inputs: Any
     targets: Any
     start: RandomState
+    quantities: Sequence[Quantity[Any]]
 
     def in_float64(self) -> _Problem:
         # A loss module may hold weights of its own.
         loss_fn = copy_of(self.loss_fn).double() if isinstance(self.loss_fn, nn.Module) else self.loss_fn
         model = copy_of(self.model).double()
-        return _Problem(model, loss_fn, in_float64(self.inputs), in_float64(self.targets), self.start)
+        return _Problem(model, loss_fn, in_float64(self.inputs), in_float64(self.targets), self.start, self.quantities)
 
     def source(self, backend: str, options: Mapping[str, Any], check: str = "never") -> PerSampleGradSource:
         source = make_source(backend, self.model, self.loss_fn, check=check, **options)
@@ -169,7 +180,11 @@ class _Problem:
             gradients = source.per_sample(self.inputs, self.targets)
         # The second moment as root mean squares, in the unit of the gradients.
         root = {name: signed_root(s) for name, s in moments.second_moment.items()}
-        return moments.mean, root, gradients
+        several: Sequence[Any] = ()
+        if self.quantities:
+            with as_it_was(self.model), random_state_restored(self.model, self.start):
+                several = source.compute(self.inputs, self.targets, *self.quantities).results
+        return [moments.mean, root, gradients, *(numbers for result in several for numbers in _by_parameter(result))]
 
 
 def as_it_was(model: nn.Module) -> AbstractContextManager[None]:
@@ -177,20 +192,27 @@ def as_it_was(model: nn.Module) -> AbstractContextManager[None]:
     return state_restored(State(model, [p for p in model.parameters() if not p.requires_grad]))
 
 
-_Results = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
+#: The mean gradient, the second moment, the per-sample gradients, and what there is of each quantity.
+_Results = Sequence[Mapping[str, Tensor]]
 
 
-def _errors(found: _Results, expected: _Results) -> tuple[float, float, float]:
-    """The errors of the mean gradient, of the second moment and of the per-sample gradients."""
-    mean, root, rows = (relative_error(values, of) for values, of in zip(found, expected, strict=True))
-    return mean, root, rows
+def _errors(found: _Results, expected: _Results) -> list[float]:
+    """The error of each result."""
+    return [relative_error(values, of) for values, of in zip(found, expected, strict=True)]
+
+
+def _by_parameter(result: Any) -> Iterable[Mapping[str, Tensor]]:
+    """Return the numbers of a quantity: those by parameter together, each other tensor alone."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for where, key, value in numbers_in(result):
+        found.setdefault(where.removesuffix(f" of {key!r}"), {})[key] = value
+    return found.values()
 
 
 def _nans(found: _Results, expected: _Results) -> str | None:
     """Say where the backend returned NaN and the oracle did not, or None."""
-    for what, values, of in zip(
-        ("mean gradient", "second moment", "per-sample gradient"), found, expected, strict=True
-    ):
+    names = ("mean gradient", "second moment", "per-sample gradient")
+    for what, values, of in zip(names, found[:3], expected[:3], strict=True):
         for name, e in of.items():
             wrong = values[name].isnan() & ~e.isnan()
             if bool(wrong.any()):

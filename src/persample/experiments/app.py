@@ -23,6 +23,7 @@ from persample.experiments.data.australian import load_australian
 from persample.experiments.model_argument import DTYPES, Asked, ask, require_runs
 from persample.experiments.models import MODELS
 from persample.experiments.progress import LiveProgress
+from persample.experiments.quantity_argument import QUANTITIES, quantities_of
 from persample.experiments.recipes import configure
 from persample.experiments.reproduction import assist
 from persample.experiments.reproduction import reproduce as run_experiment
@@ -82,6 +83,10 @@ TokensOption = Annotated[int | None, typer.Option(min=1, help="Let that batch be
 EvalOption = Annotated[bool, typer.Option("--eval", help="Put the model in eval mode first.")]
 ProbeBackendsOption = Annotated[
     list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. All if left out.")
+]
+QuantityOption = Annotated[
+    list[str] | None,
+    typer.Option("--quantity", help=f"A quantity; repeat the option for several in one pass: {', '.join(QUANTITIES)}."),
 ]
 DtypeOption = Annotated[
     str | None, typer.Option(help=f"The numbers to compute with: {' or '.join(DTYPES)}; as the model is if left out.")
@@ -236,6 +241,7 @@ def crosscheck(
     tokens: TokensOption = None,
     batch_size: ProbeSizeOption = None,
     backend: ProbeBackendsOption = None,
+    quantity: QuantityOption = None,
     dtype: DtypeOption = None,
     eval_mode: EvalOption = False,
     seed: SeedOption = 0,
@@ -244,11 +250,13 @@ def crosscheck(
 
     A factory is called without arguments and returns the model; or the model and a batch; or the model, inputs, targets
     and the loss of each sample. A batch by --shape is random. Without a loss, a weighted sum of the outputs stands for
-    it. Ends with an error when a backend disagrees; refusing is no disagreement.
+    it. Ends with an error when a backend disagrees; refusing is no disagreement. Quantities are compared beside moments
+    and per-sample gradients.
     """
     _require_backends(backend)
+    quantities = quantities_of(quantity)
     asked = _asked(model, shape, tokens, batch_size, 16, dtype, eval_mode, seed)
-    agreements = persample.crosscheck(*asked.arguments(), backends=backend)
+    agreements = persample.crosscheck(*asked.arguments(), backends=backend, quantities=quantities)
     Console().print(agreement_table(agreements, asked.title))
     if wrong := [a.name for a in agreements if a.mean is not None and not a.agrees]:
         raise DisagreementError(f"do not use {', '.join(wrong)} for {model}: the errors are not those of rounding")
@@ -261,6 +269,7 @@ def bench(
     tokens: TokensOption = None,
     batch_size: ProbeSizeOption = None,
     backend: ProbeBackendsOption = None,
+    quantity: QuantityOption = None,
     dtype: DtypeOption = None,
     eval_mode: EvalOption = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each backend is timed.")] = 15,
@@ -269,11 +278,13 @@ def bench(
     """Show time and peak memory of each backend against a plain forward and backward pass.
 
     Model and batch are those of 'crosscheck'. A backend that disagrees with the loop over the samples is not timed.
+    Without --quantity, mean gradient and second moment are timed.
     """
     _require_backends(backend)
+    quantities = quantities_of(quantity)
     asked = _asked(model, shape, tokens, batch_size, 128, dtype, eval_mode, seed)
-    costs = persample.benchmark(*asked.arguments(), backends=backend, rounds=rounds)
-    Console().print(cost_table(costs, asked.title))
+    costs = persample.benchmark(*asked.arguments(), backends=backend, rounds=rounds, quantities=quantities)
+    Console().print(cost_table(costs, asked.title, quantity or ()))
 
 
 @app.command()

@@ -69,19 +69,23 @@ def summary_table(runs: Sequence[Sequence[Record]]) -> Table:
 
 def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
     """Return how far each backend is from the oracle."""
+    agreements = list(agreements)
+    asked = ["quantities"] if any(agreement.quantities is not None for agreement in agreements) else []
     table = Table(title=title, caption="Largest relative errors against a loop over the samples in float64")
-    for heading in ("backend", "mean", "second moment", "per-sample", "allowed", "verdict"):
+    for heading in ("backend", "mean", "second moment", "per-sample", *asked, "allowed", "verdict"):
         table.add_column(heading, justify="left" if heading in ("backend", "verdict") else "right")
     for agreement in agreements:
-        errors = (agreement.mean, agreement.second_moment, agreement.per_sample, agreement.allowed)
+        of_quantities = [agreement.quantities] if asked else []
+        errors = (agreement.mean, agreement.second_moment, agreement.per_sample, *of_quantities, agreement.allowed)
         verdict = agreement.problem or ("agrees" if agreement.agrees else "DISAGREES")
         table.add_row(agreement.name, *(_number(error, ".1e") for error in errors), escape(verdict))
     return table
 
 
-def cost_table(costs: Iterable[Cost], title: str) -> Table:
-    """Return what each backend costs."""
-    table = Table(title=title, caption="Ratios to a plain forward and backward pass of the same run")
+def cost_table(costs: Iterable[Cost], title: str, timed: Sequence[str] = ()) -> Table:
+    """Return what each backend costs for what was `timed`, the moments if that is empty."""
+    what = ", ".join(timed) or "moments"
+    table = Table(title=title, caption=f"Ratios of {what} to a plain forward and backward pass of the same run")
     for heading in ("backend", "ms", "time ×", "quartiles", "peak MiB", "memory ×", "problem"):
         table.add_column(heading, justify="left" if heading in ("backend", "problem") else "right")
     for cost in costs:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from persample.errors import OptionError
@@ -67,3 +68,20 @@ def refuse_quantities(quantities: Sequence[Any]) -> None:
                 f"{type(quantity).__name__}(…, name='…') does."
             )
         names.add(quantity.name)
+
+
+def numbers_in(result: Any, where: str = "", key: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """Yield the numbers of a result, each with where it stands and with the last key of a mapping on the way to it."""
+    if isinstance(result, Tensor):
+        yield where, key, result.detach()
+    elif isinstance(result, bool | int | float):
+        yield where, key, torch.tensor(float(result), dtype=torch.float64)
+    elif isinstance(result, Mapping):
+        for name, value in result.items():
+            yield from numbers_in(value, f"{where} of {name!r}", str(name))
+    elif isinstance(result, tuple | list):
+        for number, value in enumerate(result):
+            yield from numbers_in(value, f"{where}[{number}]", key)
+    elif is_dataclass(result):
+        for each in fields(result):
+            yield from numbers_in(getattr(result, each.name), f"{where}.{each.name}", key)

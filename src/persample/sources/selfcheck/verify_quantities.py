@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from persample.dtypes import at_least_float32
 from persample.errors import DisagreementError
 from persample.quantities.block import Formed
-from persample.quantities.computed import Quantities
+from persample.quantities.computed import Quantities, numbers_in
 from persample.quantities.protocol import Quantity, Setting
 from persample.quantities.weighted_sum import WeightedSum
 from persample.sources.batch import Batch
@@ -83,7 +81,7 @@ def _of_size(quantity: Quantity[Any], size: int) -> Quantity[Any]:
 def _require_close(
     source: Contract, what: str, claimed: Any, expected: Any, allowance: Allowance, samples: int = 0
 ) -> None:
-    found, due = list(_leaves(claimed)), list(_leaves(expected))
+    found, due = list(numbers_in(claimed)), list(numbers_in(expected))
     largest = max((largest_entry(value) for _, _, value in due), default=0.0)
     for (where, key, value), (_, _, claim) in zip(due, found, strict=True):
         other = claim.to(value)
@@ -98,20 +96,3 @@ def _require_close(
                 f"Backend {name_of(source)} is wrong on this model: the {what}{where} differs from that of ordinary "
                 f"gradients by {difference:.3g}, where its largest entry is {largest_entry(value):.3g}. {ADVICE}"
             )
-
-
-def _leaves(result: Any, where: str = "", key: str = "") -> Iterator[tuple[str, str, Tensor]]:
-    """Yield the numbers of a result, each with where it stands and with the last key of a mapping on the way to it."""
-    if isinstance(result, Tensor):
-        yield where, key, result.detach()
-    elif isinstance(result, bool | int | float):
-        yield where, key, torch.tensor(float(result), dtype=torch.float64)
-    elif isinstance(result, Mapping):
-        for name, value in result.items():
-            yield from _leaves(value, f"{where} of {name!r}", str(name))
-    elif isinstance(result, tuple | list):
-        for number, value in enumerate(result):
-            yield from _leaves(value, f"{where}[{number}]", key)
-    elif is_dataclass(result):
-        for each in fields(result):
-            yield from _leaves(getattr(result, each.name), f"{where}.{each.name}", key)
