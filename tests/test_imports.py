@@ -22,6 +22,7 @@ LAYERS = (
         "persample.metrics",
     ),
     ("persample.sources.model", "persample.sources.splits", "persample.sources.batch", "persample.sources.lock"),
+    ("persample.kernels",),
     ("persample.sources.contract",),
     ("persample.sources.selfcheck",),
     ("persample.sources.recording",),

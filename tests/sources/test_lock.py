@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import losses
-from persample.sources.backends.fused import autotune
+from persample.kernels import autotune
 from persample.sources.lock import Lock
 
 pytestmark = [

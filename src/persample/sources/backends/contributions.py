@@ -14,25 +14,9 @@ import torch
 from torch import Tensor
 
 from persample.dtypes import at_least_float32
-
-
-def samples_at_once(numbers: int, device: torch.device, budget: int = 2**20) -> int:
-    """Return how many samples to take at a time, if `numbers` numbers are made of each, and used up.
-
-    On a CPU about `budget` numbers stay in the cache. Elsewhere each operation costs a launch, and must be large to
-    keep the processor busy, so there are 2²⁶ of them: 256 MiB in float32.
-    """
-    if device.type != "cpu":
-        budget = 2**26
-    return max(1, budget // max(1, numbers))
-
-
-def squares_of(g: Tensor, dim: int = 0) -> Tensor:
-    """Return Σ_i g_i² along the samples, of numbers that are not needed afterwards."""
-    if g.is_cuda:
-        norms: Tensor = torch.linalg.vector_norm(g, dim=dim)  # reads them once, and writes none
-        return norms.square()
-    return g.square_().sum(dim)
+from persample.kernels.lookups import lookup_moments
+from persample.kernels.outer import outer_moments
+from persample.kernels.terms import term_moments
 
 
 def precise(values: Tensor) -> Tensor:
@@ -75,21 +59,8 @@ class OuterProducts:
         return (self.delta @ self.a.mT).reshape(len(self.a), *self.shape)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        if self.a.shape[-1] == 1:
-            # One position: g_i² = (δ_i)² (a_iᵀ)², so that no per-sample gradient is needed (Goodfellow, 2015).
-            return self.product(self.delta, self.a), self.product(self.delta.square(), self.a.square())
-        total = self.delta.new_zeros(self.shape)
-        squares = torch.zeros_like(total)
-        rows = samples_at_once(self.shape.numel(), self.delta.device)
-        for delta, a in zip(self.delta.split(rows), self.a.split(rows), strict=True):
-            g = (delta @ a.mT).reshape(len(a), *self.shape)
-            total += g.sum(0)
-            squares += squares_of(g)
-        return total, squares
-
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return Σ_i Σ_l left_il right_ilᵀ, for factors of the shapes of δ and a."""
-        return torch.einsum("bgol,bgil->goi", left, right).reshape(self.shape)
+        total, squares = outer_moments(self.delta, self.a)
+        return total.view(self.shape), squares.view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -109,24 +80,7 @@ class Terms:
         return self.terms.sum(1)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        if self.terms.shape[1] == 1:  # the terms are the caller's: they must not be squared in place
-            g = self.terms.squeeze(1)
-            return g.sum(0), g.square().sum(0)
-        g = self.per_sample()
-        return g.sum(0), squares_of(g)
-
-
-def unique_at_most(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `numbers.unique(return_inverse=True)` does, with zeros behind it up to the length of `numbers`.
-
-    So the shape does not depend on the values, for which a GPU would have to be waited for.
-    """
-    ordered, order = numbers.flatten().sort()
-    new = torch.ones_like(ordered)
-    new[1:] = ordered[1:] != ordered[:-1]
-    place = new.cumsum(0) - 1
-    found = torch.zeros_like(ordered).scatter_(0, place, ordered)
-    return found, torch.empty_like(place).scatter_(0, order, place).view(numbers.shape)
+        return term_moments(self.terms)
 
 
 @dataclass(frozen=True)
@@ -152,16 +106,4 @@ class Lookups:
         return self.delta.new_zeros(samples, self.count, width).scatter_add_(1, index, self.delta)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        # Only the rows that a sample looks up are formed: one for each pair (sample, index) that occurs.
-        sample = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
-        numbers = sample * self.count + self.indices
-        pairs, place = unique_at_most(numbers) if numbers.is_cuda else numbers.unique(return_inverse=True)
-        g = add_up(place, self.delta, len(pairs))
-        index = pairs % self.count
-        return add_up(index, g, self.count), add_up(index, g.square(), self.count)
-
-
-def add_up(index: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Return the sums of those `values`, `(…, D)`, that have the same index, as `(rows, D)`."""
-    width = values.shape[-1]
-    return values.new_zeros(rows, width).index_add_(0, index.reshape(-1), values.reshape(-1, width))
+        return lookup_moments(self.indices, self.delta, self.count)

@@ -15,8 +15,10 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from persample.kernels.lookups import add_up, lookup_squared_norms
+from persample.kernels.outer import outer_squared_norms, outer_weighted_sum
 from persample.quantities.block import as_matrix
-from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms, add_up
+from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms
 
 #: As many numbers as are formed at once where the pieces must meet each other.
 _MEETING = 2**22
@@ -59,11 +61,6 @@ def squared_norms(contribution: Contribution, size: int, width: int) -> Tensor:
 @singledispatch
 def weighted_sum(contribution: Contribution, weights: Tensor, width: int) -> Tensor:
     """Return Σ_i w_i g_i."""
-    return weighted_pieces(contribution, weights, width)
-
-
-def weighted_pieces(contribution: Contribution, weights: Tensor, width: int) -> Tensor:
-    """Return Σ_i w_i g_i from gradients that are formed."""
     total: Tensor | None = None
     for where, g in pieces_of(contribution, len(weights), width):
         part = torch.tensordot(weights[where].to(g.dtype), g, 1)
@@ -76,17 +73,6 @@ def weighted_pieces(contribution: Contribution, weights: Tensor, width: int) -> 
 def gram(contribution: Contribution, size: int, width: int) -> Tensor:
     """Return g_i·g_j, shape `(size, size)`."""
     return products_of_pairs(contribution, size, width)
-
-
-def norms_of_products(delta: Tensor, a: Tensor) -> Tensor | None:
-    """Return ‖Σ_l δ_il a_ilᵀ‖² for δ `(B, L, O)` and a `(B, L, I)`; None where the gradients are cheaper to form."""
-    positions, outputs, inputs = delta.shape[1], delta.shape[2], a.shape[2]
-    if positions == 1:
-        return _squares(delta) * _squares(a)
-    if 2 * positions * (outputs + inputs) > outputs * inputs:
-        return None
-    products = (delta @ delta.mT).mul_(a @ a.mT)
-    return products.flatten(1).sum(1).clamp_(min=0)  # rounding may leave less than nothing
 
 
 def gram_of_one_position(delta: Tensor, a: Tensor) -> Tensor:
@@ -106,22 +92,12 @@ def _squares(values: Tensor) -> Tensor:
 
 @squared_norms.register
 def _(contribution: OuterProducts, size: int, width: int) -> Tensor:
-    if contribution.delta.shape[1] == 1:
-        found = norms_of_products(contribution.delta.squeeze(1).mT, contribution.a.squeeze(1).mT)
-    elif contribution.a.shape[-1] == 1:
-        found = (contribution.delta.square().sum((2, 3)) * contribution.a.square().sum((2, 3))).sum(1)
-    else:
-        found = None
-    if found is not None:
-        return found
-    return torch.cat([_squares(g) for _, g in pieces_of(contribution, size, width)])
+    return outer_squared_norms(contribution.delta, contribution.a)
 
 
 @weighted_sum.register
 def _(contribution: OuterProducts, weights: Tensor, width: int) -> Tensor:
-    if contribution.a.shape[-1] > 1:  # to form them costs less than to put all positions of all samples side by side
-        return weighted_pieces(contribution, weights, width)
-    return contribution.product(scaled(contribution.delta, weights), contribution.a)
+    return outer_weighted_sum(contribution.delta, contribution.a, weights).view(contribution.shape)
 
 
 @gram.register
@@ -153,8 +129,7 @@ def _(contribution: Terms, size: int, width: int) -> Tensor:
 
 @squared_norms.register
 def _(contribution: Lookups, size: int, width: int) -> Tensor:
-    sample, g = _rows_of_pairs(contribution)
-    return g.new_zeros(size).index_add_(0, sample, g.square().sum(1))
+    return lookup_squared_norms(contribution.indices, contribution.delta, contribution.count)
 
 
 @weighted_sum.register
@@ -170,11 +145,3 @@ def _(contribution: Lookups, size: int, width: int) -> Tensor:
         return products_of_pairs(contribution, size, width)
     few = Lookups(place, contribution.delta, len(found))
     return products_of_pairs(few, size, len(found) * contribution.delta.shape[-1])
-
-
-def _rows_of_pairs(contribution: Lookups) -> tuple[Tensor, Tensor]:
-    """Return the sample and the gradient of the row, for each pair of sample and index that occurs."""
-    sample = torch.arange(len(contribution.indices), device=contribution.indices.device).unsqueeze(1)
-    pairs, place = (sample * contribution.count + contribution.indices).unique(return_inverse=True)
-    g = add_up(place, contribution.delta, len(pairs))
-    return pairs // contribution.count, g

@@ -12,9 +12,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from persample.kernels.pieces import samples_at_once
 from persample.quantities.block import Block
 from persample.sources.backends.contribution_blocks import SeveralUses, SingleUse
-from persample.sources.backends.contributions import Contribution, samples_at_once
+from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.fused.expressions import Expression
 
 

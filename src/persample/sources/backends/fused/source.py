@@ -12,10 +12,10 @@ from torch.utils.checkpoint import CheckpointError
 
 from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
+from persample.kernels.autotune import deterministic_choice
 from persample.moments import Moments
 from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
 from persample.sources.backends.fused.arguments import memory_of
-from persample.sources.backends.fused.autotune import deterministic_choice
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.malloc import keep_freed_memory
 from persample.sources.backends.fused.recorder import FusedRecorder

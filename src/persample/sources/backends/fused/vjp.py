@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.sources.backends.contributions import samples_at_once
+from persample.kernels.pieces import samples_at_once
 from persample.sources.model.refusals import VMAP_OR_VJP
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from persample.kernels.unfolding import padding_pairs, unfold
 from persample.sources.backends.contributions import Contribution, OuterProducts, Terms
-from persample.sources.backends.unfolding import padding_pairs, unfold
 
 
 def convolution(module: _ConvNd, a: Tensor, delta: Tensor) -> dict[str, Contribution]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms, add_up
+from persample.kernels.lookups import add_up
+from persample.kernels.outer import product
+from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms
 
 
 def printed_second_moment(contribution: Contribution) -> Tensor:
     """Return Σ_i Σ_l (term l of g_i)², for the contributions that the rules for layers give."""
     match contribution:
         case OuterProducts(delta, a):
-            return contribution.product(delta.square(), a.square())
+            return product(delta.square(), a.square()).view(contribution.shape)
         case Terms(terms):
             return terms.square().sum((0, 1))
         case Lookups(indices, delta, count):

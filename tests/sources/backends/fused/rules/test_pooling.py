@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persample.kernels import pooling as kernels
 from persample.sources.backends.fused.rules import pooling
 
 SETTINGS: list[tuple[Any, ...]] = [
@@ -33,7 +34,7 @@ def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: str, monkeyp
     def take(key: object, forms: Any, *operands: Any) -> Any:
         return forms()[form](*operands)
 
-    monkeypatch.setattr(pooling, "choose", take)
+    monkeypatch.setattr(kernels, "choose", take)
     torch.manual_seed(0)
     x = torch.randn(6, channels, 11, 13).round().requires_grad_()  # rounded, so that there are ties
     expected = F.max_pool2d(x, *settings)
@@ -49,8 +50,8 @@ def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: str, monkeyp
     ("batch", "channels", "images"), [(128, 6, 16), (128, 10, 8), (7, 10, 7), (4, 1, 4), (128, 64, 1), (3, 100, 1)]
 )
 def test_enough_channels_side_by_side(batch: int, channels: int, images: int) -> None:
-    assert pooling._images_side_by_side(batch, channels) == images
-    assert ("images side by side" in pooling._forms(torch.empty(batch, channels, 4, 4))) == (images > 1)
+    assert kernels._images_side_by_side(batch, channels) == images
+    assert ("images side by side" in kernels._forms(torch.empty(batch, channels, 4, 4))) == (images > 1)
 
 
 @pytest.mark.parametrize("x", [torch.randn(3, 8, 8), torch.randn(2, 8, 8, 3).movedim(3, 1)], ids=["no batch", "last"])

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
+from persample.kernels.convolution import Geometry
+from persample.kernels.unfolding import padding_pairs, unfold
 from persample.sources.backends.contributions import OuterProducts, Terms
-from persample.sources.backends.fused.convolution import Convolution, Geometry
+from persample.sources.backends.fused.convolution import Convolution
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.trace import Trace
-from persample.sources.backends.unfolding import padding_pairs, unfold
 from persample.sources.model.refusals import VMAP_OR_VJP
 
 

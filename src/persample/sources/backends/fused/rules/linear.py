@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persample.kernels.linear import linear_gradient_of_inputs, linear_outputs
 from persample.sources.backends.contributions import Contribution, Terms, precise
-from persample.sources.backends.fused.linear import LinearProducts, gradient_of_inputs, outputs_of
+from persample.sources.backends.fused.linear import LinearProducts
 from persample.sources.backends.fused.rules import decompositions
 from persample.sources.backends.fused.trace import Trace
 
@@ -38,10 +39,10 @@ def linear(trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = No
     if all(v is None or (v.dtype, v.requires_grad) == (input.dtype, False) for v in values) and not _autocast(input):
 
         def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-            return outputs_of(x, *values), (x,)
+            return linear_outputs(x, *values), (x,)
 
         def backward(delta: Tensor, x: Tensor, wanted: bool) -> tuple[Tensor | None, Sequence[Contribution]]:
-            gradient = gradient_of_inputs(delta, values[0], tuple(x.shape[:-1])) if wanted else None
+            gradient = linear_gradient_of_inputs(delta, values[0], x.shape[:-1]) if wanted else None
             delta, x = precise(delta), precise(x)
             return gradient, (for_weight(delta, x), for_bias(delta, x))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from persample.sources.backends.fused import autotune
-from persample.sources.backends.fused.autotune import COMPILED, Key, choose, deterministic_choice
+from persample.kernels import autotune
+from persample.kernels.autotune import COMPILED, Key, choose, deterministic_choice
 
 Form = Callable[[Tensor], tuple[Tensor]]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.sources.backends.fused.convolution import Convolution, Geometry, forms
+from persample.kernels.convolution import Geometry, Images, forms
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-def problem(name: str, dtype: torch.dtype) -> tuple[Convolution, Tensor, Tensor]:
+def problem(name: str, dtype: torch.dtype) -> tuple[Images, Tensor, Tensor]:
     """Return a convolution, and Σ_i g_i and Σ_i g_i² by a loop over the samples."""
     (channels, outputs, kernel, stride, padding, dilation, groups, size), batch, images = CASES[name]
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def problem(name: str, dtype: torch.dtype) -> tuple[Convolution, Tensor, Tensor]
         rows.append(torch.autograd.grad(outputs_i, weight, delta[own])[0])
     g = torch.stack(rows)
     geometry = Geometry(tuple(weight.shape), stride, padding, dilation, groups)
-    convolution = Convolution(delta.to(dtype), x.to(dtype), geometry, images)
+    convolution = Images(delta.to(dtype), x.to(dtype), geometry, images)
     torch.testing.assert_close(convolution.per_sample().double(), g, rtol=1e-3, atol=1e-3)
     return convolution, g.sum(0), g.square().sum(0)
 
@@ -72,7 +72,7 @@ def test_images_of_one_pixel_in_strange_strides(kernel: tuple[int, int]) -> None
     x = torch.randn(5, 2, 1, 1, dtype=torch.float64).as_strided((5, 2, 1, 1), (2, 1, 2, 2))
     delta = F.conv2d(x, x.new_ones(16, 2, *kernel), padding=1)
     delta = delta.to(memory_format=torch.channels_last)
-    convolution = Convolution(delta, x, Geometry((16, 2, *kernel), (1, 1), (1, 1), (1, 1), 1))
+    convolution = Images(delta, x, Geometry((16, 2, *kernel), (1, 1), (1, 1), (1, 1), 1))
     expected = convolution.per_sample()
     for form, sums in forms(convolution).items():
         total, squares = sums(convolution)

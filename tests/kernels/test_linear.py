@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from persample.sources.backends.fused import linear
-from persample.sources.backends.fused.linear import many_positions, one_position
+from persample.kernels import linear
+from persample.kernels.linear import many_positions, one_position
 
 SIZES = [(1, 1, 1), (7, 3, 5), (128, 10, 84), (33, 400, 130)]  # B, O, I
 
@@ -61,8 +61,8 @@ def test_the_layer_itself_whichever_product_is_taken(
     monkeypatch.setattr(linear, "choose", each)
     expected = x.double() @ weight.double().mT
     for given in (bias, None):
-        found = linear.outputs_of(x, weight, given).double()
+        found = linear.linear_outputs(x, weight, given).double()
         torch.testing.assert_close(found, expected + (0 if given is None else given.double()), rtol=1e-4, atol=1e-4)
-    found = linear.gradient_of_inputs(delta, weight, (len(delta),)).double()
+    found = linear.linear_gradient_of_inputs(delta, weight, [len(delta)]).double()
     torch.testing.assert_close(found, delta.double() @ weight.double(), rtol=1e-4, atol=1e-4)
     assert len(seen) == 3

@@ -1,0 +1,166 @@
+"""The products of a linear layer, each in whichever exact form is the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.kernels.autotune import COMPILED, Key, choose
+from persample.kernels.library import operator
+from persample.kernels.onednn import product_for
+from persample.kernels.pieces import Sums, samples_at_once, squares_of
+
+Form = TypeVar("Form", bound=Callable[..., object])
+
+
+def _check(x: Tensor, delta: Tensor) -> None:
+    if x.dim() != 3 or delta.dim() != 3 or x.shape[:2] != delta.shape[:2]:
+        shapes = f"{tuple(x.shape)} and {tuple(delta.shape)}"
+        raise ValueError(f"inputs and gradients of shapes {shapes}: they must be (B, L, I) and (B, L, O).")
+
+
+def _fake_moments(x: Tensor, delta: Tensor) -> Sums:
+    _check(x, delta)
+    shape = delta.shape[2], x.shape[2]
+    return delta.new_empty(shape), delta.new_empty(shape)
+
+
+def _fake_norms(x: Tensor, delta: Tensor) -> Tensor:
+    _check(x, delta)
+    return delta.new_empty(len(delta))
+
+
+@operator("linear_moments(Tensor x, Tensor delta) -> (Tensor, Tensor)", _fake_moments)
+def linear_moments(x: Tensor, delta: Tensor) -> Sums:
+    """Return Σ_i g_i and Σ_i g_i², each `(O, I)`, of g_i = Σ_l δ_il x_ilᵀ, for x `(B, L, I)` and δ `(B, L, O)`."""
+    _check(x, delta)
+    kind = (delta.shape[2], x.shape[2], x.dtype, x.device)
+    batch, positions = delta.shape[:2]
+    if positions == 1:
+        d, a = delta.squeeze(1), x.squeeze(1)
+        return choose(Key(("linear", kind), (batch,)), lambda: _likely_first(one_position(a), d, a), d, a)
+    key = Key(("linear on positions", kind), (batch, positions))
+    return choose(key, lambda: many_positions(delta, x), delta, x)
+
+
+@operator("linear_squared_norms(Tensor x, Tensor delta) -> Tensor", _fake_norms)
+def linear_squared_norms(x: Tensor, delta: Tensor) -> Tensor:
+    """Return ‖g_i‖², `(B,)`, of the same: Σ_ll' (δ_il·δ_il') (x_il·x_il') where that is cheaper than g_i.
+
+    So Goodfellow (2015), and Li et al. (2022).
+    """
+    _check(x, delta)
+    positions, outputs, inputs = delta.shape[1], delta.shape[2], x.shape[2]
+    if positions == 1:
+        return delta.square().sum((1, 2)) * x.square().sum((1, 2))
+    if 2 * positions * (outputs + inputs) <= outputs * inputs:
+        products = (delta @ delta.mT).mul_(x @ x.mT)
+        return products.flatten(1).sum(1).clamp_(min=0)  # rounding may leave less than nothing
+    return torch.cat([torch.linalg.vector_norm(g, dim=(1, 2)).square() for g in _pieces(delta, x)])
+
+
+def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
+    """Forms for inputs like `a`. g_i² = (δ_i)² (a_iᵀ)², so both sums are products over the batch (Goodfellow, 2015)."""
+    forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
+        "blas": lambda delta, a: (delta.mT @ a, delta.square().mT @ a.square())
+    }
+    product = product_for(a)
+    if product is not None:
+
+        def onednn(delta: Tensor, a: Tensor) -> Sums:
+            d, x = (t.mT.clone(memory_format=torch.contiguous_format) for t in (delta, a))
+            return product(d, x), product(d.square_(), x.square_())
+
+        forms[COMPILED] = onednn
+    return forms
+
+
+def _likely_first(forms: dict[str, Form], left: Tensor, right: Tensor) -> dict[str, Form]:
+    """Return `forms` with the likely winner first: oneDNN, where it is there and the weight is worth its trouble."""
+    likely = next((name for name in forms if name.startswith(COMPILED)), None)
+    if likely is None or left.shape[-1] * right.shape[-1] < 2**14:
+        return forms
+    return {likely: forms.pop(likely), **forms}
+
+
+def _fake_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), len(weight))
+
+
+@operator("linear_outputs(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake_outputs)
+def linear_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, `(N, O)`, for x of shape `(*lengths, I)` with N rows, by the fastest product."""
+    rows = x.reshape(-1, x.shape[-1])
+
+    def forms() -> dict[str, Callable[..., tuple[Tensor]]]:
+        found: dict[str, Callable[..., tuple[Tensor]]] = {"blas": lambda x, w, b: (F.linear(x, w, b),)}
+        product = product_for(rows)
+        if product is not None:
+            found[COMPILED] = lambda x, w, b: (product(x, w, b),)
+        return _likely_first(found, rows, weight.mT)
+
+    key = Key(("outputs", weight.shape, bias is None, x.dtype, x.device), tuple(x.shape[:-1]))
+    return choose(key, forms, rows, weight, bias)[0]
+
+
+def _fake_gradient(delta: Tensor, weight: Tensor, lengths: Sequence[int]) -> Tensor:
+    return delta.new_empty(*lengths, weight.shape[1])
+
+
+@operator("linear_gradient_of_inputs(Tensor delta, Tensor weight, SymInt[] lengths) -> Tensor", _fake_gradient)
+def linear_gradient_of_inputs(delta: Tensor, weight: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return δ W, `(*lengths, I)`, for δ of shape `(N, O)`, by the fastest product."""
+
+    def forms() -> dict[str, Callable[..., tuple[Tensor]]]:
+        found: dict[str, Callable[..., tuple[Tensor]]] = {"blas": lambda delta, w: (delta @ w,)}
+        product = product_for(delta)
+        if product is not None:
+            found[COMPILED] = lambda delta, w: (product(delta, w.mT),)
+        return _likely_first(found, delta, weight)
+
+    key = Key(("inputs", weight.shape, delta.dtype, delta.device), tuple(lengths))
+    return choose(key, forms, delta, weight)[0].view(*lengths, weight.shape[1])
+
+
+def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
+    """Forms for tensors like these. Positions are summed before squaring, so the g_i are formed, a few at a time."""
+    forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
+        "batched": _batched,
+        "blas one by one": lambda delta, a: _one_by_one(delta, a, lambda d, x: d.mT @ x),
+    }
+    if delta.shape[-1] * a.shape[-1] > 2**15 and not delta.is_cuda:  # the likely winner first
+        forms = dict(reversed(forms.items()))
+    product = product_for(a)
+    if product is not None:
+        forms[f"{COMPILED} one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
+    return forms
+
+
+def _pieces(delta: Tensor, a: Tensor) -> Iterator[Tensor]:
+    """The gradients of some samples after the other, `(b, O, I)`."""
+    rows = samples_at_once(delta.shape[2] * a.shape[2], delta.device, 2**18)
+    for d, x in zip(delta.split(rows), a.split(rows), strict=True):
+        yield d.mT @ x
+
+
+def _batched(delta: Tensor, a: Tensor) -> Sums:
+    total = delta.new_zeros(delta.shape[2], a.shape[2])
+    squares = torch.zeros_like(total)
+    for g in _pieces(delta, a):
+        total += g.sum(0)
+        squares += squares_of(g)
+    return total, squares
+
+
+def _one_by_one(delta: Tensor, a: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Sums:
+    total = delta.new_zeros(delta.shape[2], a.shape[2])
+    squares = torch.zeros_like(total)
+    for d, x in zip(delta, a, strict=True):
+        g = product(d, x)
+        total += g
+        squares.addcmul_(g, g)
+    return total, squares
