@@ -60,6 +60,8 @@ def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerS
 
     def watched(outputs: Any, targets: Any) -> Tensor:
         losses = per_sample(outputs, targets)
+        if torch.compiler.is_dynamo_compiling():  # a step is recorded after an ordinary call only, which has looked
+            return losses
         # Where operations are followed or transformed, tensors that are no parameters may stand for others.
         followed = _is_followed() or _is_transformed(losses)
         if followed not in looked and isinstance(losses, Tensor):

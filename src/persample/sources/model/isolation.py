@@ -124,6 +124,38 @@ def _fill(container: Any, entries: Any) -> None:
     container.update(entries) if isinstance(container, dict | set) else container.extend(entries)
 
 
+class Held:
+    """What the modules of a model hold, as it is now, by identity: attributes, and what containers among them hold.
+
+    Args:
+        model: the network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(modules_of(model))
+        own = [module._parameters for module in self.modules]
+        self.parameters = list({id(p): p for table in own for p in table.values() if p is not None}.values())
+        attributes = list(map(vars, self.modules))
+        dicts, others, tensors = [*attributes, *map(vars, self.parameters)], [], []
+        level = list(chain.from_iterable(map(_values, attributes)))
+        inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
+        met: set[int] = set()
+        while inside or besides:
+            dicts += inside
+            others += _OTHERS.select(besides)
+            tensors += _TENSORS.select(besides)
+            containers = chain(map(_values, filter(None, inside)), filter(len, _CONTAINERS.select(besides)))
+            level = [value for value in chain.from_iterable(containers) if id(value) not in met]
+            inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
+            met.update(map(id, (*inside, *besides)))
+        self.containers = _Snapshot(dicts, others)
+        self.tensors: list[Tensor] = tensors
+
+    def changed(self) -> bool:
+        """Whether something else is held, or in another order."""
+        return self.containers.changed()
+
+
 class State:
     """What a model keeps from one forward pass to the next, as it is now.
 
@@ -137,25 +169,10 @@ class State:
     """
 
     def __init__(self, model: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> None:
-        self._modules = list(modules_of(model))
-        own = [module._parameters for module in self._modules]
-        self.parameters = list({id(p): p for table in own for p in table.values() if p is not None}.values())
+        held = Held(model)
+        self._modules, self.parameters, self._containers = held.modules, held.parameters, held.containers
         self._frozen = list(frozen)
-        attributes = list(map(vars, self._modules))
-        dicts, others, tensors = [*attributes, *map(vars, self.parameters)], [], []
-        level = list(chain.from_iterable(map(_values, attributes)))
-        inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
-        met: set[int] = set()
-        while inside or besides:
-            dicts += inside
-            others += _OTHERS.select(besides)
-            tensors += _TENSORS.select(besides)
-            containers = chain(map(_values, filter(None, inside)), filter(len, _CONTAINERS.select(besides)))
-            level = [value for value in chain.from_iterable(containers) if id(value) not in met]
-            inside, besides = _DICTS.select(level), _BESIDES_DICTS.select(level)
-            met.update(map(id, (*inside, *besides)))
-        self._containers = _Snapshot(dicts, others)
-        self._tensors = [_Values(t) for t in (*tensors, *self._frozen) if has_values(t)]
+        self._tensors = [_Values(t) for t in (*held.tensors, *self._frozen) if has_values(t)]
 
     def put_back(self) -> None:
         """Let the model hold what it held."""

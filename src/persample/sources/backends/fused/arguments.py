@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -50,4 +51,6 @@ def substitute(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
 
 def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
     """Return where the memory begins that `tensor` shares with its views."""
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    storage = tensor.untyped_storage()
+    # A tensor without values, as the one that a step is recorded with, has a storage, but no memory.
+    return tensor.device, storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr()

@@ -19,6 +19,7 @@ from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.malloc import keep_freed_memory
 from persample.sources.backends.fused.recorder import FusedRecorder
+from persample.sources.backends.fused.replay import Replay
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
 from persample.sources.batch import Batch
@@ -42,6 +43,8 @@ class FusedSource(PerSampleGradSource):
         deterministic: fix the form of each product by its shape, so that results repeat bit for bit, in other
             processes too; otherwise the fastest is found by timing each once for each shape.
             `torch.use_deterministic_algorithms(True)` does the same.
+        compile: record the step of `moments` with `torch.compile` at the first batch of its kind, and replay it later
+            on. What cannot be recorded, or gives other numbers, goes the ordinary way, and the log says why.
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 
@@ -51,11 +54,13 @@ class FusedSource(PerSampleGradSource):
         loss_fn: Callable[[Any, Any], Any],
         *,
         deterministic: bool = False,
+        compile: bool = False,
         check: Check = "first",
     ) -> None:
         super().__init__(model, loss_fn, check=check)
         keep_freed_memory()
         self.deterministic = deterministic
+        self.replay = Replay() if compile else None
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if batch.size == 1:
@@ -69,6 +74,13 @@ class FusedSource(PerSampleGradSource):
         if batch.size == 1:
             losses, alone = self._of_one(batch)
             return Moments(losses, alone, {name: g.square() for name, g in alone.items()})
+        replayed = None if self.replay is None else self.replay.moments(self, batch)
+        if self.replay is not None:
+            self.ran, self.ran_because = "eager" if self.replay.reason else "replayed", self.replay.reason
+        return replayed or self.ordinary_moments(batch)
+
+    def ordinary_moments(self, batch: Batch) -> Moments:
+        """Return the moments of several samples, computed operation by operation."""
         parameters, sink = self.parameters(), Moment(batch.size)
         losses = self._backward(batch, parameters, sink)
         if sink.total:

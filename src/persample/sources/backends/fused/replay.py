@@ -1,0 +1,388 @@
+"""Replaying a step: forward pass, backward pass and moments, recorded once as a flat list of ATen operations.
+
+1. Dynamo captures forward pass and loss as a graph with *guards* on all that Python decided: modules, flags, shapes,
+   values. Where a guard fails, it captures anew.
+2. At the first call of such a graph, the capture of this backend runs over it on tensors without values (`FakeTensor`)
+   while `make_fx` writes down every operation, those of the backward pass and of the contributions included. Whatever
+   looks at a value fails there, so no decision of that kind gets into the list.
+3. The list is run once from where the ordinary call began. Only if it gives the same results, the same state of the
+   model and the same random numbers does it serve later calls.
+
+A step that fails in 1, 2 or 3 goes the ordinary way, and `Replay.reason` says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from persample.losses import require_losses
+from persample.moments import Moments
+from persample.sources.backends.fused import nan_probe
+from persample.sources.backends.fused.autotune import deterministic_choice
+from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
+from persample.sources.batch import Batch
+from persample.sources.model.isolation import Held, State
+from persample.sources.model.modules import modules_of
+from persample.sources.model.random_state import random_state, same_random_state, set_random_state
+
+_log = logging.getLogger(__name__)
+
+_MOST_STEPS = 8  # for each of which Dynamo keeps as many graphs as its `recompile_limit` says
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+class Ordinary(Protocol):
+    """What is known of the source whose steps are replayed."""
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Any]
+    deterministic: bool
+    ordinary_state: bool
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that require a gradient, by name."""
+
+    def state(self) -> State:
+        """Return what the model keeps from one forward pass to the next, as it is now."""
+
+    def ordinary_moments(self, batch: Batch) -> Moments:
+        """Return the moments of `batch`, computed operation by operation."""
+
+
+class Replay:
+    """The recorded steps of one source.
+
+    Nothing of them is copied or pickled: a copy begins without any.
+
+    Attributes:
+        reason: why the last step was not replayed; empty if it was.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._steps: list[_Step] = []
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reason": "", "_steps": [], "_told": set()}
+
+    def moments(self, source: Ordinary, batch: Batch) -> Moments | None:
+        """Return the moments of `batch`, or None if the step is to go the ordinary way."""
+        self.reason = _beyond_replay(source, batch)
+        if not self.reason:
+            step = next((step for step in self._steps if step.fits(source)), None)
+            if step is None and len(self._steps) >= _MOST_STEPS:
+                self.reason = f"attributes of the model have changed {_MOST_STEPS} times"
+            else:
+                if step is None:
+                    step = _Step(source)
+                    self._steps.append(step)
+                moments = step.moments(source, batch)
+                self.reason = step.reason
+                if moments is not None:
+                    return moments
+        if self.reason not in self._told:
+            self._told.add(self.reason)
+            _log.warning("Backend 'fused' does not replay the step of this model: %s.", self.reason)
+        return None
+
+
+class _NotRecordedError(Exception):
+    """No graph fits this call. Nothing was run."""
+
+
+class _Step:
+    """Forward pass and loss of one model in one state of its attributes, compiled.
+
+    Dynamo's guards have gaps: a key that a dict lacks, the order of an `OrderedDict`, a method that a class of
+    PyTorch's has got anew. So all that modules hold and how their classes are called must be what it was, by identity.
+
+    Attributes:
+        reason: why it cannot be replayed; empty as long as it can.
+    """
+
+    def __init__(self, source: Ordinary) -> None:
+        self.reason = ""
+        self.recording = False  # whether a graph that is not recorded yet may be
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.tensors: list[Tensor] = []
+        self.results: tuple[Tensor, ...] | None = None
+        self.size = 0
+        self.deterministic = source.deterministic
+        self._key = _key(source)
+        self._held = Held(source.model)
+        self._compiled = _compiled(source.model, source.loss_fn, weakref.ref(self))
+
+    def fits(self, source: Ordinary) -> bool:
+        """Whether it is of this source as it is now."""
+        return not self._held.changed() and self._key == _key(source)
+
+    def moments(self, source: Ordinary, batch: Batch) -> Moments | None:
+        """Return the moments of `batch`, or None if the step cannot be replayed."""
+        if self.reason:
+            return None
+        try:
+            # Dynamo captures nothing here: where no graph fits, it runs the function itself, which raises.
+            with torch.compiler.set_stance("eager_on_recompile"):
+                return self._replayed(source, batch)
+        except _NotRecordedError:
+            return self._recorded(source, batch)
+        except NotReplayableError as error:  # before anything was run
+            self.reason = str(error)
+            return None
+
+    def _replayed(self, source: Ordinary, batch: Batch) -> Moments:
+        args, kwargs, targets = batch.for_a_call()
+        self.parameters, self.size = source.parameters(), batch.size
+        self.tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, targets)) if isinstance(leaf, Tensor)]
+        try:
+            losses = self._compiled(args, kwargs, targets)
+            assert self.results is not None
+            found = dict(zip(self._names, zip(*_halves(self.results), strict=True), strict=True))
+        finally:
+            self.tensors, self.results = [], None
+        require_losses(losses, batch.size)
+        mean, squares = {}, {}
+        for name, p in self.parameters.items():
+            mean[name], squares[name] = found[name] if name in found else (torch.zeros_like(p), torch.zeros_like(p))
+        source.ordinary_state = True
+        return Moments(losses, mean, squares)
+
+    def run(self, graph: _Graph, inputs: Sequence[Any]) -> tuple[Tensor]:
+        """Run one of the graphs; Dynamo's code calls it.
+
+        Raises:
+            _NotRecordedError: it is not recorded, and may not be now.
+            NotReplayableError: it cannot be, or its operands are not those that it was recorded for.
+        """
+        expected = [self.parameters.get(k) if isinstance(k, str) else self.tensors[k] for k in graph.known.values()]
+        if not all(map(is_, expected, [inputs[i] for i in graph.known])):
+            raise NotReplayableError(
+                "other tensors take part in the step than the parameters and the batch it began with"
+            )
+        if graph.run is None:
+            if not self.recording:
+                raise _NotRecordedError
+            with _caches_kept_clean(), deterministic_choice(self.deterministic):
+                graph.record(inputs, self.size)
+        assert graph.run is not None
+        if _sharing(inputs) != graph.sharing:
+            raise NotReplayableError(
+                "tensors share memory that did not when the step was recorded, or the other way round"
+            )
+        with torch.no_grad(), torch._C._DisableAutocast():
+            losses, *self.results = graph.run(*inputs)
+        self._names = graph.reached
+        return (losses,)
+
+    def _recorded(self, source: Ordinary, batch: Batch) -> Moments:
+        """Return the moments of the ordinary way, and record the step if it gives the same."""
+        state, start = source.state(), random_state(source.model)
+        given = [(t, t.clone()) for t, *_ in batch.followed()]
+        moments = source.ordinary_moments(batch)
+        after, drawn = source.state(), random_state(source.model)
+        ordinary_state = source.ordinary_state
+        if not all(torch.equal(t, before) for t, before in given):
+            self.reason = "the model changes the batch in place, or there are NaNs in it"
+            return moments
+        state.put_back()
+        set_random_state(start)
+        try:
+            self.recording = True
+            with _capturing() as warned:
+                replayed = self._replayed(source, batch)
+            if any("lru_cache" in text for text in warned):
+                self.reason = "a function of the model remembers its results (functools.cache)"
+            elif not _agree(moments, replayed):
+                self.reason = "the recorded step gives other numbers"
+            elif not same_random_state(drawn, random_state(source.model)):
+                self.reason = "the recorded step draws other random numbers"
+            elif after.changed():
+                self.reason = "the recorded step leaves another state on the model"
+        except Exception as error:  # noqa: BLE001 - whatever Dynamo or a tensor without values cannot do: a reason
+            self.reason = _in_one_line(error)
+        finally:
+            self.recording = False
+            after.put_back()
+            set_random_state(drawn)
+        source.ordinary_state = ordinary_state
+        return moments
+
+
+class _Graph:
+    """A graph of Dynamo's, and what was recorded of it.
+
+    It holds neither the model nor the step: Dynamo keeps it as long as the code of the step.
+
+    Attributes:
+        known: for each operand that is a parameter or a tensor of the batch, its name or its number there.
+        run: runs the recorded operations; None before.
+        reached: the names of the parameters that have gradients, in the order of the results.
+        sharing: which operands share memory.
+    """
+
+    def __init__(self, graph: torch.fx.GraphModule, known: dict[int, str | int], step: weakref.ref[_Step]) -> None:
+        self.known = known
+        self.run: Callable[..., Any] | None = None
+        self.reached: list[str] = []
+        self.sharing: tuple[int, ...] = ()
+        self._captured: torch.fx.GraphModule | None = graph
+        self._step = step
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor]:
+        step = self._step()
+        if step is None:
+            raise NotReplayableError("its source is gone")
+        return step.run(self, inputs)
+
+    def record(self, inputs: Sequence[Tensor], size: int) -> None:
+        """Write down the operations of the step."""
+        if self._captured is None:
+            raise NotReplayableError("it could not be recorded before")
+        captured, self._captured = self._captured, None
+        self.sharing = _sharing(inputs)
+        self.run, self.reached = flat_graph(captured, self.known, inputs, size)
+
+
+def _key(source: Ordinary) -> tuple[Any, ...]:
+    """Return what decides how a step runs, besides the attributes of the model."""
+    classes = dict.fromkeys(map(type, modules_of(source.model)))
+    return (
+        *(id(source.model), id(source.loss_fn), source.deterministic, nn.Module._call_impl),
+        *[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
+        *[(kind, kind.__call__, getattr(kind, "forward", None)) for kind in classes],
+    )
+
+
+def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakref.ref[_Step]) -> Callable[..., Any]:
+    """Return the losses of a batch as a function that Dynamo captures."""
+    NotRecordedError = _NotRecordedError  # noqa: N806 - a name of the code that Dynamo sees, see below
+
+    def losses_of_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotRecordedError
+        return loss_fn(model(*args, **kwargs), targets)
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> _Graph:
+        asking = step()
+        if asking is None:
+            raise NotReplayableError("its source is gone")
+        refuse_graph(graph, examples)
+        numbers: dict[int, str | int] = {id(p): name for name, p in asking.parameters.items()}
+        numbers |= {id(t): number for number, t in enumerate(asking.tensors)}
+        known = {i: numbers[id(t)] for i, t in enumerate(examples) if id(t) in numbers}
+        if any(t.requires_grad and not isinstance(known.get(i), str) for i, t in enumerate(examples)):
+            raise NotReplayableError("a tensor that is no parameter of the model requires a gradient")
+        return _Graph(graph, known, step)
+
+    # Dynamo keeps its graphs with the code and the compiled functions with the globals, so both are made anew: they go
+    # with the step, and the steps of other sources do not count for its limit.
+    own = types.FunctionType(
+        losses_of_batch.__code__.replace(),
+        {"__builtins__": __builtins__, "__name__": __name__, "torch": torch, "NotRecordedError": _NotRecordedError},
+        "losses_of_batch",
+        closure=losses_of_batch.__closure__,
+    )
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _beyond_replay(source: Ordinary, batch: Batch) -> str:
+    """Return why a step is not worth trying; empty if it is."""
+    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if batch.split_tree is not None:
+        return "the samples are not in dim 0 of all tensors of the batch"
+    if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in tensors):
+        return "a tensor of the batch requires a gradient, or is of a special kind"
+    if (
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return "a mode of PyTorch is active (a default device, a transform, hooks on saved tensors)"
+    if nn.modules.module._has_any_global_hook():
+        return "there are hooks on all modules"
+    if any(module._backward_hooks or module._backward_pre_hooks for module in modules_of(source.model)):
+        return "a module has backward hooks"
+    return ""
+
+
+def _sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return for each tensor the number of the first that shares its memory."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(t.untyped_storage().data_ptr(), i) for i, t in enumerate(tensors)])
+
+
+def _halves(results: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return results[: len(results) // 2], results[len(results) // 2 :]
+
+
+def _agree(expected: Moments, found: Moments) -> bool:
+    """Whether two results are the same but for the order of additions in a kernel."""
+    pairs = [(expected.losses, found.losses)]
+    for table, others in ((expected.mean, found.mean), (expected.second_moment, found.second_moment)):
+        if list(table) != list(others):
+            return False
+        pairs += [(value, others[name]) for name, value in table.items()]
+    return all(map(_close, *zip(*pairs, strict=True)))
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    allowed = _TOLERANCE.get(expected.dtype, 4 * torch.finfo(expected.dtype).eps)
+    size = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=0.0, atol=allowed * size, equal_nan=True)
+
+
+@contextmanager
+def _caches_kept_clean() -> Iterator[None]:
+    """Let no tensor without values stay behind in a cache."""
+    try:
+        yield
+    finally:
+        nan_probe._codes.cache_clear()
+        nan_probe._owners_of_codes.cache_clear()
+
+
+@contextmanager
+def _capturing() -> Iterator[list[str]]:
+    """Let Dynamo capture, with all of its guards; yield the list that has its warnings afterwards."""
+    import torch._dynamo as dynamo
+
+    texts: list[str] = []
+    told = set(dynamo.utils.warn_once_cache)
+    dynamo.utils.warn_once_cache.clear()
+    careful = dynamo.config.patch(
+        skip_nnmodule_hook_guards=False, use_numpy_random_stream=True, suppress_errors=False, trace_numpy=False
+    )
+    try:
+        with warnings.catch_warnings(record=True) as caught, careful, torch.compiler.set_stance("default"):
+            warnings.simplefilter("always")
+            yield texts
+        texts += [str(warning.message) for warning in caught]
+    finally:
+        dynamo.utils.warn_once_cache.update(told)
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    if isinstance(error, _NotRecordedError):
+        return "Dynamo is switched off"
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    name = "" if isinstance(error, NotReplayableError) else f"{type(error).__name__}: "
+    return (name + (lines[0] if lines else "no message")).rstrip(".")
