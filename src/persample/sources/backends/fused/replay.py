@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.moments import Moments
 from persample.sources.backends.fused import nan_probe
-from persample.sources.backends.fused.autotune import deterministic_choice
 from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
 from persample.sources.batch import Batch
 from persample.sources.model.isolation import Held, State
@@ -174,14 +174,14 @@ class _Step:
         if graph.run is None:
             if not self.recording:
                 raise _NotRecordedError
-            with _caches_kept_clean(), deterministic_choice(self.deterministic):
+            with _caches_kept_clean():
                 graph.record(inputs, self.size)
         assert graph.run is not None
         if _sharing(inputs) != graph.sharing:
             raise NotReplayableError(
                 "tensors share memory that did not when the step was recorded, or the other way round"
             )
-        with torch.no_grad(), torch._C._DisableAutocast():
+        with torch.no_grad(), torch._C._DisableAutocast(), deterministic_choice(self.deterministic):
             losses, *self.results = graph.run(*inputs)
         self._names = graph.reached
         return (losses,)
