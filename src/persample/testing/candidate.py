@@ -76,6 +76,14 @@ class Candidate:
         """Return the source for the model and the loss of `problem`."""
         return persample.make_source(self.backend, problem.model, problem.loss_fn, check=check, **self.options)
 
+    def ready(self, problem: Problem, method: Method, check: Check) -> persample.PerSampleGradSource:
+        """Return the source that `method` is called on, for subclasses that call it before."""
+        return self.source(problem, check)
+
+    def call(self, source: persample.PerSampleGradSource, problem: Problem, method: Method) -> Any:
+        """Return what `method` returns."""
+        return _CALLS[method](source, problem.inputs, problem.targets)
+
     def judge(self, problem: Problem, check: Check = "first") -> Verdict:
         """Call the methods, and return whether the backend was exact or refused, and why.
 
@@ -92,12 +100,12 @@ class Candidate:
 
     def _judge_method(self, problem: Problem, truth: Truth | None, method: Method, check: Check) -> Verdict:
         due, buffers = problem.after_one_forward_pass
-        source = self.source(problem, check)
+        source = self.ready(problem, method, check)
         trace = no_trace(problem.model, problem.inputs, problem.targets, but_buffers=True)
         with _buffers_as_before_or(buffers, problem.model), trace, problem.autocasting():
             set_seed(problem.seed)
             try:
-                result = _CALLS[method](source, problem.inputs, problem.targets)
+                result = self.call(source, problem, method)
             except ContractError as error:
                 raise AssertionError(str(error)) from error
             except (UnsupportedModelError, DisagreementError) as error:

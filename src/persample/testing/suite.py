@@ -37,6 +37,7 @@ class BackendSuite:
             batch. `"each"`: every sample goes alone through the model, from the same seed.
         serves: what it must not refuse. `"nothing"`: it may refuse whatever it wants. `"layers"`: drawn models of
             the layers in `persample.testing.drawn.layers`. `"everything"`: all that has per-sample gradients.
+        one_in: of as many drawn models it is given one, for a backend that is slow to begin.
 
     Example:
         >>> from persample.testing import BackendSuite
@@ -49,6 +50,7 @@ class BackendSuite:
     options: ClassVar[Mapping[str, Any]] = {}
     stream: ClassVar[Stream] = "batch"
     serves: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
+    one_in: ClassVar[int] = 1
 
     @property
     def candidate(self) -> Candidate:
@@ -94,6 +96,7 @@ class BackendSuite:
         self._judge_drawn(anything=True, must_serve=self.serves == "everything")
 
     def _judge_drawn(self, *, anything: bool, must_serve: bool) -> None:
+        @settings(max_examples=max(1, settings().max_examples // self.one_in))
         @given(problem=problems(anything), data=st.data())
         def judge(problem: Problem, data: st.DataObject) -> None:
             if self.stream == "each":
@@ -113,7 +116,7 @@ class BackendSuite:
     def test_errors_in_drawn_models(self, method: str) -> None:
         """An error in a forward pass, the first one or a later one, passes on and leaves no trace."""
 
-        @settings(max_examples=max(1, settings().max_examples // 4))
+        @settings(max_examples=max(1, settings().max_examples // (4 * self.one_in)))
         @given(problem=problems(), place=st.integers(0, 4), calls_before=st.integers(0, 2))
         def judge(problem: Problem, place: int, calls_before: int) -> None:
             bomb = Bomb(calls_before=calls_before)
