@@ -1,13 +1,15 @@
 """What the user makes of `p.grad` between `backward()` and `step()`: clips it, masks it, adds noise or penalties.
 
-With c what the loss of one sample weighs in the loss of a backward pass, all passes over N samples together leave
-Σ_i c g_i = c N ĝ in `p.grad`. So if the user makes G of it, the step takes G / (c N) for ĝ. The mean squares of the
-gradients, which are not in `p.grad`, stay as they are.
+With c_i what the loss of sample i weighs in the loss of its backward pass, all passes together leave Σ_i c_i g_i in
+`p.grad`. So if the user makes G of it, the step takes G / Σ_i c_i for ĝ. The mean squares of the gradients, which are
+not in `p.grad`, stay as they are. Where the c_i differ, as in means over batches of other sizes, Σ_i c_i g_i is not the
+sum over the samples that was observed, so a change is refused, unless the user said by what the means were multiplied
+(`loss_scale`), and so how they are to be averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,27 +38,38 @@ class Left:
 
     Attributes:
         gradients: by name, as far as there was one.
-        weight: c, without the scale; None if it was not the same in all passes.
+        weight: Σ_i c_i, without the scale; None if it is ambiguous.
         scale: of the gradient scaler, 1 without one.
+        weights: the different c_i.
+        due: Σ_i c_i g_i by name, as it was recorded, where that is not to be told from the mean over the samples.
     """
 
     gradients: Mapping[str, Tensor]
     weight: float | None
     scale: float
+    weights: frozenset[float] = frozenset()
+    due: Mapping[str, Tensor] | None = None
 
     @staticmethod
     def by(recorded: Recorded, scale: float, earlier: Left | None) -> Left:
         """Return what the passes in `recorded` left, after those that left `earlier`."""
-        weights = {1.0 if recorded.reduction == "sum" else 1.0 / sums.size for sums in recorded.sums}
+        weights = {recorded.weight(sums) for sums in recorded.sums}
+        total = sum(recorded.weight(sums) * sums.size for sums in recorded.sums)
+        due = None if recorded.loss_scale is None else _added([sums.total for sums in recorded.sums])
+        known = True
         if earlier is not None:
-            weights.add(earlier.weight if earlier.scale == scale and earlier.weight is not None else 0.0)
-        weight = weights.pop() if len(weights) == 1 else None
-        return Left(recorded.left, weight or None, scale)
+            weights |= earlier.weights
+            total += earlier.weight or 0.0
+            due = None if due is None or earlier.due is None else _added([earlier.due, due])
+            known = earlier.weight is not None and earlier.scale == scale
+        known = known and (len(weights) == 1 or due is not None)
+        return Left(recorded.left, total if known and total else None, scale, frozenset(weights), due)
 
     def unscaled(self) -> Left:
         """Return the same after a gradient scaler has divided by its scale."""
         gradients = {name: g * (1 / self.scale) for name, g in self.gradients.items()}
-        return replace(self, gradients=gradients, scale=1.0)
+        due = None if self.due is None else {name: g * (1 / self.scale) for name, g in self.due.items()}
+        return replace(self, gradients=gradients, scale=1.0, due=due)
 
 
 def with_changes(
@@ -96,13 +109,13 @@ def with_changes(
         )
     part = observations.parts[0]
     assert left.weight is not None
-    divisor = left.weight * part.moments.batch_size
     mean = {
-        name: at_least_float32(present[name]) / divisor if name in present else value
+        name: at_least_float32(present[name]) / left.weight if name in present else value
         for name, value in part.moments.mean.items()
     }
     new = Observed(replace(part.moments, mean=mean), part.noise)
-    return replace(observations, parts=[new]), replace(left, gradients=dict(left.gradients) | copied(present))
+    gradients = dict(left.gradients) | copied(present)
+    return replace(observations, parts=[new]), replace(left, gradients=gradients, due=left.due and gradients)
 
 
 def _refuse_emptied(present: Mapping[str, Tensor], left: Left) -> None:
@@ -167,16 +180,31 @@ def without_dropped(
 
 
 def _is_made_of(left: Left, moments: Moments) -> bool:
-    """Whether c N ĝ is what was left."""
+    """Whether Σ_i c_i g_i is what was left."""
     if left.weight is None:
         return False
-    factor = left.weight * moments.batch_size * left.scale
     for name, mean in moments.mean.items():
         gradient = left.gradients.get(name)
-        due = mean * factor
+        due = _due(left, name, mean)
         found = torch.zeros_like(due) if gradient is None else gradient.to(due)
         dtype = due.dtype if gradient is None else gradient.dtype
         largest = max(due.abs().max().item(), found.abs().max().item()) if due.numel() else 0.0
         if due.numel() and (due - found).abs().max().item() > _ROUNDINGS * torch.finfo(dtype).eps * largest:
             return False
     return True
+
+
+def _due(left: Left, name: str, mean: Tensor) -> Tensor:
+    """What the passes add up to for one parameter, in the dtype and on the device of its mean gradient."""
+    if left.due is None:
+        return mean * ((left.weight or 0.0) * left.scale)
+    return left.due[name].to(mean) if name in left.due else torch.zeros_like(mean)
+
+
+def _added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of gradients by name, of which each part may lack some."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total

@@ -28,7 +28,7 @@ from persample.vogn.param_group import Part
 from persample.vogn.posterior_state import PosteriorState, tensors_of_state
 from persample.vogn.prediction import GaussianPrediction, Likelihood, Summarised, likelihood_of
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
-from persample.vogn.settings import require_generator, require_settings
+from persample.vogn.settings import known_scale, require_generator, require_scale, require_settings
 from persample.vogn.supported_models import refuse_replicas
 
 
@@ -123,7 +123,9 @@ class VariationalOptimizer(PosteriorState):
         self,
         train: bool = False,
         *,
+        redraw: bool = True,
         loss_reduction: LossReduction | None = None,
+        loss_scale: float | Callable[[], float] | None = None,
         grad_scaler: Any = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[None]:
@@ -146,8 +148,13 @@ class VariationalOptimizer(PosteriorState):
 
         Args:
             train: whether to collect moments.
+            redraw: with `train`, whether to draw anew. False takes the draw of the block before, if there was one since
+                the last step: then the parts of a batch give exactly what the whole batch would have given.
             loss_reduction: how the losses of the samples were reduced to a scalar, "mean" (over all samples that the
                 model was called with) or "sum"; None is the optimizer's own.
+            loss_scale: by what number that scalar was multiplied on purpose before the backward pass, such as 1 / 4
+                where the gradients of four batches are accumulated; it is taken out again. Or a function that returns
+                it, called when the block ends. None is 1, with a warning where it looks like another one.
             grad_scaler: the `torch.amp.GradScaler` that scaled the loss, whose scale is taken out before squaring.
             generator: source of the noise; None is the optimizer's own.
 
@@ -159,6 +166,7 @@ class VariationalOptimizer(PosteriorState):
         If it raises, what was observed before stays, and nothing is added to it.
         """
         require_generator("generator", generator)
+        require_scale(loss_scale)
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
             raise OptionError(f"grad_scaler={grad_scaler!r} must be the torch.amp.GradScaler that scales the loss.")
         noisy = self.draws_for_training or not train
@@ -166,9 +174,11 @@ class VariationalOptimizer(PosteriorState):
         if train and not self._lending.out:
             self._follow_model()
             self._take_changes(at_the_step=False)
+        earlier = [] if redraw or not train else self._pending.observations.draws[-1:]
         with self._draws("sampled_params()", generator, noisy=noisy) as draw_weights:
-            draws = [self._noise_state(generator)]
-            noise = draw_weights()
+            draws = earlier or [self._noise_state(generator)]
+            with noise_from(draws[0], generator) if earlier else nullcontext():
+                noise = draw_weights()
             if not train:
                 yield
                 return
@@ -177,7 +187,8 @@ class VariationalOptimizer(PosteriorState):
                 self.source.recording(loss_reduction or self.loss_reduction) as recorded,
             ):
                 yield
-            self._add_recorded(recorded, grad_scaler, noise)
+                recorded.loss_scale = known_scale(loss_scale)
+            self._add_recorded(recorded, grad_scaler, noise, same_draw=bool(earlier))
             self._pending.observations = replace(self._pending.observations, draws=draws)
 
     @torch.no_grad()
@@ -348,10 +359,19 @@ class VariationalOptimizer(PosteriorState):
 
             yield draw_weights
 
-    def _add_recorded(self, recorded: Recorded, grad_scaler: Any, noise: Mapping[str, Tensor] | None) -> None:
+    def _add_recorded(
+        self, recorded: Recorded, grad_scaler: Any, noise: Mapping[str, Tensor] | None, *, same_draw: bool
+    ) -> None:
         scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         observed = self._observed(recorded.moments(scale), noise)
-        self._pending.add_recorded(recorded, observed, self._params(), scale=scale, scaler=grad_scaler is not None)
+        self._pending.add_recorded(
+            recorded,
+            observed,
+            self._params(),
+            scale=scale,
+            scaler=grad_scaler is not None,
+            place=len(self._pending.observations.parts) - 1 if same_draw else None,
+        )
 
     def _take_changes(self, *, at_the_step: bool) -> None:
         """Take over what the user made of `p.grad` since the last block."""

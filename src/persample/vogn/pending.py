@@ -51,7 +51,14 @@ class Pending:
         return observations.with_more(observed, place)
 
     def add_recorded(
-        self, recorded: Recorded, observed: Observed, params: Mapping[str, Tensor], *, scale: float, scaler: bool
+        self,
+        recorded: Recorded,
+        observed: Observed,
+        params: Mapping[str, Tensor],
+        *,
+        scale: float,
+        scaler: bool,
+        place: int | None = None,
     ) -> None:
         """Add what was recorded of passes of the user.
 
@@ -61,6 +68,7 @@ class Pending:
             params: these parameters, by name.
             scale: by which the losses were multiplied,
             scaler: and whether a gradient scaler did so.
+            place: the part whose draw it was; None if it was another draw.
 
         Raises:
             UsageError: the user changed `p.grad`, and what it means cannot be told.
@@ -71,7 +79,7 @@ class Pending:
             alone = Left.by(recorded, scale, None)
             changed, left = with_changes(Observations([observed]), alone, params, unscaled=False, final=True)
             observed, recorded.left = changed.parts[0], left.gradients
-        observations = self.with_more(self.observations, observed, None)
+        observations = self.with_more(self.observations, observed, place)
         if not scaler:
             observations = replace(observations, without_scaler=True)
         self.left = Left.by(recorded, scale, self.left if self.observations.parts else None)

@@ -205,6 +205,25 @@ def require_generator(name: str, generator: object) -> None:
         )
 
 
+def require_scale(loss_scale: object) -> None:
+    """Raise unless `loss_scale` is a number above 0, a function, or None.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if loss_scale is not None and not callable(loss_scale):
+        require_positive_number("loss_scale", loss_scale)
+
+
+def known_scale(loss_scale: float | Callable[[], float] | None) -> float | None:
+    """Return the scale, from the function if it is one.
+
+    Raises:
+        OptionError: it is no number above 0.
+    """
+    return require_positive_number("loss_scale", loss_scale()) if callable(loss_scale) else loss_scale
+
+
 def temperature_at(settings: Mapping[str, Any], step: int) -> float:
     """τ at a step, counted from 0: it goes from its start to its final value along a line, and stays there.
 

@@ -207,12 +207,16 @@ class Recorder(TorchFunctionMode):
                 return
 
     def _warn_of_divisor(self) -> None:
+        if self.recorded.loss_scale is not None:
+            return
         done = [p for p in self.passes if p.done]
         if len(done) == 1 and done[0].added and done[0].divisor > 1.5 and done[0].divisor.is_integer():
             warn(
                 f"The loss was divided by {done[0].divisor:g}, as if it were one of several whose gradients are "
-                "accumulated, but only this one was observed, and counts as if it were the whole. Let the trainer "
-                "accumulate nothing: give VOGN the parts inside of one block, undivided.",
+                "accumulated, but only this one was observed, and counts as if it were the whole. With Lightning, the "
+                "Trainer of Hugging Face or Accelerate use persample.integrations; in a loop of your own say "
+                f"sampled_params(train=True, redraw=False, loss_scale=1 / {done[0].divisor:g}) for each of the parts, "
+                "or give the undivided parts inside of one block.",
                 LossReductionWarning,
             )
         if len(done) > 1 and all(math.isclose(p.divisor, len(done), rel_tol=1e-5) for p in done):

@@ -5,7 +5,8 @@ pass, what sample i adds to the gradient of L, is then c g_i with c = 1/B or 1, 
 
     Σ_i g_i / B = Σ_i row_i / (c B)        Σ_i g_i² / B = Σ_i row_i² / (c² B)
 
-If L was multiplied before (a gradient scaler of mixed precision), c is so much larger.
+If L was multiplied before (a gradient scaler of mixed precision, a trainer that divides by the number of batches whose
+gradients it accumulates), c is so much larger or smaller.
 """
 
 from __future__ import annotations
@@ -43,18 +44,25 @@ class Recorded:
         parameters: those that require a gradient, by name.
         sums: of each backward pass.
         left: what the last backward pass left in `p.grad`, by name.
+        loss_scale: by what number the user multiplied each of the scalars on purpose; None if it is not known.
     """
 
     reduction: LossReduction
     parameters: Mapping[str, nn.Parameter]
     sums: list[Sums] = field(default_factory=list)
     left: Mapping[str, Tensor] = field(default_factory=dict)
+    loss_scale: float | None = None
+
+    def weight(self, sums: Sums) -> float:
+        """Return c of the samples of one backward pass, without the scale of a gradient scaler."""
+        scale = 1.0 if self.loss_scale is None else self.loss_scale
+        return scale / sums.size if self.reduction == "mean" else scale
 
     def moments(self, scale: float = 1.0) -> Moments:
         """Return the moments over all backward passes, batches by their sizes.
 
         Args:
-            scale: the number by which the losses were multiplied before the backward pass.
+            scale: the number by which the losses were multiplied beside `loss_scale`.
 
         Returns:
             `Moments` whose losses are not a number, because the user kept them.
@@ -63,6 +71,7 @@ class Recorded:
         return parts[0] if len(parts) == 1 else merge_moments(parts)
 
     def _moments(self, sums: Sums, scale: float) -> Moments:
+        scale *= 1.0 if self.loss_scale is None else self.loss_scale
         c, of_all = (scale / sums.size, scale) if self.reduction == "mean" else (scale, scale * sums.size)
         device = next(iter(self.parameters.values())).device if self.parameters else None
 
