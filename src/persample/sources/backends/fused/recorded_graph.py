@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from persample.sources.backends.fused.accumulators import Moment
 from persample.sources.backends.fused.capture import Capture
@@ -26,7 +27,7 @@ class NotReplayableError(Exception):
     """A step that cannot be replayed. Nothing of it was run."""
 
 
-def refuse_graph(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> None:
+def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
     """Raise if a graph of Dynamo's depends on what its guards may not see.
 
     Raises:
@@ -61,9 +62,9 @@ def _refuse_function(target: Any) -> None:
 
 
 def flat_graph(
-    graph: torch.fx.GraphModule, known: Mapping[int, str | int], examples: Sequence[Tensor], size: int
-) -> tuple[Callable[..., Any], list[str]]:
-    """Return a function that runs forward pass, backward pass and moments, and the names of what it returns.
+    graph: GraphModule, known: Mapping[int, str | int], examples: Sequence[Tensor], size: int
+) -> tuple[GraphModule, list[str]]:
+    """Return the operations of forward pass, backward pass and moments, and the names of what they return.
 
     Args:
         graph: forward pass and loss.
@@ -72,7 +73,7 @@ def flat_graph(
         size: B.
 
     Returns:
-        A function of the operands that returns the losses, the mean gradients and the second moments, without autograd;
+        Operations on the operands that return the losses, the mean gradients and the second moments, without autograd;
         and the names of the parameters that have them.
 
     Raises:
@@ -117,7 +118,7 @@ def flat_graph(
     for node in recorded.graph.nodes:
         if node.op == "call_function":
             _refuse_operation(node)
-    return recorded.forward, reached
+    return recorded, reached
 
 
 def _refuse_operation(node: torch.fx.Node) -> None:

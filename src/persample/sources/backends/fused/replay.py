@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from persample.kernels.autotune import deterministic_choice
@@ -31,6 +32,7 @@ from persample.losses import require_losses
 from persample.moments import Moments
 from persample.sources.backends.fused import nan_probe
 from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
+from persample.sources.backends.fused.runners import NotServedError, Run, Way, runner
 from persample.sources.batch import Batch
 from persample.sources.model.isolation import Held, State
 from persample.sources.model.modules import modules_of
@@ -65,37 +67,43 @@ class Replay:
 
     Nothing of them is copied or pickled: a copy begins without any.
 
+    Args:
+        way: how recorded operations are run.
+
     Attributes:
-        reason: why the last step was not replayed; empty if it was.
+        reason: why the last step was not replayed, or not in that way; empty if it was.
+        ran: how it was run; None if not by recorded operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, way: Way) -> None:
         self.reason = ""
+        self.ran: Way | None = None
+        self._way = way
         self._steps: list[_Step] = []
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reason": "", "_steps": [], "_told": set()}
+        return vars(Replay(self._way))
 
     def moments(self, source: Ordinary, batch: Batch) -> Moments | None:
         """Return the moments of `batch`, or None if the step is to go the ordinary way."""
-        self.reason = _beyond_replay(source, batch)
+        self.reason, self.ran, moments = _beyond_replay(source, batch), None, None
         if not self.reason:
             step = next((step for step in self._steps if step.fits(source)), None)
             if step is None and len(self._steps) >= _MOST_STEPS:
                 self.reason = f"attributes of the model have changed {_MOST_STEPS} times"
             else:
                 if step is None:
-                    step = _Step(source)
+                    step = _Step(source, self._way)
                     self._steps.append(step)
                 moments = step.moments(source, batch)
-                self.reason = step.reason
-                if moments is not None:
-                    return moments
-        if self.reason not in self._told:
+                self.reason = step.reason or step.ran_because
+                self.ran = None if step.reason else step.ran
+        if self.reason and self.reason not in self._told:
             self._told.add(self.reason)
-            _log.warning("Backend 'fused' does not replay the step of this model: %s.", self.reason)
-        return None
+            left = f" by {self._way}" if self.ran else ""
+            _log.warning("Backend 'fused' does not replay the step of this model%s: %s.", left, self.reason)
+        return moments
 
 
 class _NotRecordedError(Exception):
@@ -110,9 +118,10 @@ class _Step:
 
     Attributes:
         reason: why it cannot be replayed; empty as long as it can.
+        ran: how it was run at last, with `ran_because` if not as was asked for.
     """
 
-    def __init__(self, source: Ordinary) -> None:
+    def __init__(self, source: Ordinary, way: Way) -> None:
         self.reason = ""
         self.recording = False  # whether a graph that is not recorded yet may be
         self.parameters: dict[str, nn.Parameter] = {}
@@ -120,6 +129,7 @@ class _Step:
         self.results: tuple[Tensor, ...] | None = None
         self.size = 0
         self.deterministic = source.deterministic
+        self.way, self.ran, self.ran_because = way, way, ""
         self._key = _key(source)
         self._held = Held(source.model)
         self._compiled = _compiled(source.model, source.loss_fn, weakref.ref(self))
@@ -171,19 +181,23 @@ class _Step:
             raise NotReplayableError(
                 "other tensors take part in the step than the parameters and the batch it began with"
             )
+        recorded = None
         if graph.run is None:
             if not self.recording:
                 raise _NotRecordedError
             with _caches_kept_clean():
-                graph.record(inputs, self.size)
-        assert graph.run is not None
-        if _sharing(inputs) != graph.sharing:
+                recorded = graph.record(inputs, self.size)
+        elif _sharing(inputs) != graph.sharing:
             raise NotReplayableError(
                 "tensors share memory that did not when the step was recorded, or the other way round"
             )
         with torch.no_grad(), torch._C._DisableAutocast(), deterministic_choice(self.deterministic):
-            losses, *self.results = graph.run(*inputs)
-        self._names = graph.reached
+            if recorded is not None:
+                graph.make_ready(recorded, self.way, inputs)
+            assert graph.run is not None
+            losses, *results = graph.run(*inputs)
+        self.results = tuple(results)
+        self._names, self.ran, self.ran_because = graph.reached, graph.way, graph.because
         return (losses,)
 
     def _recorded(self, source: Ordinary, batch: Batch) -> Moments:
@@ -230,14 +244,18 @@ class _Graph:
         run: runs the recorded operations; None before.
         reached: the names of the parameters that have gradients, in the order of the results.
         sharing: which operands share memory.
+        way: how they are run.
+        because: why not in the way that was asked for.
     """
 
-    def __init__(self, graph: torch.fx.GraphModule, known: dict[int, str | int], step: weakref.ref[_Step]) -> None:
+    def __init__(self, graph: GraphModule, known: dict[int, str | int], step: weakref.ref[_Step]) -> None:
         self.known = known
-        self.run: Callable[..., Any] | None = None
+        self.run: Run | None = None
+        self.way: Way = "operations"
+        self.because = ""
         self.reached: list[str] = []
         self.sharing: tuple[int, ...] = ()
-        self._captured: torch.fx.GraphModule | None = graph
+        self._captured: GraphModule | None = graph
         self._step = step
 
     def __call__(self, *inputs: Any) -> tuple[Tensor]:
@@ -246,13 +264,22 @@ class _Graph:
             raise NotReplayableError("its source is gone")
         return step.run(self, inputs)
 
-    def record(self, inputs: Sequence[Tensor], size: int) -> None:
-        """Write down the operations of the step."""
+    def record(self, inputs: Sequence[Tensor], size: int) -> GraphModule:
+        """Return the operations of the step, written down."""
         if self._captured is None:
             raise NotReplayableError("it could not be recorded before")
         captured, self._captured = self._captured, None
         self.sharing = _sharing(inputs)
-        self.run, self.reached = flat_graph(captured, self.known, inputs, size)
+        recorded, self.reached = flat_graph(captured, self.known, inputs, size)
+        return recorded
+
+    def make_ready(self, recorded: GraphModule, way: Way, inputs: Sequence[Tensor]) -> None:
+        """Let the operations be run in a way, or else one by one."""
+        staying = [i for i in range(len(inputs)) if not isinstance(self.known.get(i), int)]
+        try:
+            self.run, self.way = runner(way, recorded, inputs, staying), way
+        except NotServedError as error:
+            self.run, self.way, self.because = recorded.forward, "operations", str(error)
 
 
 def _key(source: Ordinary) -> tuple[Any, ...]:
@@ -274,7 +301,7 @@ def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakre
             raise NotRecordedError
         return loss_fn(model(*args, **kwargs), targets)
 
-    def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> _Graph:
+    def backend(graph: GraphModule, examples: list[Any]) -> _Graph:
         asking = step()
         if asking is None:
             raise NotReplayableError("its source is gone")
@@ -313,6 +340,8 @@ def _beyond_replay(source: Ordinary, batch: Batch) -> str:
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return "a mode of PyTorch is active (a default device, a transform, hooks on saved tensors)"
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "it is captured in a CUDA graph of your own"
     if nn.modules.module._has_any_global_hook():
         return "there are hooks on all modules"
     if any(module._backward_hooks or module._backward_pre_hooks for module in modules_of(source.model)):

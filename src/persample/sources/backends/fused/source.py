@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from persample.dtypes import without_autocast
-from persample.errors import UnsupportedModelError
+from persample.errors import OptionError, UnsupportedModelError
 from persample.kernels.autotune import deterministic_choice
 from persample.moments import Moments
 from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
@@ -20,6 +20,7 @@ from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.malloc import keep_freed_memory
 from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.replay import Replay
+from persample.sources.backends.fused.runners import Way
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
 from persample.sources.batch import Batch
@@ -44,7 +45,8 @@ class FusedSource(PerSampleGradSource):
             processes too; otherwise the fastest is found by timing each once for each shape.
             `torch.use_deterministic_algorithms(True)` does the same.
         compile: record the step of `moments` with `torch.compile` at the first batch of its kind, and replay it later
-            on. What cannot be recorded, or gives other numbers, goes the ordinary way, and the log says why.
+            on. What cannot be recorded, or gives other numbers, goes the ordinary way, and the log says why. With
+            `"cuda-graph"`, the recorded step is captured in a CUDA graph, too, where all of it runs on one GPU.
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 
@@ -54,13 +56,14 @@ class FusedSource(PerSampleGradSource):
         loss_fn: Callable[[Any, Any], Any],
         *,
         deterministic: bool = False,
-        compile: bool = False,
+        compile: bool | Literal["cuda-graph"] = False,
         check: Check = "first",
     ) -> None:
         super().__init__(model, loss_fn, check=check)
         keep_freed_memory()
         self.deterministic = deterministic
-        self.replay = Replay() if compile else None
+        self.compile = compile
+        self.replay = None if (way := _way(compile)) is None else Replay(way)
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if batch.size == 1:
@@ -76,7 +79,9 @@ class FusedSource(PerSampleGradSource):
             return Moments(losses, alone, {name: g.square() for name, g in alone.items()})
         replayed = None if self.replay is None else self.replay.moments(self, batch)
         if self.replay is not None:
-            self.ran, self.ran_because = "eager" if self.replay.reason else "replayed", self.replay.reason
+            ran = self.replay.ran
+            self.ran = "eager" if ran is None else "replayed" if ran == "operations" else ran
+            self.ran_because = self.replay.reason
         return replayed or self.ordinary_moments(batch)
 
     def ordinary_moments(self, batch: Batch) -> Moments:
@@ -162,6 +167,18 @@ class FusedSource(PerSampleGradSource):
         for name, part in zip(names, unseen, strict=False):
             if part is not None:
                 raise UnsupportedModelError(unseen_use(name))
+
+
+def _way(compile: object) -> Way | None:
+    """Return how recorded steps are to be run; None if none is recorded.
+
+    Raises:
+        OptionError: `compile` is none of its values.
+    """
+    ways: dict[object, Way | None] = {False: None, True: "operations", "cuda-graph": "cuda-graph"}
+    if not isinstance(compile, bool | str) or compile not in ways:
+        raise OptionError(f"compile={compile!r} is not known: use one of {', '.join(map(repr, ways))}.")
+    return ways[compile]
 
 
 @contextmanager
