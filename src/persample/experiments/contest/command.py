@@ -1,0 +1,163 @@
+"""The command `persample contest`, also where neither typer nor rich is installed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persample.errors import DataError, OptionError
+from persample.experiments.contest.costs import step_costs
+from persample.experiments.contest.pool import performed
+from persample.experiments.contest.report import draw, read_json, settings_table, table, write_csv, write_json
+from persample.experiments.contest.running import Place, course_of
+from persample.experiments.contest.settings import BUDGETS, SMALL
+from persample.experiments.contest.tasks import SEEDS, Result, Task, plan
+from persample.experiments.data.load import DATASET_TITLES
+from persample.experiments.run_folder import held, writing
+from persample.files import at_home
+
+#: What the options of the command line are, by the arguments of `contest`.
+HELP = {
+    "out": "Folder of the results; what is there already is not done again.",
+    "data_dir": "Folder of the data sets; else $PERSAMPLE_DATA, then a download.",
+    "datasets": "A data set; repeat the option for several. All if left out.",
+    "devices": "Where, and how many tasks at a time on each: cuda:8,cpu:7.",
+    "minutes": "Stop after so many; 0 writes tables and picture from what is there.",
+    "ensembles": "How many ensembles of each kind.",
+    "small": "Rehearse all of it with a few samples.",
+    "replay": 'What VOGN\'s backend gets as its option "compile" on a GPU.',
+}
+
+
+def contest(
+    *,
+    out: Path,
+    data_dir: Path | None = None,
+    datasets: Sequence[str] = tuple(BUDGETS),
+    devices: str = "cpu:1",
+    minutes: float = math.inf,
+    ensembles: int = SEEDS,
+    small: bool = False,
+    replay: str | None = None,
+) -> str:
+    """Go on with the contest in the folder `out`, write what came out, and return its tables.
+
+    Args:
+        out: The folder of the results; what is there already is not done again.
+        data_dir: The folder of the data sets.
+        datasets: Which of `BUDGETS`.
+        devices: Where, and how many at a time on each, such as "cuda:8,cpu:7".
+        minutes: When to stop; 0 writes tables and picture from what is there.
+        ensembles: How many ensembles there are of a method.
+        small: Whether to rehearse all of it with a few samples.
+        replay: What `VOGN` gets as the option "compile" of its source.
+
+    Raises:
+        OptionError: An option is not allowed.
+        DataError: The data are missing, or the folder has another contest.
+    """
+    end = time.time() + 60 * minutes
+    budgets = SMALL if small else BUDGETS
+    if unknown := [name for name in datasets if name not in budgets]:
+        raise OptionError(f"the contest has no data set {unknown[0]!r}; choose among {', '.join(budgets)}")
+    folder = at_home(out)
+    with held(folder):
+        places = {
+            Place(
+                data_dir=data_dir and at_home(data_dir),
+                folder=folder,
+                budgets=budgets,
+                device=device,
+                end=end,
+                replay=replay if device != "cpu" else None,
+            ): jobs
+            for device, jobs in _parsed(devices).items()
+        }
+        rules = {name: asdict(budget) for name, budget in budgets.items()}
+        costs: dict[str, dict[str, float]] = {}
+        results: dict[Task, Result] = {}
+        file = folder / "results.json"
+        if file.exists():
+            known, costs, results = read_json(file)
+            if known["budgets"] != rules:
+                raise DataError(f"{folder} has a contest with other settings: choose another folder (--out)")
+        machine = f"torch {torch.__version__}, Python {platform.python_version()}, {', '.join(map(_hardware, places))}"
+        about = {"budgets": rules, "machine": machine}
+        for dataset in datasets:
+            if dataset not in costs and time.time() < end:
+                costs[dataset] = step_costs(course_of(Task(dataset, "Adam", (), 0, False), next(iter(places))))
+                print(f"a step on {dataset}: {_rounded(costs[dataset])}", flush=True)
+        for task in performed(lambda done: plan(datasets, done, ensembles), results, places):
+            write_json(file, about, costs, results)
+            result = results[task]
+            print(f"{task.name()}: {result.problem or _rounded(result.scores)} ({result.seconds} s)", flush=True)
+        return _written(folder, datasets, about, costs, results)
+
+
+def _written(
+    folder: Path,
+    datasets: Sequence[str],
+    about: dict[str, Any],
+    costs: dict[str, dict[str, float]],
+    results: dict[Task, Result],
+) -> str:
+    """Write all files, and return the tables."""
+    parts = [
+        f"## {DATASET_TITLES[name]}\n\n{table(name, results, costs)}\n\n{settings_table(name, results)}"
+        for name in datasets
+    ]
+    text = "\n\n".join([*parts, f"{about['machine']}."])
+    write_json(folder / "results.json", about, costs, results)
+    write_csv(folder / "results.csv", results)
+    with writing(folder / "contest.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    draw(folder / "contest.png", datasets, results)
+    return text
+
+
+def _parsed(devices: str) -> dict[str, int]:
+    """Return how many tasks at a time there are on each device.
+
+    Raises:
+        OptionError: It is not a list such as "cuda:8,cpu:7".
+    """
+    try:
+        jobs = {name: int(number) for name, number in (part.rsplit(":", 1) for part in devices.split(","))}
+        if all(torch.device(name) and number > 0 for name, number in jobs.items()):
+            return jobs
+    except (ValueError, RuntimeError):
+        pass
+    raise OptionError(f"devices={devices!r} must name devices with numbers of tasks at a time, such as cuda:8,cpu:7")
+
+
+def _hardware(place: Place) -> str:
+    """The name of the device."""
+    on_gpu = torch.device(place.device).type == "cuda"
+    return torch.cuda.get_device_name(place.device) if on_gpu else platform.processor() or platform.machine()
+
+
+def _rounded(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with options from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m persample.experiments.contest", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "contest", help=HELP["out"])
+    parser.add_argument("--data-dir", type=Path, help=HELP["data_dir"])
+    parser.add_argument("--dataset", action="append", choices=list(BUDGETS), dest="datasets", help=HELP["datasets"])
+    parser.add_argument("--devices", default="cpu:1", help=HELP["devices"])
+    parser.add_argument("--minutes", type=float, default=math.inf, help=HELP["minutes"])
+    parser.add_argument("--ensembles", type=int, default=SEEDS, help=HELP["ensembles"])
+    parser.add_argument("--small", action="store_true", help=HELP["small"])
+    parser.add_argument("--replay", help=HELP["replay"])
+    options = vars(parser.parse_args(arguments))
+    print(contest(**options | {"datasets": options["datasets"] or tuple(BUDGETS)}))
