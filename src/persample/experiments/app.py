@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,10 @@ from persample.experiments.australian_credit.scores import Run, Score, read_csv,
 from persample.experiments.australian_credit.settings import METHODS, PUBLISHED
 from persample.experiments.australian_credit.train import train_all
 from persample.experiments.config import TrainConfig
+from persample.experiments.contest.command import HELP as CONTEST_HELP
+from persample.experiments.contest.command import contest as run_contest
+from persample.experiments.contest.settings import BUDGETS
+from persample.experiments.contest.tasks import SEEDS
 from persample.experiments.data import DATASET_NAMES
 from persample.experiments.data.australian import load_australian
 from persample.experiments.model_argument import DTYPES, Asked, ask, require_runs
@@ -232,6 +237,31 @@ def australian(
         scores = _scores(runs, path, data_dir, jobs or os.cpu_count() or 1, resume, console)
     console.print(australian_table(scores))
     typer.echo(f"Scores: {path}")
+
+
+@app.command()
+def contest(
+    dataset: Annotated[list[str] | None, typer.Option(help=CONTEST_HELP["datasets"])] = None,
+    data_dir: DataDirOption = None,
+    devices: Annotated[str, typer.Option(help=CONTEST_HELP["devices"])] = "cpu:1",
+    minutes: Annotated[float, typer.Option(min=0, help=CONTEST_HELP["minutes"])] = math.inf,
+    seeds: Annotated[int, typer.Option(min=1, help=CONTEST_HELP["seeds"])] = SEEDS,
+    small: Annotated[bool, typer.Option("--small", help=CONTEST_HELP["small"])] = False,
+    replay: Annotated[str | None, typer.Option(help=CONTEST_HELP["replay"])] = None,
+    out: Annotated[Path, typer.Option(help=CONTEST_HELP["out"])] = Path("runs/contest"),
+) -> None:
+    """Compare VOGN with other ways to uncertainty, on equal terms: data, epochs, number of trials."""
+    tables = run_contest(
+        out=out,
+        data_dir=data_dir,
+        datasets=tuple(dataset or BUDGETS),
+        devices=devices,
+        minutes=minutes,
+        seeds=seeds,
+        small=small,
+        replay=replay,
+    )
+    typer.echo(tables)
 
 
 @app.command()

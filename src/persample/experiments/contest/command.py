@@ -6,7 +6,7 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 
 from persample.errors import DataError, OptionError
 from persample.experiments.contest.costs import step_costs
-from persample.experiments.contest.pool import performed
+from persample.experiments.contest.pool import performed, prepare
 from persample.experiments.contest.report import draw, read_json, settings_table, table, write_csv, write_json
 from persample.experiments.contest.running import Place, course_of
 from persample.experiments.contest.settings import BUDGETS, SMALL
-from persample.experiments.contest.tasks import SEEDS, Result, Task, plan
+from persample.experiments.contest.tasks import SEEDS, Result, Results, Task, plan
 from persample.experiments.data.load import DATASET_TITLES
 from persample.experiments.run_folder import held, writing
 from persample.files import at_home
@@ -31,7 +31,7 @@ HELP = {
     "datasets": "A data set; repeat the option for several. All if left out.",
     "devices": "Where, and how many tasks at a time on each: cuda:8,cpu:7.",
     "minutes": "Stop after so many; 0 writes tables and picture from what is there.",
-    "ensembles": "How many ensembles of each kind.",
+    "seeds": "Runs of each method, and ensembles of three; below three, no ensembles.",
     "small": "Rehearse all of it with a few samples.",
     "replay": 'What VOGN\'s backend gets as its option "compile" on a GPU.',
 }
@@ -44,7 +44,7 @@ def contest(
     datasets: Sequence[str] = tuple(BUDGETS),
     devices: str = "cpu:1",
     minutes: float = math.inf,
-    ensembles: int = SEEDS,
+    seeds: int = SEEDS,
     small: bool = False,
     replay: str | None = None,
 ) -> str:
@@ -56,7 +56,7 @@ def contest(
         datasets: Which of `BUDGETS`.
         devices: Where, and how many at a time on each, such as "cuda:8,cpu:7".
         minutes: When to stop; 0 writes tables and picture from what is there.
-        ensembles: How many ensembles there are of a method.
+        seeds: How many runs each method has, see `plan`.
         small: Whether to rehearse all of it with a few samples.
         replay: What `VOGN` gets as the option "compile" of its source.
 
@@ -81,21 +81,30 @@ def contest(
             ): jobs
             for device, jobs in _parsed(devices).items()
         }
-        rules = {name: asdict(budget) for name, budget in budgets.items()}
+        first = next(iter(places))
+        machine = f"torch {torch.__version__}, Python {platform.python_version()}, {', '.join(map(_hardware, places))}"
+        about: dict[str, Any] = {"budgets": {name: asdict(budget) for name, budget in budgets.items()}}
+        about["machine"] = machine
         costs: dict[str, dict[str, float]] = {}
         results: dict[Task, Result] = {}
         file = folder / "results.json"
         if file.exists():
             known, costs, results = read_json(file)
-            if known["budgets"] != rules:
+            if known["budgets"] != about["budgets"]:
                 raise DataError(f"{folder} has a contest with other settings: choose another folder (--out)")
-        machine = f"torch {torch.__version__}, Python {platform.python_version()}, {', '.join(map(_hardware, places))}"
-        about = {"budgets": rules, "machine": machine}
+            about = known
+        prepare()
         for dataset in datasets:
             if dataset not in costs and time.time() < end:
-                costs[dataset] = step_costs(course_of(Task(dataset, "Adam", (), 0, False), next(iter(places))))
+                costs[dataset] = step_costs(course_of(Task(dataset, "Adam", (), 0, False), first))
                 print(f"a step on {dataset}: {_rounded(costs[dataset])}", flush=True)
-        for task in performed(lambda done: plan(datasets, done, ensembles), results, places):
+
+        def tasks(place: Place, done: Results) -> Iterator[Task]:
+            # Devices that differ begin with different data sets: a GPU gains more from the first, larger network.
+            return plan(datasets if place is first else datasets[::-1], done, seeds)
+
+        for task in performed(tasks, results, places):
+            about["machine"] = machine
             write_json(file, about, costs, results)
             result = results[task]
             print(f"{task.name()}: {result.problem or _rounded(result.scores)} ({result.seconds} s)", flush=True)
@@ -156,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", action="append", choices=list(BUDGETS), dest="datasets", help=HELP["datasets"])
     parser.add_argument("--devices", default="cpu:1", help=HELP["devices"])
     parser.add_argument("--minutes", type=float, default=math.inf, help=HELP["minutes"])
-    parser.add_argument("--ensembles", type=int, default=SEEDS, help=HELP["ensembles"])
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=HELP["seeds"])
     parser.add_argument("--small", action="store_true", help=HELP["small"])
     parser.add_argument("--replay", help=HELP["replay"])
     options = vars(parser.parse_args(arguments))

@@ -1,4 +1,4 @@
-"""Perform tasks in processes, several for each device, the most important task first."""
+"""Perform tasks in processes, several for each device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persample.errors import DataError, MissingPackageError
 from persample.experiments.contest.running import OutOfTime, Place, perform
 from persample.experiments.contest.tasks import Result, Results, Task
 
-Plan: TypeAlias = Callable[[Results], Iterable[Task]]
+Plan: TypeAlias = Callable[[Place, Results], Iterable[Task]]
 
 
 def performed(plan: Plan, results: dict[Task, Result], places: Mapping[Place, int]) -> Iterator[Task]:
@@ -26,9 +26,9 @@ def performed(plan: Plan, results: dict[Task, Result], places: Mapping[Place, in
     What fails by an error that is not the method's own is warned of, and left out.
 
     Args:
-        plan: Returns the tasks that are known by now, the most important first.
+        plan: Returns the tasks that are known by now, those that a place shall begin with first.
         results: What is done; what this adds to it is there before the task is yielded.
-        places: Where to perform tasks, and how many at a time; the first is preferred.
+        places: Where to perform tasks, and how many at a time.
 
     Raises:
         PersampleError: The data are missing.
@@ -38,13 +38,13 @@ def performed(plan: Plan, results: dict[Task, Result], places: Mapping[Place, in
     failed: set[Task] = set()
     with ExitStack() as stack:
         pools = {
-            place: stack.enter_context(ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_prepare))
+            place: stack.enter_context(ProcessPoolExecutor(jobs, mp_context=spawn, initializer=prepare))
             for place, jobs in places.items()
         }
         while True:
             for place, pool in pools.items():
                 while sum(at is place for _, at in running.values()) < places[place] and time.time() < place.end:
-                    task = _next(plan(results), results, {task for task, _ in running.values()} | failed)
+                    task = _next(plan(place, results), results, {task for task, _ in running.values()} | failed)
                     if task is None:
                         break
                     running[pool.submit(perform, task, place)] = task, place
@@ -65,8 +65,8 @@ def performed(plan: Plan, results: dict[Task, Result], places: Mapping[Place, in
                         pools.pop(place, None)
 
 
-def _prepare() -> None:
-    """One thread for each process, and sums in full float32, as on a CPU."""
+def prepare() -> None:
+    """Let this process compute by one thread, and on a GPU by full float32, as a CPU does."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

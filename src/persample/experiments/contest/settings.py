@@ -34,7 +34,7 @@ BUDGETS: Mapping[str, Budget] = {
 }
 
 #: For a rehearsal of everything within a minute.
-SMALL: Mapping[str, Budget] = {name: Budget(epochs=2, batch_size=100, held_out=100, samples=300) for name in BUDGETS}
+SMALL: Mapping[str, Budget] = {name: Budget(epochs=1, batch_size=40, held_out=40, samples=120) for name in BUDGETS}
 
 
 def _grid(**values: Sequence[Any]) -> list[dict[str, Any]]:

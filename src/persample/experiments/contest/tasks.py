@@ -11,7 +11,7 @@ from persample.experiments.contest.settings import TRIALS
 
 SettingsItems: TypeAlias = tuple[tuple[str, Any], ...]
 
-#: Seeds of which every method has a run; the members of further ensembles have the seeds that follow.
+#: How many runs every method has, with the seeds 0, 1, …; the members of further ensembles have the seeds that follow.
 SEEDS = 3
 
 
@@ -81,7 +81,7 @@ class Result:
 Results: TypeAlias = Mapping[Task, Result]
 
 
-def plan(datasets: Collection[str], results: Results, ensembles: int = SEEDS) -> Iterator[Task]:
+def plan(datasets: Collection[str], results: Results, seeds: int = SEEDS) -> Iterator[Task]:
     """Yield all tasks whose settings are known by now, the most important first.
 
     Runs of a method are planned as soon as all its trials are done.
@@ -89,16 +89,16 @@ def plan(datasets: Collection[str], results: Results, ensembles: int = SEEDS) ->
     Args:
         datasets: The data sets.
         results: What is done.
-        ensembles: How many ensembles there are of a method; each takes runs of its own.
+        seeds: How many runs each method has, and how many ensembles of three there are; with less than three, none.
     """
     for dataset in datasets:
         for method in TRIALS[dataset]:
             yield from trials(dataset, method, results)
-        yield from _runs(dataset, results, range(1))
+        yield from _runs(dataset, results, range(1), 0)
     for dataset in datasets:
-        yield from _runs(dataset, results, range(SEEDS))
+        yield from _runs(dataset, results, range(seeds), min(1, seeds // 3))
     for dataset in datasets:
-        yield from _runs(dataset, results, range(SEEDS), range(ensembles))
+        yield from _runs(dataset, results, range(seeds), seeds if seeds >= 3 else 0)
 
 
 def trials(dataset: str, method: str, results: Results) -> list[Task]:
@@ -124,13 +124,13 @@ def chosen(dataset: str, method: str, results: Results) -> SettingsItems | None:
     return min(losses, key=losses.__getitem__) if losses else None
 
 
-def _runs(dataset: str, results: Results, seeds: range, ensembles: range = range(1)) -> Iterator[Task]:
-    """Yield a run of each method for each seed, and the ensembles, with what they need."""
+def _runs(dataset: str, results: Results, seeds: range, ensembles: int) -> Iterator[Task]:
+    """Yield a run of each method for each seed, and the ensembles after what they need."""
     for name, method in METHODS.items():
         settings = chosen(dataset, name, results)
         if settings is None:
             continue
-        for seed in seeds if method.runs == 1 else ensembles if len(seeds) >= method.runs else ():
+        for seed in seeds if method.runs == 1 else range(ensembles):
             task = Task(dataset, name, settings, seed, False)
             yield from task.needs()
             yield task
