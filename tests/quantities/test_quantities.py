@@ -24,6 +24,7 @@ from persample.quantities import (
     WeightedSum,
     clipping,
 )
+from persample.quantities.block import Formed
 
 BACKENDS = ("loop", "hooks", "fused", "vmap", "vjp", "backpack", "opacus")
 SAMPLES = 7
@@ -212,6 +213,104 @@ def test_all_quantities_in_one_pass(backend: str, name: str, pieces: bool, group
         assert float((several.grams[n] - r @ r.T).abs().max()) <= 1e-9 * largest**2
     if grouped:
         assert several.groups.tolist() == sorted(set(GROUPS))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_of_passes_of_the_users(backend: str, name: str, reduction: Any) -> None:
+    problem = Problem.named(name)
+    rows = rows_of(problem.model, problem.x, problem.y)
+    g, source, scale = matrix(rows), problem.source(backend), 1024.0
+    norms = g.norm(dim=1)
+    asked = [Norms(), WeightedSum(clipping(float(norms.median()))), Gram(), Variance(), PerSample()]
+    try:
+        with source.recording(reduction, quantities=asked, loss_scale=scale) as recorded:
+            for part in (slice(0, SAMPLES), slice(0, 3)):
+                loss = F.cross_entropy(problem.model(problem.x[part]), problem.y[part], reduction=reduction)
+                (loss * scale).backward()
+    except persample.errors.UnsupportedModelError:
+        assert name in MAY_REFUSE
+        assert backend not in ("loop", "fused", "vjp")
+        return
+    for several, part in zip(recorded.quantities, (slice(0, SAMPLES), slice(0, 3)), strict=True):
+        due = g[part]
+        assert several.losses.isnan().all()
+        assert several.losses.shape == (len(due),)
+        require_equal(several.norms, norms[part])
+        clipped = (norms.median() / norms[part]).clamp(max=1)
+        require_equal(flat(several.weighted_sum.gradient), clipped @ due)
+        require_equal(several.gram, due @ due.T)
+        require_equal(flat(several.variance), due.var(0))
+        require_equal(matrix(several.per_sample), due)
+    moments = recorded.moments()
+    together = torch.cat([g, g[:3]])
+    require_equal(flat(moments.mean), together.mean(0))
+    require_equal(flat(moments.second_moment), together.square().mean(0))
+    ordinary = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained(problem)])
+    by_the_loss = g.mean(0) + g[:3].mean(0) if reduction == "mean" else together.sum(0)
+    require_equal(ordinary / scale, by_the_loss)
+
+
+def trained(problem: Problem) -> list[nn.Parameter]:
+    return [p for p in problem.model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("backend", ["loop", "hooks", "fused"])
+def test_of_a_pass_with_one_sample(backend: str) -> None:
+    problem = Problem.named("layers")
+    g = matrix(rows_of(problem.model, problem.x[:1], problem.y[:1]))
+    with problem.source(backend).recording(quantities=[Norms(), Gram(), Mean()]) as recorded:
+        F.cross_entropy(problem.model(problem.x[:1]), problem.y[:1]).backward()
+    (several,) = recorded.quantities
+    require_equal(several.norms, g.norm(dim=1))
+    require_equal(several.gram, g @ g.T)
+    require_equal(flat(several.mean), g[0])
+
+
+@pytest.mark.parametrize("backend", ["loop", "hooks", "fused"])
+def test_of_a_pass_that_a_gradient_scaler_skips(backend: str) -> None:
+    problem = Problem.named("layers")
+    with problem.source(backend).recording(quantities=[Norms(), WeightedSum(clipping(1.0))]) as recorded:
+        (F.cross_entropy(problem.model(problem.x), problem.y) * torch.inf).backward()
+    (several,) = recorded.quantities
+    assert several.norms.shape == (SAMPLES,)
+    assert not several.norms.isfinite().any()
+
+
+class WrongNorms(persample.sources.LoopSource):
+    """Right moments and sums, and norms that are too long."""
+
+    def compute_blocks(self, batch: Any, receive: Any, max_bytes: int) -> Tensor:
+        losses, gradients = self.compute_per_sample(batch)
+        for name, g in gradients.items():
+            receive(TooLong(name, 0, len(g), g))
+        return losses
+
+
+class TooLong(Formed):
+    def compute_squared_norms(self) -> Tensor:
+        return super().compute_squared_norms() * 1.1
+
+
+def test_the_self_check_of_a_recording_sees_wrong_quantities() -> None:
+    problem = Problem.named("layers")
+    source = WrongNorms(problem.model, persample.losses.cross_entropy)
+    with source.recording():
+        F.cross_entropy(problem.model(problem.x), problem.y).backward()
+    with (
+        pytest.raises(persample.errors.DisagreementError, match="'norms'"),
+        source.recording(quantities=[Norms()]),
+    ):
+        F.cross_entropy(problem.model(problem.x), problem.y).backward()
+
+
+def test_options_of_recordings() -> None:
+    source = Problem.named("layers").source("fused")
+    for wrong in ({"quantities": [Norms]}, {"quantities": [Norms(), Norms()]}, {"loss_scale": 0.0}):
+        with pytest.raises(persample.errors.OptionError), source.recording(**wrong):  # type: ignore[arg-type]
+            pass
 
 
 @pytest.mark.parametrize("backend", ["loop", "hooks", "fused"])

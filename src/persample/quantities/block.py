@@ -14,6 +14,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from persample.dtypes import at_least_float32
+
 
 @dataclass(frozen=True)
 class Block(ABC):
@@ -99,6 +101,55 @@ class Formed(Block):
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, self.size), self.rows
+
+
+@dataclass(frozen=True)
+class Unknown(Block):
+    """Gradients that are not a number.
+
+    Attributes:
+        parameter: the parameter.
+    """
+
+    parameter: Tensor
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        nothing = at_least_float32(torch.full_like(self.parameter, torch.nan)).unsqueeze(0)
+        for sample in range(self.size):
+            yield slice(sample, sample + 1), nothing
+
+
+@dataclass(frozen=True)
+class Scaled(Block):
+    """Gradients multiplied by a number.
+
+    Attributes:
+        inner: the gradients.
+        factor: the number.
+    """
+
+    inner: Block
+    factor: float
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        for where, g in self.inner.pieces():
+            yield where, g * self.factor
+
+    def compute_sums(self) -> tuple[Tensor, Tensor]:
+        total, squares = self.inner.sums()
+        return total * self.factor, squares * self.factor**2
+
+    def compute_squared_norms(self) -> Tensor:
+        return self.inner.squared_norms() * self.factor**2
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.inner.weighted_sum(weights) * self.factor
+
+    def gram(self) -> Tensor:
+        return self.inner.gram() * self.factor**2
+
+    def products(self, others: Tensor) -> Tensor:
+        return self.inner.products(others) * self.factor
 
 
 @dataclass(frozen=True)

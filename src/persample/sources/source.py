@@ -27,7 +27,7 @@ from persample.sources.model.random_state import random_state, random_state_rest
 from persample.sources.model.refusals import refuse_impossible
 from persample.sources.model.usage import Use
 from persample.sources.recording.replay import ReplayRecorder
-from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.computed import Compute, computed
 from persample.sources.selfcheck.oracle import losses_of_part, refuse_hidden_uses
 from persample.sources.selfcheck.raw_errors import in_words
@@ -195,7 +195,13 @@ class PerSampleGradSource(Contract):
         return found
 
     @contextmanager
-    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+    def recording(
+        self,
+        loss_reduction: LossReduction = "mean",
+        *,
+        quantities: Sequence[Quantity[Any]] = (),
+        loss_scale: float | None = None,
+    ) -> Iterator[Recorded]:
         """Record the moments of forward and backward passes that users run themselves, inside a `with` block.
 
             with source.recording() as recorded:
@@ -203,19 +209,29 @@ class PerSampleGradSource(Contract):
                 loss.backward()
             moments = recorded.moments()
 
+        Quantities of the gradients are told before, and found in `recorded.quantities`, for each backward pass:
+
+            with source.recording(quantities=[Norms()]) as recorded:
+                ...
+            norms = recorded.quantities[0].norms
+
         The model is called as a whole, and `backward()` after each call of it. Dim 0 of its tensor arguments is the
         sample. `loss_fn` is not used. `p.grad` gets the gradient as usual.
 
         Args:
             loss_reduction: how the losses of the samples were reduced to a scalar, `"mean"` or `"sum"`. A mean is one
                 over all samples that the model was called with.
+            quantities: what is wanted beside the moments, such as `persample.quantities.Norms()`. `fused` and `hooks`
+                take them from the pass itself, all others repeat it.
+            loss_scale: the number by which the losses are multiplied before the backward pass, as by a gradient scaler
+                of mixed precision (`scaler.get_scale()`).
 
         Raises:
             UsageError: nothing was recorded, or backward passes cannot be told apart.
             UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend; or the
                 forward pass cannot be repeated, by a backend that runs the model itself.
         """
-        with ReplayRecorder(self, loss_reduction) as recorder:
+        with ReplayRecorder(self, loss_reduction, Wanted(quantities, loss_scale)) as recorder:
             yield recorder.recorded
 
     # What a backend implements, where it can do better.

@@ -23,7 +23,7 @@ from persample.sources.model.refusals import refuse_impossible
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.reduction import refuse_uses_past_outputs
-from persample.sources.recording.results import LossReduction, Sums
+from persample.sources.recording.results import LossReduction, Sums, Wanted
 from persample.sources.selfcheck.tolerances import Allowance
 from persample.sources.selfcheck.verify import require_close
 
@@ -37,10 +37,17 @@ class CallRecorder(Recorder):
         source: the backend.
         modules: the layers that own parameters, by path.
         reduction: how the user reduces the losses.
+        wanted: the quantities that are wanted, beside the moments.
     """
 
-    def __init__(self, source: Contract, modules: Mapping[str, nn.Module], reduction: LossReduction) -> None:
-        super().__init__(source.model, source.parameters(), reduction)
+    def __init__(
+        self,
+        source: Contract,
+        modules: Mapping[str, nn.Module],
+        reduction: LossReduction,
+        wanted: Wanted = Wanted(),  # noqa: B008 - it cannot be changed
+    ) -> None:
+        super().__init__(source.model, source.parameters(), reduction, wanted)
         self.source = source
         self.calls: dict[ForwardPass, list[ModuleCall]] = {}
         self._modules = modules

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UnsupportedModelError, UsageError
+from persample.quantities.computed import Quantities
 from persample.sources.batch import Batch, split_batch
 from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_from, outer_backward, variables_of
@@ -30,9 +31,11 @@ from persample.sources.recording.reduction import (
     refuse_other_reduction,
     refuse_weighted_mean,
 )
-from persample.sources.recording.results import LossReduction, Recorded, Sums
-from persample.sources.selfcheck.computed import check_once
+from persample.sources.recording.results import LossReduction, Recorded, Sums, Wanted, unknown_losses
+from persample.sources.selfcheck.computed import Compute, check_once
 from persample.sources.selfcheck.oracle import reentrant_refused
+from persample.sources.selfcheck.returned import moments_of
+from persample.sources.selfcheck.rounds import QuantitiesOf, Reading
 from persample.sources.splits.detection import unwrapped
 from persample.warn import warn
 
@@ -61,17 +64,24 @@ class Recorder(TorchFunctionMode):
         model: the network.
         parameters: those to record, by name.
         reduction: how the user reduces the losses.
+        wanted: the quantities that are wanted of the gradients, beside the moments.
 
     Raises:
         OptionError: `reduction` is not known.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], reduction: LossReduction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        reduction: LossReduction,
+        wanted: Wanted = Wanted(),  # noqa: B008 - it cannot be changed
+    ) -> None:
         super().__init__()
         if reduction not in get_args(LossReduction):
             raise OptionError(f'loss_reduction={reduction!r}: must be "mean" or "sum".')
         self.model = model
-        self.recorded = Recorded(reduction, parameters)
+        self.recorded = Recorded(reduction, parameters, wanted, loss_scale=wanted.loss_scale)
         self.passes: list[ForwardPass] = []
         self.gradients: dict[str, Tensor] = {}
         self.in_backward = False
@@ -98,6 +108,10 @@ class Recorder(TorchFunctionMode):
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
         """Return what a backward pass gave for the forward pass that it went through."""
 
+    def quantities(self, forward_pass: ForwardPass) -> Sequence[Any]:
+        """Return what `after_backward` has found of each quantity that is wanted; those that ask for none have none."""
+        return ()
+
     def left_out(self) -> Iterable[str]:
         """Return the parameters that got a gradient in a backward pass that went through no forward pass."""
         return ()
@@ -110,8 +124,14 @@ class Recorder(TorchFunctionMode):
 
     def remember_state(self, source: Contract, forward_pass: ForwardPass) -> None:
         """Keep the state of the model for the self-check of `source`, which repeats the pass that begins now."""
-        if source.check_is_due(forward_pass.batch):
+        if source.check_is_due(forward_pass.batch, self.method):
             forward_pass.state = source.state()
+
+    def reading(self, forward_pass: ForwardPass) -> Reading:
+        """Return what reads the blocks of rows of a backward pass for the quantities that are wanted."""
+        wanted, size = self.recorded.wanted, forward_pass.batch.size
+        factor = wanted.factor(self.recorded.reduction, size)
+        return Reading(wanted.quantities, self.recorded.parameters, size, factor=factor)
 
     def reach(self, forward_pass: ForwardPass) -> None:
         """Note that a backward pass goes through `forward_pass`.
@@ -132,6 +152,12 @@ class Recorder(TorchFunctionMode):
         if forward_pass is not self.passes[-1]:
             raise earlier_pass()
         self._reached = True
+
+    @property
+    def method(self) -> str:
+        """By what name the self-check remembers that this was checked."""
+        asked = self.recorded.wanted.quantities
+        return " ".join(["recording", *(type(quantity).__qualname__ for quantity in asked)])
 
     @property
     def current(self) -> ForwardPass | None:
@@ -324,6 +350,9 @@ class Recorder(TorchFunctionMode):
         forward_pass.done = True
         with torch.no_grad():
             self.recorded.sums.append(self.after_backward(forward_pass))
+            if asked := self.recorded.wanted.quantities:
+                losses = unknown_losses(forward_pass.batch.size, self.recorded.parameters)
+                self.recorded.quantities.append(Quantities(losses, asked, self.quantities(forward_pass)))
             self.recorded.left = self._left_by(forward_pass, self.recorded.sums[-1])
 
     def _look_at_roots(self, roots: Sequence[Tensor]) -> None:
@@ -418,7 +447,7 @@ class Recorder(TorchFunctionMode):
                     edges = [forward_pass.edges[index] for index in forward_pass.outputs]
                     if self.recorded.reduction == "mean":
                         refuse_weighted_mean(loss, edges, forward_pass.batch.size)
-                    if source.check_is_due(forward_pass.batch):
+                    if source.check_is_due(forward_pass.batch, self.method):
                         refuse_joint_loss(loss, edges, forward_pass.batch.size)
         finally:
             self.checking = False
@@ -430,19 +459,17 @@ class Recorder(TorchFunctionMode):
         samples, as the similarities do that contrastive models return.
         """
         reached = [index for index in forward_pass.outputs if index in forward_pass.reached]
-        of_these = f"recording of outputs {reached}"
+        of_these = f"{self.method} of outputs {reached}"
         if not source.check_is_due(forward_pass.batch, of_these):
             return
         try:
-            self._check_outputs(source, forward_pass, forward_pass.outputs)
+            self._check_outputs(source, forward_pass, forward_pass.outputs, self.method)
         except UnsupportedModelError:
             if not reached or reached == forward_pass.outputs:
                 raise
             self._check_outputs(source, forward_pass, reached, of_these)
 
-    def _check_outputs(
-        self, source: Contract, forward_pass: ForwardPass, indices: Sequence[int], method: str = "recording"
-    ) -> None:
+    def _check_outputs(self, source: Contract, forward_pass: ForwardPass, indices: Sequence[int], method: str) -> None:
         def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
             found = tensors_of(outputs)
             losses = torch.zeros(len(numbers), device=found[indices[0]].device)
@@ -459,7 +486,9 @@ class Recorder(TorchFunctionMode):
             with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
                 if state is not None:
                     state.put_back()
-                check_once(source, batch.with_targets(batch.targets), loss_fn, method)
+                asked = self.recorded.wanted.quantities
+                computes: list[Compute] = [moments_of, QuantitiesOf(asked)] if asked else [moments_of]
+                check_once(source, batch.with_targets(batch.targets), loss_fn, method, computes)
         finally:
             self.checking = False
 

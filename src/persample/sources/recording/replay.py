@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, Node
 from persample.dtypes import at_least_float32
 from persample.errors import DisagreementError, UnsupportedModelError, UsageError
 from persample.moments import Moments
+from persample.quantities.block import Unknown
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
 from persample.sources.model.random_state import random_state, same_random_state
@@ -31,10 +32,11 @@ from persample.sources.model.refusals import refuse_hooked_parameters, refuse_im
 from persample.sources.recording.forward_pass import ForwardPass, tensors_of
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.reduction import refuse_uses_past_outputs
-from persample.sources.recording.results import LossReduction, Sums
+from persample.sources.recording.results import LossReduction, Sums, Wanted
 from persample.sources.selfcheck.oracle import gradient, reentrant_refused
 from persample.sources.selfcheck.returned import moments_of
 from persample.sources.selfcheck.rounding import only_rounded
+from persample.sources.selfcheck.rounds import QuantitiesOf
 from persample.sources.selfcheck.tolerances import Allowance
 from persample.sources.selfcheck.verify import replayed, require_close
 
@@ -45,12 +47,14 @@ class ReplayRecorder(Recorder):
     Args:
         source: the backend.
         reduction: how the user reduces the losses.
+        wanted: the quantities that are wanted, beside the moments.
     """
 
-    def __init__(self, source: Contract, reduction: LossReduction) -> None:
-        super().__init__(source.model, source.parameters(), reduction)
+    def __init__(self, source: Contract, reduction: LossReduction, wanted: Wanted) -> None:
+        super().__init__(source.model, source.parameters(), reduction, wanted)
         self.source = source
         self._deltas: dict[int, Tensor] = {}
+        self._quantities: Sequence[Any] = ()
 
     def begin(self, forward_pass: ForwardPass) -> None:
         refuse_impossible(self.model)
@@ -84,6 +88,7 @@ class ReplayRecorder(Recorder):
         if not all(bool(g.isfinite().all()) for g in (*self._deltas.values(), *self.gradients.values())):
             # A gradient scaler will skip the step: nothing can be told of single samples.
             nothing = {name: torch.full_like(p, torch.nan) for name, p in self.recorded.parameters.items()}
+            self._quantities = self._of_unknown(forward_pass)
             return Sums(size, nothing, nothing)
         self.check(self.source, forward_pass)
         # In units of the largest δ, a power of two, so that neither overflow nor tolerances depend on its size.
@@ -98,13 +103,33 @@ class ReplayRecorder(Recorder):
                 self.source.with_loss(_products(list(self._deltas)), self._start) as source,
             ):
                 moments = self._repeated(source, batch, unit)
+                if self.recorded.wanted.quantities:
+                    self._quantities = self._quantities_of(source, batch, unit)
         finally:
             self.checking = False
         squares = {name: at_least_float32(s) * (size * unit**2) for name, s in moments.second_moment.items()}
         return Sums(size, self.gradients, squares)
 
+    def quantities(self, forward_pass: ForwardPass) -> Sequence[Any]:
+        return self._quantities
+
     def left_out(self) -> Iterable[str]:
         return self.gradients
+
+    def _quantities_of(self, source: Contract, batch: Batch, unit: float) -> Sequence[Any]:
+        """Return the quantities of the pass, repeated once more."""
+        wanted = self.recorded.wanted
+        compute = QuantitiesOf(wanted.quantities, factor=unit * wanted.factor(self.recorded.reduction, batch.size))
+        self._state.put_back()
+        with replayed(source, self._start):
+            return compute(source, batch).results
+
+    def _of_unknown(self, forward_pass: ForwardPass) -> Sequence[Any]:
+        """Return quantities of gradients that are not a number."""
+        reading = self.reading(forward_pass)
+        for name, p in self.recorded.parameters.items():
+            reading.receive(Unknown(name, 0, forward_pass.batch.size, p.detach()))
+        return reading.results()
 
     def _refuse_unrepeatable(self, forward_pass: ForwardPass) -> None:
         name = type(self.source).__name__

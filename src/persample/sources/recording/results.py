@@ -11,14 +11,18 @@ gradients it accumulates), c is so much larger or smaller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from persample.errors import OptionError
 from persample.moments import Moments, merge_moments
+from persample.quantities.computed import Quantities, refuse_quantities
+from persample.quantities.protocol import Quantity
 
 LossReduction = Literal["mean", "sum"]
 
@@ -35,6 +39,28 @@ class Sums:
     squares: Mapping[str, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The quantities that are wanted of a recording, beside the moments.
+
+    Attributes:
+        quantities: what is asked for.
+        loss_scale: the number by which the losses are multiplied before the backward pass; None if it is not known.
+    """
+
+    quantities: Sequence[Quantity[Any]] = ()
+    loss_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        refuse_quantities(self.quantities)
+        if self.loss_scale is not None and not 0 < self.loss_scale < math.inf:
+            raise OptionError(f"loss_scale={self.loss_scale!r} must be positive and finite.")
+
+    def factor(self, reduction: LossReduction, size: int) -> float:
+        """Return 1 / c, by which a row of a backward pass over `size` samples becomes g_i."""
+        return (size if reduction == "mean" else 1) / (1.0 if self.loss_scale is None else self.loss_scale)
+
+
 @dataclass(eq=False)
 class Recorded:
     """What a recording has seen; complete when its context has ended.
@@ -42,14 +68,19 @@ class Recorded:
     Attributes:
         reduction: how the user reduced the losses.
         parameters: those that require a gradient, by name.
+        wanted: what was asked for.
         sums: of each backward pass.
+        quantities: those that were asked for, of each backward pass; their losses are not a number, because the user
+            kept them.
         left: what the last backward pass left in `p.grad`, by name.
         loss_scale: by what number the user multiplied each of the scalars on purpose; None if it is not known.
     """
 
     reduction: LossReduction
     parameters: Mapping[str, nn.Parameter]
+    wanted: Wanted = field(default_factory=Wanted)
     sums: list[Sums] = field(default_factory=list)
+    quantities: list[Quantities] = field(default_factory=list)
     left: Mapping[str, Tensor] = field(default_factory=dict)
     loss_scale: float | None = None
 
@@ -73,7 +104,6 @@ class Recorded:
     def _moments(self, sums: Sums, scale: float) -> Moments:
         scale *= 1.0 if self.loss_scale is None else self.loss_scale
         c, of_all = (scale / sums.size, scale) if self.reduction == "mean" else (scale, scale * sums.size)
-        device = next(iter(self.parameters.values())).device if self.parameters else None
 
         def all_parameters(found: Mapping[str, Tensor], divisor: float) -> dict[str, Tensor]:
             values = found if divisor == 1 else {name: value / divisor for name, value in found.items()}
@@ -83,7 +113,13 @@ class Recorded:
             }
 
         return Moments(
-            losses=torch.full((sums.size,), torch.nan, device=device),
+            losses=unknown_losses(sums.size, self.parameters),
             mean=all_parameters(sums.total, of_all),
             second_moment={} if sums.squares is None else all_parameters(sums.squares, c * of_all),
         )
+
+
+def unknown_losses(size: int, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return losses that are not a number."""
+    device = next(iter(parameters.values())).device if parameters else None
+    return torch.full((size,), torch.nan, device=device)

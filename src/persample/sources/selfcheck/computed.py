@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -67,9 +67,15 @@ def _refuse_uses(source: Contract, batch: Batch, disagreement: DisagreementError
 
 
 def check_once(
-    source: Contract, batch: Batch, loss_fn: Callable[[Any, Any], Tensor], method: str = "recording"
+    source: Contract,
+    batch: Batch,
+    loss_fn: Callable[[Any, Any], Tensor],
+    method: str = "recording",
+    computes: Sequence[Compute] = (moments_of,),
 ) -> None:
     """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind and `method`.
+
+    What `computes` asks for is computed, and checked.
 
     Nothing remains of it, no random number is used up.
 
@@ -80,7 +86,8 @@ def check_once(
         return
     source.moving = None
     with source.with_loss(loss_fn, random_state(source.model)) as checked:
-        computed(checked, batch, moments_of, checked.state(), checking=True)
+        for compute in computes:
+            computed(checked, batch, compute, checked.state(), checking=True)
     source.moving = checked.moving
     if batch.size > 1:
         source.checked.add(source.kind_of(batch, method))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from persample.dtypes import at_least_float32, without_autocast
 from persample.errors import ContractError, UnsupportedModelError
-from persample.quantities.block import Block, Formed, Grouped
+from persample.quantities.block import Block, Formed, Grouped, Scaled
 from persample.quantities.computed import Quantities
-from persample.quantities.protocol import Accumulation, Quantity, Setting
+from persample.quantities.protocol import Quantity, Setting
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract, Receive
 from persample.sources.model.random_state import random_state, same_random_state
@@ -31,11 +31,13 @@ class QuantitiesOf:
         asked: the quantities.
         groups: for each sample the group to which it belongs, whole numbers on the CPU; None if each stands alone.
         max_bytes: as many bytes of per-sample gradients may be formed at once, by backends that form them.
+        factor: by what the gradients are multiplied before anything is made of them.
     """
 
     asked: Sequence[Quantity[Any]]
     groups: Tensor | None = None
     max_bytes: int = MAX_BYTES
+    factor: float = 1.0
 
     @property
     def __name__(self) -> str:
@@ -57,35 +59,87 @@ class QuantitiesOf:
     def _results(
         self, source: Contract, batch: Batch, size: int, index: Tensor | None = None
     ) -> tuple[Tensor, list[Any]]:
-        setting = Setting(size, {name: p.detach() for name, p in source.parameters().items()})
-        accumulations = [quantity.begin(setting) for quantity in self.asked]
-        device = next((p.device for p in source.model.parameters()), torch.device("cpu"))
         whole = source.samples_at_once(batch, self.max_bytes) >= batch.size
-        keep = whole and any(accumulation.rereads for accumulation in accumulations)
-        kept: list[Block] = []
+        reading = Reading(self.asked, source.parameters(), size, kept=whole, factor=self.factor)
+        index = None if index is None else index.to(reading.device)
 
-        def receive(block: Block) -> None:
-            if keep:
-                kept.append(block)
-            _give(block, accumulations, device)
+        def blocks_once_more(receive: Receive) -> None:
+            if not whole:
+                _blocks_of(source, batch, self.max_bytes, receive, index)
+                return
+            with source.reading_blocks():
+                reading.reread(receive)
 
-        index = None if index is None else index.to(device)
-        losses = _blocks_of(source, batch, self.max_bytes, receive, index)
-        wanting = [accumulation for accumulation in accumulations if accumulation.another_round()]
-        while wanting:
-            if whole and not keep:
+        losses = _blocks_of(source, batch, self.max_bytes, reading.receive, index)
+        return losses, reading.results(blocks_once_more)
+
+
+class Reading:
+    """Blocks of the gradients of one batch, on their way to all quantities that are asked for.
+
+    Args:
+        asked: the quantities.
+        parameters: by name.
+        size: how many gradients there are by each.
+        kept: whether blocks are to be kept where a quantity needs them again; otherwise they will come again.
+        factor: by what the gradients are multiplied first.
+    """
+
+    def __init__(
+        self,
+        asked: Sequence[Quantity[Any]],
+        parameters: Mapping[str, Tensor],
+        size: int,
+        *,
+        kept: bool = True,
+        factor: float = 1.0,
+    ) -> None:
+        setting = Setting(size, {name: p.detach() for name, p in parameters.items()})
+        self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self._accumulations = self._wanting = [quantity.begin(setting) for quantity in asked]
+        self._keeps = kept and any(accumulation.rereads for accumulation in self._accumulations)
+        self._never_again = kept and not self._keeps
+        self._kept: list[Block] = []
+        self._factor = factor
+
+    def receive(self, block: Block) -> None:
+        """Take a block of the first round."""
+        if self._keeps:
+            self._kept.append(block)
+        self._give(block)
+
+    def reread(self, receive: Receive) -> None:
+        """Give `receive` the blocks that were kept."""
+        for block in self._kept:
+            receive(block)
+
+    def results(self, blocks_once_more: Callable[[Receive], None] | None = None) -> list[Any]:
+        """Return the quantities, after as many further rounds as they want.
+
+        Args:
+            blocks_once_more: gives what it is passed all blocks; those that were kept if None.
+
+        Raises:
+            ContractError: a quantity wants another round, and has not said so before the first.
+        """
+        again = self.reread if blocks_once_more is None else blocks_once_more
+        self._wanting = [accumulation for accumulation in self._wanting if accumulation.another_round()]
+        while self._wanting:
+            if self._never_again:
                 raise ContractError(
-                    f"{type(wanting[0]).__name__} wants to read the gradients once more, for which they are kept only "
-                    "if its attribute rereads is true: set it."
+                    f"{type(self._wanting[0]).__name__} wants to read the gradients once more, for which they are kept "
+                    "only if its attribute rereads is true: set it."
                 )
-            if keep:
-                with source.reading_blocks():
-                    for block in kept:
-                        _give(block, wanting, device)
-            else:
-                _blocks_of(source, batch, self.max_bytes, lambda block: _give(block, wanting, device), index)  # noqa: B023
-            wanting = [accumulation for accumulation in wanting if accumulation.another_round()]
-        return losses, [accumulation.result() for accumulation in accumulations]
+            again(self._give)
+            self._wanting = [accumulation for accumulation in self._wanting if accumulation.another_round()]
+        return [accumulation.result() for accumulation in self._accumulations]
+
+    def _give(self, block: Block) -> None:
+        if self._factor != 1:
+            block = Scaled(block.name, block.start, block.size, block, self._factor)
+        with without_autocast(self.device):
+            for accumulation in self._wanting:
+                accumulation.add(block)
 
 
 def formed_blocks(source: Contract, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
@@ -133,12 +187,6 @@ def samples_within(source: Contract, batch: Batch, max_bytes: int) -> int:
 def _receive_formed(gradients: dict[str, Tensor], start: int, receive: Receive) -> None:
     for name, g in gradients.items():
         receive(Formed(name, start, len(g), at_least_float32(g)))
-
-
-def _give(block: Block, accumulations: Sequence[Accumulation[Any]], device: torch.device) -> None:
-    with without_autocast(device):
-        for accumulation in accumulations:
-            accumulation.add(block)
 
 
 def _blocks_of(source: Contract, batch: Batch, max_bytes: int, receive: Receive, index: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ and one backward pass give a and δ of every call, and the package gives what it
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
+from persample.quantities.protocol import Quantity
 from persample.sources.backends.contributions import precise
 from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
@@ -34,7 +35,7 @@ from persample.sources.model.refusals import FUSED_OR_VJP, describe
 from persample.sources.model.usage import Use
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
-from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.oracle import gradients_at
 from persample.sources.source import PerSampleGradSource
 
@@ -137,8 +138,18 @@ class PeerRulesSource(PerSampleGradSource):
         return losses.detach(), list(gradients[: len(parameters)]), uses
 
     @contextmanager
-    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
-        with PeerRecorder(self, loss_reduction) as recorder:
+    def recording(
+        self,
+        loss_reduction: LossReduction = "mean",
+        *,
+        quantities: Sequence[Quantity[Any]] = (),
+        loss_scale: float | None = None,
+    ) -> Iterator[Recorded]:
+        if quantities:  # their rules form all gradients of a layer at once; repeated, the pass comes in parts
+            with super().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale) as recorded:
+                yield recorded
+            return
+        with PeerRecorder(self, loss_reduction, Wanted(loss_scale=loss_scale)) as recorder:
             yield recorder.recorded
 
     def square_sums(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
@@ -181,8 +192,8 @@ class PeerRecorder(CallRecorder):
 
     source: PeerRulesSource
 
-    def __init__(self, source: PeerRulesSource, reduction: LossReduction) -> None:
-        super().__init__(source, source.layers(), reduction)
+    def __init__(self, source: PeerRulesSource, reduction: LossReduction, wanted: Wanted) -> None:
+        super().__init__(source, source.layers(), reduction, wanted)
         self._uses: dict[ForwardPass, list[LayerCall]] = {}
 
     def begin(self, forward_pass: ForwardPass) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
+from persample.quantities.protocol import Quantity
 from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.batch import Batch
@@ -66,7 +67,13 @@ class PeerSource(PerSampleGradSource):
         return self._served(batch, lambda source: list(source.find_uses(batch)))
 
     @contextmanager
-    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
+    def recording(
+        self,
+        loss_reduction: LossReduction = "mean",
+        *,
+        quantities: Sequence[Quantity[Any]] = (),
+        loss_scale: float | None = None,
+    ) -> Iterator[Recorded]:
         """Record the moments of passes that the user runs, see `PerSampleGradSource.recording`.
 
         The rules are applied to the user's own pass. The machinery, whose hooks are not on the user's model, repeats
@@ -74,10 +81,10 @@ class PeerSource(PerSampleGradSource):
         """
         if self.machinery == "rules" or (self.machinery == "auto" and self._rules_serve()):
             self.ran = "rules"
-            recording = self._rules().recording(loss_reduction)
+            recording = self._rules().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale)
         else:
             self.ran = self.own
-            recording = super().recording(loss_reduction)
+            recording = super().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale)
         with recording as recorded:
             yield recorded
 

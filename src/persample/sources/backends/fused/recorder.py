@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from persample.dtypes import without_autocast
+from persample.dtypes import at_least_float32, without_autocast
 from persample.errors import PersampleError, UnsupportedModelError
+from persample.quantities.block import Formed
 from persample.sources.backends.contributions import Contribution
-from persample.sources.backends.fused.accumulators import Moment
+from persample.sources.backends.fused.accumulators import BlockSums, Moment
 from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.expressions import Expression, version_of
@@ -27,8 +28,9 @@ from persample.sources.model.refusals import VMAP_OR_VJP, refuse_impossible
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.reduction import refuse_uses_past_outputs, used_outside
-from persample.sources.recording.results import LossReduction, Sums
+from persample.sources.recording.results import LossReduction, Sums, Wanted
 from persample.sources.selfcheck.oracle import inner_backward_pass
+from persample.sources.selfcheck.rounds import Reading
 from persample.sources.source import PerSampleGradSource
 
 # The mode is active meanwhile, for activation checkpointing, but this call is not the model's.
@@ -42,12 +44,13 @@ class FusedRecorder(Recorder):
     the same, the parameter was used by something unseen.
     """
 
-    def __init__(self, source: PerSampleGradSource, reduction: LossReduction) -> None:
+    def __init__(self, source: PerSampleGradSource, reduction: LossReduction, wanted: Wanted) -> None:
         parameters = source.parameters()
-        super().__init__(source.model, parameters, reduction)
+        super().__init__(source.model, parameters, reduction, wanted)
         self.source = source
         self.capture: Capture | None = None
-        self._moment = Moment(0)
+        self._sums: Moment | BlockSums = Moment(0)
+        self._reading: Reading | None = None
         self._unseen_outputs = False  # whether an output with entries for the samples seems made of parameters alone
         self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
         self._mixed: dict[Node, str] = {}
@@ -61,14 +64,18 @@ class FusedRecorder(Recorder):
         self.remember_state(self.source, forward_pass)
         self.capture = None
         self._mixed.clear()
+        self._reading = self.reading(forward_pass) if self.recorded.wanted.quantities else None
         if forward_pass.batch.size == 1:  # the gradient of a single sample is the ordinary one
             return
         recorder, size = self, forward_pass.batch.size
+        self._sums = Moment(size) if self._reading is None else BlockSums(size, self._reading.receive)
 
-        class Watched(Moment):
+        class Watched:
+            expect = self._sums.expect
+
             def receive(self, expression: Expression, contribution: Contribution) -> None:
                 recorder.reach(forward_pass)
-                super().receive(expression, contribution)
+                recorder._sums.receive(expression, contribution)
 
         class OutsideToo(Capture):
             def mixed(
@@ -78,8 +85,7 @@ class FusedRecorder(Recorder):
                     refusal = UnsupportedModelError(used_outside(expressions[0].names[0]))
                 return super().mixed(result, where, expressions, refusal)
 
-        self._moment = Watched(size)
-        self.capture = OutsideToo(self.recorded.parameters, size, self._moment)
+        self.capture = OutsideToo(self.recorded.parameters, size, Watched())
         self.capture.follow(forward_pass.batch)
 
     def end(self, forward_pass: ForwardPass, outputs: list[Tensor]) -> None:
@@ -131,11 +137,14 @@ class FusedRecorder(Recorder):
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
         if self.capture is None:
             self._check(forward_pass)
+            if self._reading is not None:
+                for name, g in self.gradients.items():
+                    self._reading.receive(Formed(name, 0, 1, at_least_float32(g).unsqueeze(0)))
             return Sums(1, self.gradients, {name: g.square() for name, g in self.gradients.items()})
         for leaf, expression in self.capture.leaves().items():
             if leaf.grad is not None:
                 raise UnsupportedModelError(unseen_use(expression.names[0]))
-        sink = self._moment
+        sink = self._sums
         device = next((p.device for p in self.recorded.parameters.values()), torch.device("cpu"))
         self._finishing = True
         with torch.enable_grad(), without_autocast(device):
@@ -152,6 +161,15 @@ class FusedRecorder(Recorder):
                 hook(p)
         self._check(forward_pass)
         return Sums(forward_pass.batch.size, sink.total, sink.squares)
+
+    def quantities(self, forward_pass: ForwardPass) -> Sequence[Any]:
+        if self._reading is None:
+            return ()
+        self._finishing = True
+        with torch.enable_grad():
+            found = self._reading.results()
+        self._finishing, self._reading = False, None
+        return found
 
     def left_out(self) -> Iterable[str]:
         return self.gradients

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from persample.dtypes import without_autocast
 from persample.errors import OptionError, UnsupportedModelError
 from persample.kernels.autotune import deterministic_choice
 from persample.moments import Moments
+from persample.quantities.protocol import Quantity
 from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
 from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.capture import Capture
@@ -27,7 +28,7 @@ from persample.sources.batch import Batch
 from persample.sources.contract import Check, Receive
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.usage import Use, current_module
-from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.oracle import gradient, other_leaves, reentrant_refused, refuse_accumulated
 from persample.sources.source import PerSampleGradSource
 
@@ -104,8 +105,14 @@ class FusedSource(PerSampleGradSource):
         return deterministic_choice(self.deterministic)
 
     @contextmanager
-    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
-        recorder = FusedRecorder(self, loss_reduction)
+    def recording(
+        self,
+        loss_reduction: LossReduction = "mean",
+        *,
+        quantities: Sequence[Quantity[Any]] = (),
+        loss_scale: float | None = None,
+    ) -> Iterator[Recorded]:
+        recorder = FusedRecorder(self, loss_reduction, Wanted(quantities, loss_scale))
         with deterministic_choice(self.deterministic), recorder:
             yield recorder.recorded
 

@@ -7,7 +7,7 @@ samples. The backward pass here stops at the outputs of the layers; autograd nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from persample.dtypes import without_autocast
 from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
+from persample.quantities.protocol import Quantity
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.hooks.counting import Receive, UseCounter, contributions_of
 from persample.sources.backends.hooks.recorder import HooksRecorder
@@ -36,7 +37,7 @@ from persample.sources.model.module_calls import (
 )
 from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.model.usage import Use
-from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.oracle import gradients_at
 from persample.sources.source import PerSampleGradSource
 
@@ -118,8 +119,15 @@ class HooksSource(PerSampleGradSource):
         return batch.size
 
     @contextmanager
-    def recording(self, loss_reduction: LossReduction = "mean") -> Iterator[Recorded]:
-        with HooksRecorder(self, modules_with_rules(self.model), loss_reduction) as recorder:
+    def recording(
+        self,
+        loss_reduction: LossReduction = "mean",
+        *,
+        quantities: Sequence[Quantity[Any]] = (),
+        loss_scale: float | None = None,
+    ) -> Iterator[Recorded]:
+        wanted = Wanted(quantities, loss_scale)
+        with HooksRecorder(self, modules_with_rules(self.model), loss_reduction, wanted) as recorder:
             yield recorder.recorded
 
     def _backward(self, batch: Batch, receive: Receive) -> Tensor:
