@@ -247,7 +247,7 @@ def contest(
     minutes: Annotated[float, typer.Option(min=0, help=CONTEST_HELP["minutes"])] = math.inf,
     seeds: Annotated[int, typer.Option(min=1, help=CONTEST_HELP["seeds"])] = SEEDS,
     small: Annotated[bool, typer.Option("--small", help=CONTEST_HELP["small"])] = False,
-    replay: Annotated[str | None, typer.Option(help=CONTEST_HELP["replay"])] = None,
+    eager: Annotated[bool, typer.Option("--eager", help=CONTEST_HELP["eager"])] = False,
     out: Annotated[Path, typer.Option(help=CONTEST_HELP["out"])] = Path("runs/contest"),
 ) -> None:
     """Compare VOGN with other ways to uncertainty, on equal terms: data, epochs, number of trials."""
@@ -259,7 +259,7 @@ def contest(
         minutes=minutes,
         seeds=seeds,
         small=small,
-        replay=replay,
+        eager=eager,
     )
     typer.echo(tables)
 

@@ -33,7 +33,7 @@ HELP = {
     "minutes": "Stop after so many; 0 writes tables and picture from what is there.",
     "seeds": "Runs of each method, and ensembles of three; below three, no ensembles.",
     "small": "Rehearse all of it with a few samples.",
-    "replay": 'What VOGN\'s backend gets as its option "compile" on a GPU.',
+    "eager": "Replay no steps of VOGN as CUDA graphs.",
 }
 
 
@@ -46,7 +46,7 @@ def contest(
     minutes: float = math.inf,
     seeds: int = SEEDS,
     small: bool = False,
-    replay: str | None = None,
+    eager: bool = False,
 ) -> str:
     """Go on with the contest in the folder `out`, write what came out, and return its tables.
 
@@ -58,7 +58,7 @@ def contest(
         minutes: When to stop; 0 writes tables and picture from what is there.
         seeds: How many runs each method has, see `plan`.
         small: Whether to rehearse all of it with a few samples.
-        replay: What `VOGN` gets as the option "compile" of its source.
+        eager: Whether no steps of VOGN are replayed as CUDA graphs on a GPU.
 
     Raises:
         OptionError: An option is not allowed.
@@ -77,7 +77,7 @@ def contest(
                 budgets=budgets,
                 device=device,
                 end=end,
-                replay=replay if device != "cpu" else None,
+                eager=eager,
             ): jobs
             for device, jobs in _parsed(devices).items()
         }
@@ -167,6 +167,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help=HELP["minutes"])
     parser.add_argument("--seeds", type=int, default=SEEDS, help=HELP["seeds"])
     parser.add_argument("--small", action="store_true", help=HELP["small"])
-    parser.add_argument("--replay", help=HELP["replay"])
+    parser.add_argument("--eager", action="store_true", help=HELP["eager"])
     options = vars(parser.parse_args(arguments))
     print(contest(**options | {"datasets": options["datasets"] or tuple(BUDGETS)}))

@@ -23,7 +23,7 @@ class Course:
         batch_size: Samples per step; the last batch of an epoch may be smaller.
         seed: What first weights, order and noise come from.
         device: Where it is computed.
-        replay: What `VOGN` gets as the option "compile" of its source; None for nothing.
+        eager: Whether `VOGN` shall not replay its steps as CUDA graphs on a GPU.
     """
 
     data: ImageDataset
@@ -32,7 +32,7 @@ class Course:
     batch_size: int
     seed: int
     device: torch.device
-    replay: str | None = None
+    eager: bool = False
 
     def network(self) -> nn.Sequential:
         """Build the network of the data set, with the first weights of the seed."""

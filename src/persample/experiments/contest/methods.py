@@ -225,8 +225,9 @@ def variational(rule: type[VariationalOptimizer], course: Course, **settings: An
 
 
 def vogn(course: Course, **settings: Any) -> Training:
-    """VOGN, by the backend `fused`."""
-    options = {"deterministic": True} if course.replay is None else {"compile": course.replay}
+    """VOGN, by the backend `fused`; on a GPU its steps are replayed as CUDA graphs."""
+    replay = course.device.type == "cuda" and not course.eager
+    options = {"deterministic": True, "compile": "cuda-graph" if replay else False}
     return variational(VOGN, course, backend_options=options, **settings)
 
 

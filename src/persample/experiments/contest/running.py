@@ -40,7 +40,7 @@ class Place:
         budgets: Epochs, batch size and sizes of the data, by data set.
         device: Where it is computed.
         end: When the time is over, by `time.time`.
-        replay: See `Course`.
+        eager: See `Course`.
     """
 
     data_dir: Path | None
@@ -48,7 +48,7 @@ class Place:
     budgets: Mapping[str, Budget]
     device: str
     end: float = math.inf
-    replay: str | None = None
+    eager: bool = False
 
     def posterior_of(self, task: Task) -> Path:
         """Return the file of what a task has learned."""
@@ -85,7 +85,7 @@ def course_of(task: Task, place: Place) -> Course:
         batch_size=budget.batch_size,
         seed=task.seed,
         device=device,
-        replay=place.replay,
+        eager=place.eager,
     )
 
 

@@ -29,8 +29,8 @@ class Budget:
 
 
 BUDGETS: Mapping[str, Budget] = {
-    "cifar10": Budget(epochs=40, batch_size=128, held_out=5000),
-    "mnist": Budget(epochs=20, batch_size=128, held_out=5000),
+    "cifar10": Budget(epochs=40, batch_size=256, held_out=5000),
+    "mnist": Budget(epochs=15, batch_size=128, held_out=5000),
 }
 
 #: For a rehearsal of everything within a minute.
@@ -46,9 +46,9 @@ _PRECISIONS = ["marginal likelihood", 30.0, 100.0, 300.0, 1000.0, 3000.0]
 
 TRIALS: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = {
     "cifar10": {
-        "VOGN": _grid(lr=[0.01], prior_precision=[50.0, 100.0], temperature=[0.3, 0.5, 0.7], hess_init=[0.05]),
-        "IVON": _grid(lr=[0.1, 0.3, 1.0], hess_init=[0.05, 0.2], prior_precision=[20.0]),
-        "Vadam": _grid(lr=[1e-3], prior_precision=[50.0, 200.0], temperature=[0.003, 0.01, 0.03]),
+        "VOGN": _grid(lr=[0.03, 0.06, 0.1], prior_precision=[100.0], temperature=[0.4, 0.7], hess_init=[0.1]),
+        "IVON": _grid(lr=[0.2, 0.5, 1.0], hess_init=[0.2, 0.5], prior_precision=[20.0]),
+        "Vadam": _grid(lr=[1e-3], prior_precision=[1e3, 1e4], temperature=[1e-4, 3e-4, 1e-3]),
         "SWAG": _grid(lr=[1e-3, 3e-3], swa_lr=[3e-4, 6e-4, 1e-3]),
         "MC dropout": _grid(lr=[1e-3, 2e-3], rate=[0.05, 0.1, 0.2]),
         "AdamW": _grid(lr=[1e-3, 2e-3], weight_decay=[0.1, 0.3, 1.0]),
@@ -57,9 +57,9 @@ TRIALS: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = {
         "Laplace, last layer": _grid(prior_precision=_PRECISIONS),
     },
     "mnist": {
-        "VOGN": _grid(lr=[0.01], prior_precision=[5.0, 20.0], temperature=[0.1, 0.3, 0.5], hess_init=[0.05]),
-        "IVON": _grid(lr=[0.1, 0.3, 1.0], hess_init=[0.05, 0.2], prior_precision=[5.0]),
-        "Vadam": _grid(lr=[1e-3], prior_precision=[5.0, 20.0], temperature=[0.003, 0.01, 0.03]),
+        "VOGN": _grid(lr=[0.005, 0.01], prior_precision=[10.0], temperature=[0.3, 0.6, 1.0], hess_init=[0.05]),
+        "IVON": _grid(lr=[0.1, 0.3, 1.0], hess_init=[0.1, 0.3], prior_precision=[5.0]),
+        "Vadam": _grid(lr=[1e-3], prior_precision=[1e2, 1e3], temperature=[3e-4, 1e-3, 3e-3]),
         "SWAG": _grid(lr=[1e-3, 3e-3], swa_lr=[3e-4, 6e-4, 1e-3]),
         "MC dropout": _grid(lr=[2e-3, 4e-3], rate=[0.05, 0.1, 0.2]),
         "AdamW": _grid(lr=[2e-3, 4e-3], weight_decay=[0.1, 0.3, 1.0]),
