@@ -51,7 +51,7 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 def _flush() -> None:
-    """Write what standard output still holds; where that fails, Python shall not try again when it ends.
+    """Flush standard output; if that fails, keep Python from trying again at exit.
 
     Raises:
         OSError: The disk is full, or the reader has gone.

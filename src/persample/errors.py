@@ -1,4 +1,4 @@
-"""The errors of the package: each names the thing, says the reason, and says what to do."""
+"""The errors of the package: each names the thing, the reason and the way out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MissingPackageError(PersampleError, ImportError):
 
 
 class UnsupportedModelError(PersampleError, RuntimeError):
-    """This backend, or mathematics itself, has no per-sample gradient for a part of the model."""
+    """A part of the model has no per-sample gradient, with this backend or at all."""
 
 
 class LossError(PersampleError, ValueError):
@@ -36,7 +36,7 @@ class DisagreementError(PersampleError, RuntimeError):
 
 
 class ContractError(DisagreementError):
-    """A backend returned something else than the contract of `PerSampleGradSource` asks for."""
+    """A backend's result breaks the contract of `PerSampleGradSource`."""
 
 
 class OptionError(PersampleError, ValueError):
@@ -44,7 +44,7 @@ class OptionError(PersampleError, ValueError):
 
 
 class UsageError(PersampleError, RuntimeError):
-    """A call came at a moment at which it has no meaning (for example `step()` before `observe()`)."""
+    """A call came at the wrong moment (for example `step()` before `observe()`)."""
 
 
 class DataError(PersampleError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from persample.errors import OptionError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Lend a temporary path beside `path`, which takes the place of `path` when the block ends well.
+    """Yield a temporary path that replaces `path` if the block succeeds.
 
     The temporary name keeps the suffix, so that writers that choose a format by it do so. When the block
     raises, the temporary file is removed, and what was at `path` before stays. A file that is replaced passes its
@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _permissions(path: Path) -> int:
-    """Those of the file at `path`, or the usual ones of a new file.
+    """The permissions of the file at `path`, or the default ones of a new file.
 
     Raises:
         OSError: what is there is no regular file, and to replace it would be to destroy it.

@@ -1,4 +1,4 @@
-"""A BatchNorm whose statistics are constants, in training mode too, so that the samples do not meet."""
+"""A BatchNorm with constant statistics, also in training mode, so that samples do not mix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class FrozenBatchNorm(_BatchNorm):
-    """A BatchNorm of any number of dimensions that always uses its running statistics, as others do in eval mode.
+    """A BatchNorm of any dimension that always uses its running statistics, as in eval mode.
 
     It stays in eval mode when `.train()` is called on it or on the model that holds it, so the statistics no longer
     change. Scale and shift are trained as before, and the `state_dict` is that of the BatchNorm which it replaces.

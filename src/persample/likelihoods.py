@@ -1,4 +1,4 @@
-"""How targets are distributed, given the outputs of a model: one object for the loss, the prediction and the bound.
+"""Distributions of the targets given the model's outputs: one object for loss, prediction and bound.
 
 A likelihood is called as a loss, `likelihood(outputs, targets)`, and returns −log p(target | output) of each sample,
 shape `(B,)`. An optimizer that was made with it predicts with it. Posteriors take it as `likelihood=`, and
@@ -36,7 +36,7 @@ class TargetDistribution(ABC):
 
     @abstractmethod
     def summary(self) -> Summary:
-        """Return what adds up the outputs of draws of the weights to a prediction."""
+        """Return an accumulator of the outputs of draws into a prediction."""
 
     @abstractmethod
     def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -113,7 +113,7 @@ class Gaussian(TargetDistribution):
 
     def __post_init__(self) -> None:
         if not 0 < self.noise_precision < math.inf:
-            raise OptionError(f"noise_precision={self.noise_precision!r}: must be a number > 0.")
+            raise OptionError(f"noise_precision={self.noise_precision!r} must be a finite number > 0.")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return losses.gaussian(outputs, targets, noise_precision=self.noise_precision)
@@ -130,7 +130,7 @@ class Gaussian(TargetDistribution):
 
 @dataclass(frozen=True)
 class HeteroscedasticGaussian(TargetDistribution):
-    """Real numbers whose noise the model predicts, or has learned (`LearnedNoise`).
+    """Real numbers with noise that the model predicts or learns (`LearnedNoise`).
 
     Outputs `(B, 2 D, …)` hold in dim 1 the D means f, then the D log-variances v; targets have shape `(B, D, …)`:
 
@@ -187,7 +187,7 @@ class Poisson(TargetDistribution):
 
 
 class LearnedNoise(nn.Module):
-    """A model of means with a noise that is learned, the same for all inputs: for `HeteroscedasticGaussian`.
+    """A model of means with learned noise, equal for all inputs: for `HeteroscedasticGaussian`.
 
     The log-variances are a parameter of this model, so that optimizers train them, and posteriors are over them, too.
 
@@ -204,7 +204,7 @@ class LearnedNoise(nn.Module):
         self.log_variance = nn.Parameter(torch.full((outputs,), log_variance, dtype=like.dtype, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return means and log-variances, one after the other in dim 1."""
+        """Return means and log-variances, concatenated in dim 1."""
         mean: Tensor = self.model(*args, **kwargs)
         log_variance = self.log_variance.view(1, -1, *[1] * (mean.dim() - 2))
         return torch.cat([mean, torch.zeros_like(mean) + log_variance], 1)

@@ -1,4 +1,4 @@
-"""The mini-batches of a loader, as inputs and targets, with a bar that tells how far it is."""
+"""The mini-batches of a loader as inputs and targets, with a progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of the single samples: minus log-likelihoods of shape (B,), and the losses of `torch.nn` made so.
+"""Per-sample losses: negative log-likelihoods of shape (B,), and conversion of the losses of `torch.nn`.
 
 `loss_fn(outputs, targets)` must return one loss per sample. A scalar does not say what it was divided by
 (`nn.MSELoss` divides by B·C, `nn.CrossEntropyLoss` with weights by their sum), so a scalar is refused.
@@ -46,7 +46,7 @@ _OTHER_ARGUMENTS = (
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Minus log-likelihood of a categorical distribution, in nats.
+    """Negative log-likelihood of a categorical distribution, in nats.
 
     Args:
         outputs: logits, shape `(B, C)`, or `(B, C, d1, …)` with one label for each position.
@@ -59,7 +59,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def gaussian(outputs: Tensor, targets: Tensor, *, noise_precision: float = 1.0) -> Tensor:
-    """Minus log-likelihood of a Gaussian with mean `outputs` and a fixed precision (1 / variance), in nats.
+    """Negative log-likelihood of a Gaussian with mean `outputs` and a fixed precision (1 / variance), in nats.
 
     Args:
         outputs: predicted means, shape `(B, …)`.
@@ -79,7 +79,7 @@ def gaussian(outputs: Tensor, targets: Tensor, *, noise_precision: float = 1.0) 
 
 
 def bernoulli(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Minus log-likelihood of independent Bernoulli variables, in nats.
+    """Negative log-likelihood of independent Bernoulli variables, in nats.
 
     Args:
         outputs: logits, shape `(B, …)`.
@@ -125,8 +125,8 @@ def as_per_sample(loss_fn: Callable[[Any, Any], Any]) -> PerSampleLoss:
         )
     if isinstance(loss_fn, _OTHER_ARGUMENTS):
         raise LossError(
-            f"{type(loss_fn).__name__} takes other arguments than (outputs, targets): pass a function of these "
-            "two that calls it with reduction='none' and returns one loss per sample."
+            f"{type(loss_fn).__name__} does not take the arguments (outputs, targets): pass a function of these two "
+            "that calls it with reduction='none' and returns one loss per sample."
         )
     if type(loss_fn).__module__ == nn.CrossEntropyLoss.__module__ and hasattr(loss_fn, "reduction"):
         return _unreduced(loss_fn)
@@ -161,7 +161,7 @@ def _refuse_broadcast(name: str, outputs: Any, targets: Any) -> None:
 
 
 def advice_to_take_out(outputs: Any) -> str:
-    """Return how a loss takes the tensor out of what a model returned."""
+    """Return advice on how a loss takes the tensor out of a model's output."""
     names = tensors_by_name(outputs)
     if isinstance(outputs, tuple | list):
         tensor = "outputs[0]"
@@ -184,7 +184,7 @@ def _sum_per_sample(entries: Tensor) -> Tensor:
 
 
 def _divisor(scalar: Tensor) -> str:
-    """Return by what a scalar loss was divided, as far as its graph tells."""
+    """Describe what a scalar loss was divided by, as far as its graph shows."""
     node = scalar.grad_fn
     for _ in range(_MOST_STEPS):
         if node is None or "NllLoss" in node.name():

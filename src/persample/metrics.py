@@ -1,4 +1,4 @@
-"""How good probabilities are, and how well an uncertainty tells what is out of distribution.
+"""Metrics of class probabilities, and of uncertainty as a detector of out-of-distribution samples.
 
 All take tensors, and return a Python float, averaged in float64.
 """
@@ -60,7 +60,7 @@ def calibration_error(probabilities: Tensor, targets: Tensor, *, bins: int = 15)
     """
     _require_classes(probabilities, targets)
     if bins < 1:
-        raise OptionError(f"bins={bins!r}: must be a whole number >= 1.")
+        raise OptionError(f"bins={bins!r} must be a whole number >= 1.")
     confidence, predicted = probabilities.double().max(1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     gaps.index_add_(0, (confidence * bins).long().clamp(0, bins - 1), confidence - (predicted == targets).double())

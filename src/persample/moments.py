@@ -43,7 +43,9 @@ class Moments:
             UsageError: there is but one sample.
         """
         if self.batch_size < 2:
-            raise UsageError("The variance of one gradient is not defined: take the moments of at least two samples.")
+            raise UsageError(
+                "The variance of one gradient is not defined: compute the moments of at least two samples."
+            )
         factor = self.batch_size / (self.batch_size - 1)
         return {
             name: (factor * (self.second_moment[name] - mean.square())).clamp_(min=0)
@@ -57,7 +59,7 @@ class Moments:
     def noise_scale(self, per: Mapping[str, Iterable[str]]) -> dict[str, float]: ...
 
     def noise_scale(self, per: Mapping[str, Iterable[str]] | None = None) -> float | dict[str, float]:
-        """Return the batch size at which the noise of the mean gradient is as large as the gradient: B_simple.
+        """Return the batch size at which the noise of the mean gradient equals the gradient: B_simple.
 
         It is tr Σ / ‖G‖², with Σ the covariance of the gradients of single samples and G their expectation, and with
         estimates of both that are unbiased whatever the batch size (McCandlish et al., "An Empirical Model of
@@ -82,7 +84,7 @@ class Moments:
         for group, names in per.items():
             for name in names:
                 if name not in variance:
-                    raise OptionError(f"Group {group!r} names {name!r}, which is no parameter of these moments.")
+                    raise OptionError(f"Group {group!r} names {name!r}, which these moments do not contain.")
         return {group: self._noise_scale(variance, list(names)) for group, names in per.items()}
 
     def _noise_scale(self, variance: Mapping[str, Tensor], names: list[str]) -> float:
@@ -92,7 +94,7 @@ class Moments:
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all samples of `parts` together: micro-batches of one batch, or draws of the weights.
+    """Return the moments over all samples of `parts`: micro-batches of one batch, or draws of the weights.
 
     A part of B_k samples has the weight B_k / Σ_k B_k, so micro-batches of different sizes give exactly what the
     whole batch would have given.

@@ -106,7 +106,7 @@ def test_what_has_no_per_sample_gradient_is_refused_as_a_whole() -> None:
 
 
 def test_an_approximation_is_not_compared_as_if_it_were_exact() -> None:
-    with pytest.raises(UsageError, match="approximation"):
+    with pytest.raises(UsageError, match="approximate second moment"):
         persample.crosscheck(*problem(), backends=["hooks"], options={"hooks": {"curvature": "printed"}})
 
 

@@ -69,7 +69,7 @@ def test_refusals() -> None:
     for value in (0.0, -1.0, float("nan"), "evidence", True):
         with pytest.raises(OptionError, match="prior_precision="):
             laplace(model, information, prior_precision=value)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=r"has '0\.weight', which is not this model's"):
+    with pytest.raises(OptionError, match=r"has '0\.weight', which this model does not have"):
         laplace(nn.Linear(2, 2), information)
     with pytest.raises(OptionError, match="has no maximum"):
         laplace(model, Fisher({"0.bias": torch.zeros(5)}, 3))

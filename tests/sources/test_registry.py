@@ -206,7 +206,7 @@ BROKEN = {
         "from persample.sources.backends.loop import LoopSource\n"
         "class X(LoopSource):\n    def __init__(self, model, loss_fn):\n        super().__init__(model, loss_fn)",
         OptionError,
-        r"'broken_module:X' does not take the keyword argument 'check'",
+        r"'broken_module:X' takes neither the keyword argument 'check'",
     ),
 }
 

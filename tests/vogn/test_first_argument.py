@@ -57,14 +57,14 @@ def test_those_of_a_part_train_the_part() -> None:
     ],
 )
 def test_what_does_not_tell_the_model_is_refused(first: Any) -> None:
-    with pytest.raises(OptionError, match=r"does not tell which model.*model\.named_parameters\(\) itself"):
+    with pytest.raises(OptionError, match=r"does not say which model.*model\.named_parameters\(\) itself"):
         VOGN(first(network()), data_size=10)
 
 
 def test_a_generator_that_was_begun_is_refused() -> None:
     begun = network().parameters()
     next(begun)
-    with pytest.raises(OptionError, match="does not tell which model"):
+    with pytest.raises(OptionError, match="does not say which model"):
         VOGN(begun, data_size=10)
 
 

@@ -54,7 +54,10 @@ class TestWithoutALoss:
     @pytest.mark.parametrize("rule", RULES)
     def test_something_else_in_place_of_the_model(self, rule: Any) -> None:
         for given in (None, 5):
-            with pytest.raises(OptionError, match=r"model is of type .*pass the torch.nn.Module itself; params="):
+            with pytest.raises(
+                OptionError,
+                match=r"model is of type .*pass the torch.nn.Module itself, and the parameters to train as params=",
+            ):
                 rule(given, lr=0.1, data_size=100)
 
 
@@ -109,7 +112,7 @@ class TestParametersOfTheLoss:
             "plain tensor": (partial(plain, tensor), r"a tensor of shape \(\)"),
         }[kind]
         optimizer = make_with(rule, backend, loss)
-        with pytest.warns(UntrainedLossWarning, match=f"depends on {name}, .*part of the model") as caught:
+        with pytest.warns(UntrainedLossWarning, match=f"depends on {name}, .*parameter of the model") as caught:
             optimizer.observe(*batch)
         assert [w.filename for w in caught] == [__file__]
         with warnings.catch_warnings():

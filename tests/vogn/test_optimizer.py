@@ -146,7 +146,7 @@ class TestAccumulation:
     def test_needs_as_many_draws_as_before(self, vogn: VOGN, batch: Batch) -> None:
         vogn.observe(*batch)
         vogn.mc_samples = 2
-        with pytest.raises(UsageError, match=r"reuses the draws.*there are 1, but mc_samples is 2"):
+        with pytest.raises(UsageError, match=r"reuses the 1 draws.*mc_samples is now 2"):
             vogn.observe(*batch, redraw=False)
 
 
@@ -306,7 +306,7 @@ class TestStepsThatAreSkipped:
         for _ in range(4):
             with pytest.warns(SkippedStepWarning):
                 step(1e25)
-        with pytest.raises(NonFiniteError, match=r"5th in a row.*lower lr"):
+        with pytest.raises(NonFiniteError, match=r"step 5 in a row.*lower lr"):
             step(1e25)
         assert vogn.skipped_steps == 13
 

@@ -107,7 +107,7 @@ def test_an_optimizers_own_generator(data: tuple[Tensor, Tensor]) -> None:
 def test_refusals(data: tuple[Tensor, Tensor]) -> None:
     x, y = data
     posterior: Posterior = broad_posterior(network())
-    with pytest.raises(UsageError, match="brings its own targets"):
+    with pytest.raises(UsageError, match="provides its own targets"):
         posterior.log_likelihoods(losses.cross_entropy, pairs(x, y), y)
     with pytest.raises(BatchError, match="let the loader yield pairs"):
         posterior.log_likelihoods(losses.cross_entropy, DataLoader(TensorDataset(x), 4))

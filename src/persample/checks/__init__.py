@@ -1,4 +1,4 @@
-"""What users run to trust and to compare: agreement of the backends, what they cost, what they serve."""
+"""Checks that users run: `explain`, `crosscheck`, `benchmark`, `fix`."""
 
 from persample.checks.benchmark import Cost as Cost
 from persample.checks.benchmark import benchmark as benchmark

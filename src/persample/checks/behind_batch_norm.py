@@ -1,4 +1,4 @@
-"""Which of its children a subclass of BatchNorm calls behind its batch norm, as timm's BatchNormAct2d does."""
+"""Finding the children that a subclass of BatchNorm calls after its batch norm, as timm's BatchNormAct2d does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNKNOWN = "?"
 
 
 def children_behind(module: _BatchNorm) -> tuple[str, ...] | None:
-    """Return the names of the children of `module` in the order in which its output goes through them.
+    """Return the names of the children of `module` in the order of the calls on its output.
 
     Its forward is run on a small batch, on copies in training and in eval mode. It is known if the input goes to
     one batch norm with the parameters and statistics of the module, the result of that through each of the children
@@ -38,7 +38,7 @@ def children_behind(module: _BatchNorm) -> tuple[str, ...] | None:
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """Return `module`, of which all hooks have been taken."""
+    """Remove all hooks from `module`, and return it."""
     vars(module).update(hooks_of(nn.Module()))
     return module
 
@@ -49,7 +49,7 @@ def hooks_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _steps(module: _BatchNorm, training: bool) -> list[str]:
-    """Return what the input goes through, on a batch of the first shape that the forward takes."""
+    """Return the steps that the input goes through, on a batch of the first shape that the forward takes."""
     for shape in _SHAPES:
         copied = copy_of(module)
         copied.training = training
@@ -68,7 +68,7 @@ def _batch(module: _BatchNorm, shape: Iterable[int]) -> Tensor:
 
 
 class _Path(TorchFunctionMode):
-    """Follows a tensor through the forward of a module: it is the same object, and unchanged, between two steps."""
+    """Follows a tensor through a module's forward: between two steps it is the same, unchanged object."""
 
     def __init__(self, module: _BatchNorm) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Path(TorchFunctionMode):
             child.forward = partial(self._child, name)
 
     def follow(self, x: Tensor) -> list[str]:
-        """Return the steps of `x`; the last is unknown if something else comes out than what the last step made."""
+        """Return the steps of `x`; the last is unknown if the result is not the output of the last step."""
         self._arrive(x)
         with self:
             output = self.module.forward(x)
@@ -97,7 +97,7 @@ class _Path(TorchFunctionMode):
         return result
 
     def _is_its_own(self, given: dict[str, Any]) -> bool:
-        """Whether a batch norm has been called as the module's base class would call it."""
+        """Whether a batch norm was called as the module's base class would call it."""
         module = self.module
         tensors = ("weight", "bias") if module.training else ("weight", "bias", "running_mean", "running_var")
         return (

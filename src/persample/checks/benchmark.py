@@ -1,4 +1,4 @@
-"""`benchmark`: what each backend costs, as a ratio to an ordinary forward and backward pass of the same run."""
+"""`benchmark`: the cost of each backend, relative to an ordinary forward and backward pass in the same run."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _call(source: PerSampleGradSource, inputs: Any, targets: Any, quantities: Se
 def plain_pass(
     model: nn.Module, loss_fn: Callable[[Any, Any], Any], inputs: Any, targets: Any
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Return the ordinary forward and backward pass as a function: the gradient of the mean loss."""
+    """Return a function that runs the ordinary forward and backward pass of the mean loss."""
     batch = as_batch(inputs, targets, model)
     per_sample_loss = as_per_sample(loss_fn)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -134,7 +134,7 @@ def plain_pass(
 
 
 def _alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one of its own; the first round warms up and is not counted."""
+    """Seconds of each call in each round; the first round is a warm-up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
         for name, call in calls.items():

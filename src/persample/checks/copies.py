@@ -23,7 +23,7 @@ def copy_of(module: Module) -> Module:
         return copy.deepcopy(module)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{describe('', module)} cannot be copied ({str(error).splitlines()[0]}). If it keeps tensors that were "
-            "computed from its parameters, as torch.nn.utils.weight_norm and torch.nn.utils.prune do from the first "
-            "forward pass on: do this before any forward pass, or use torch.nn.utils.parametrizations."
+            f"{describe('', module)} cannot be copied ({str(error).splitlines()[0]}). If it keeps tensors computed "
+            "from its parameters, as torch.nn.utils.weight_norm and torch.nn.utils.prune do after the first forward "
+            "pass: call this before any forward pass, or use torch.nn.utils.parametrizations."
         ) from error

@@ -1,4 +1,4 @@
-"""`crosscheck`: how far each backend is from a loop over the samples in float64."""
+"""`crosscheck`: the error of each backend against a loop over the samples in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far one backend is from the oracle, as the largest relative error over all parameters.
+    """The error of one backend against the oracle: the largest relative error over all parameters.
 
     The error of a parameter is the largest difference of an entry over the largest entry of the oracle; parameters
     whose gradient vanishes next to the others' (below a thousandth) are measured against the latter.
@@ -126,7 +126,7 @@ def crosscheck(
 def _agreement(
     name: str, options: Mapping[str, Any], problem: _Problem, precise: _Problem, expected: Any, allowed: float
 ) -> Agreement:
-    """Compare one backend with what is expected, from `precise`, the problem in float64 where that is another one."""
+    """Compare one backend with the expected values, computed from `precise`, the problem in float64."""
     try:
         source = problem.source(name, options)
         found = problem.results(source)
@@ -149,7 +149,7 @@ def _agreement(
 
 @dataclass(frozen=True)
 class _Problem:
-    """What all backends are asked: the gradients of one batch, each from the same state and random numbers."""
+    """The problem for all backends: the gradients of one batch, from the same state and random numbers."""
 
     model: nn.Module
     loss_fn: Callable[[Any, Any], Any]
@@ -168,8 +168,8 @@ class _Problem:
         source = make_source(backend, self.model, self.loss_fn, check=check, **options)
         if not source.exact:
             raise UsageError(
-                f"Backend {backend!r} is asked for an approximation of the second moment, which crosscheck does not "
-                "compare as if it were exact: drop that option away."
+                f"Backend {backend!r} was given an option for an approximate second moment, which crosscheck cannot "
+                "compare with the exact one: omit that option."
             )
         return source
 
@@ -188,7 +188,7 @@ class _Problem:
 
 
 def as_it_was(model: nn.Module) -> AbstractContextManager[None]:
-    """Put the state of `model` back afterwards (buffers, attributes, frozen parameters that it moves)."""
+    """Restore the state of `model` afterwards (buffers, attributes, frozen parameters that it changes)."""
     return state_restored(State(model, [p for p in model.parameters() if not p.requires_grad]))
 
 
@@ -210,7 +210,7 @@ def _by_parameter(result: Any) -> Iterable[Mapping[str, Tensor]]:
 
 
 def _nans(found: _Results, expected: _Results) -> str | None:
-    """Say where the backend returned NaN and the oracle did not, or None."""
+    """Describe where the backend returned NaN and the oracle did not; None if nowhere."""
     names = ("mean gradient", "second moment", "per-sample gradient")
     for what, values, of in zip(names, found[:3], expected[:3], strict=True):
         for name, e in of.items():

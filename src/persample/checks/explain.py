@@ -1,4 +1,4 @@
-"""`explain`: what would serve each parameter of a model, told before anything is computed."""
+"""`explain`: what would serve each parameter of a model, found before anything is computed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ExplainedParameter:
 
     @property
     def how(self) -> str:
-        """By what it is served: layers or operations and where they are, equal ones counted."""
+        """What serves it: layers or operations with their paths, equal ones counted."""
         counts = Counter((use.by, use.kind, use.module) for use in self.uses)
         return "; ".join(
             by + (" (fallback)" if kind == "fallback" else "") + (f" in {module!r}" if module else "") + _times(count)
@@ -90,7 +90,7 @@ class Explanation:
         """The same as a sentence."""
         name = name_with(self.backend, self.machinery)
         if self.supported is None:
-            return f"backend {name!r} may serve this model: pass an example batch to know"
+            return f"backend {name!r} may serve this model: pass an example batch to find out"
         return f"backend {name!r} {'serves' if self.supported else 'refuses'} this model"
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ class Explanation:
         return [*because, *(f"the model: {reason}" for reason in self.refusals)]
 
     def _reasons(self) -> list[str]:
-        """Why each row is refused; nothing where the row above has the same reason."""
+        """Why each row is refused; empty if the row above has the same reason."""
         above = ["", *(row.why for row in self.rows)]
         return ["" if row.why == before else row.why for row, before in zip(self.rows, above, strict=False)]
 
@@ -133,7 +133,7 @@ def explain(
     backend: str = "fused",
     **options: Any,
 ) -> Explanation:
-    """Tell, before anything is computed, what would serve each parameter of `model`: a rule, a fallback, or nothing.
+    """Report, before anything is computed, what would serve each parameter of `model`: a rule, a fallback, or nothing.
 
     Without a batch it goes by the modules. With an example batch it runs the forward pass once (and a few times more to
     see whether the model mixes the samples), but no backward pass, and tells each use of each parameter. Of that
@@ -179,7 +179,7 @@ def explain(
 def _rows(
     model: nn.Module, uses: Iterable[Use], impossible: Mapping[str, str], *, complete: bool
 ) -> Iterator[ExplainedParameter]:
-    """Yield the parameters; `complete` says whether `uses` are all uses that there are."""
+    """Yield the parameters; `complete` says whether `uses` are all uses."""
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

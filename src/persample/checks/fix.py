@@ -13,7 +13,7 @@ from persample.checks.behind_batch_norm import children_behind, hooks_of, withou
 from persample.checks.copies import copy_of
 from persample.errors import OptionError, UnsupportedModelError
 from persample.frozen_batch_norm import FrozenBatchNorm
-from persample.sources.model.refusals import describe
+from persample.sources.model.refusals import describe, foreign_parameters
 
 Replacement = Literal["group_norm", "frozen"]
 
@@ -56,7 +56,7 @@ class Fixed(NamedTuple):
 
 
 def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int | None = None) -> Fixed:
-    """Return a copy of `model` in which no BatchNorm mixes the samples, and what was changed for that.
+    """Return a copy of `model` in which no BatchNorm mixes the samples, and the list of changes.
 
     The given model is not changed. The copy keeps scales and shifts with their dtype, device and `requires_grad`,
     hooks and training flags; a BatchNorm that is at two places is one module there, too.
@@ -111,7 +111,7 @@ def fix(model: nn.Module, batch_norm: Replacement = "group_norm", *, groups: int
 
 
 def _batch_norms(model: nn.Module) -> dict[_BatchNorm, list[str]]:
-    """Return the BatchNorms that may be in training mode, each with all its places in the model."""
+    """Return the BatchNorms that may be in training mode, each with all its paths in the model."""
     paths: dict[_BatchNorm, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
@@ -120,21 +120,17 @@ def _batch_norms(model: nn.Module) -> dict[_BatchNorm, list[str]]:
 
 
 def _refuse_unknown(module: _BatchNorm, path: str) -> None:
-    """Raise if `module` does something that its replacement would not do."""
+    """Raise if `module` does anything that its replacement would not."""
     name = describe(path, module)
     if isinstance(module, _LazyNormBase):
         raise UnsupportedModelError(f"{name} is not initialised yet: run one forward pass of the model first.")
-    if module._parameters.keys() != {"weight", "bias"}:
-        raise UnsupportedModelError(
-            f"{name} holds other parameters than its class says ({', '.join(sorted(module._parameters))}), as after "
-            "weight_norm or pruning: remove that first, or call .eval() on it."
-        )
+    if reason := foreign_parameters(module):
+        raise UnsupportedModelError(f"{name} {reason}: undo that first, or call .eval() on it.")
     plain = type(module).forward in _KNOWN_FORWARDS and not module._modules
     if "forward" in vars(module) or not (plain or children_behind(module) is not None):
         raise UnsupportedModelError(
-            f"{name} has a forward of its own, which its replacement would not have (known is a batch norm whose "
-            "result goes through each of the child modules, as an activation): replace it by hand, or call .eval() "
-            "on it."
+            f"{name} has its own forward, which its replacement would lack (only a batch norm followed by calls of "
+            "its child modules, such as an activation, is supported): replace it by hand, or call .eval() on it."
         )
 
 
@@ -142,7 +138,7 @@ def _group_norm(module: _BatchNorm, path: str, groups: int | None) -> nn.GroupNo
     channels = module.num_features
     if channels == 1 and isinstance(module, nn.BatchNorm1d):
         raise UnsupportedModelError(
-            f"{describe(path, module)} has a single feature, of which GroupNorm would make a constant: use "
+            f"{describe(path, module)} has a single feature, which GroupNorm would turn into a constant: use "
             "batch_norm='frozen', or remove the layer."
         )
     if groups is None:
@@ -164,8 +160,8 @@ def _group_norm(module: _BatchNorm, path: str, groups: int | None) -> nn.GroupNo
 def _frozen(module: _BatchNorm, path: str) -> FrozenBatchNorm:
     if module.running_mean is None or module.running_var is None:
         raise UnsupportedModelError(
-            f"{describe(path, module)} has no running statistics that could be frozen (track_running_stats=False): "
-            "use batch_norm='group_norm'."
+            f"{describe(path, module)} has no running statistics to freeze (track_running_stats=False): use "
+            "batch_norm='group_norm'."
         )
     new = FrozenBatchNorm.__new__(FrozenBatchNorm)
     vars(new).update(vars(module), _modules={})
@@ -173,7 +169,7 @@ def _frozen(module: _BatchNorm, path: str) -> FrozenBatchNorm:
 
 
 def _in_a_row(norm: nn.Module, children: dict[str, nn.Module], training: bool) -> nn.Sequential:
-    """Return `norm` and behind it `children`; what hooked the norm sees them, too."""
+    """Return `norm` followed by `children`, with the hooks of the norm around both."""
     name = "norm"
     while name in children:
         name += "_"

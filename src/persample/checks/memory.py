@@ -1,4 +1,4 @@
-"""Peak memory of a call: what its tensors occupy at the worst moment, beyond what was there before."""
+"""Peak memory of a call: the most that its tensors occupy at any moment, beyond what existed before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Return how many bytes `call()` had allocated at the most, its result included.
+    """Return the peak number of bytes allocated by `call()`, its result included.
 
     On a CPU the profiler's memory events are added up; on a GPU the allocator's own record is read.
     """

@@ -1,4 +1,4 @@
-"""A loss for those who have none at hand: a sum of a model's outputs."""
+"""A default loss: a weighted sum of a model's outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from persample.sources.recording.forward_pass import tensors_of
 
 
 def weighted_sum_of_outputs() -> Callable[[Any, Tensor], Tensor]:
-    """Return a loss that depends on all outputs of a sample, on each in its own way.
+    """Return a loss that depends on every output of a sample, with different weights.
 
     Its targets are there for their number alone. Outputs whose dim 0 is not the sample in the first batch, such as the
     last states of recurrent layers, are left out of all batches.
@@ -29,8 +29,8 @@ def weighted_sum_of_outputs() -> Callable[[Any, Tensor], Tensor]:
         )
         if not chosen:
             raise LossError(
-                "No output of the model is a tensor whose dim 0 is the sample, so the sum of a sample's outputs cannot "
-                "stand for a loss: pass loss_fn (and targets if it needs them)."
+                "No output of the model is a tensor whose dim 0 is the sample, so no default loss can be computed "
+                "from them: pass loss_fn (and targets if it needs them)."
             )
         total: Tensor = leaves[chosen[0]].new_zeros(len(targets))
         for place in chosen:

@@ -1,4 +1,4 @@
-"""Curvature of a trained network from per-sample gradients: Fisher information, and what follows from it."""
+"""Curvature of a trained network from per-sample gradients: Fisher information, Laplace, EWC."""
 
 from persample.curvature.fisher import fisher as fisher
 from persample.curvature.information import Fisher as Fisher

@@ -83,7 +83,7 @@ def fisher(
             number = _add(sums, source, inputs, of_pass, weight)
         size += number
     if not size:
-        raise UsageError("The loader has no batch, so there is no Fisher information.")
+        raise UsageError("The loader has no batches, so there is no Fisher information: pass one with data.")
     return Fisher({name: total / size for name, total in sums.items()}, size, kind)
 
 
@@ -96,7 +96,7 @@ def _targets(
     draws: int,
     generator: torch.Generator | None,
 ) -> Iterator[Any]:
-    """What takes the place of the targets in each pass over a batch."""
+    """The targets of each pass over a batch."""
     if targets_of is None:
         yield targets
         return

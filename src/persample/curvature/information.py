@@ -1,4 +1,4 @@
-"""The diagonal of a Fisher information as a value: merged, saved, loaded."""
+"""The diagonal Fisher information as a value: merging, saving, loading."""
 
 from __future__ import annotations
 
@@ -40,28 +40,31 @@ class Fisher:
 
     def __post_init__(self) -> None:
         if isinstance(self.data_size, bool) or not isinstance(self.data_size, int) or self.data_size < 1:
-            raise OptionError(f"data_size={self.data_size!r}: must be a whole number >= 1.")
+            raise OptionError(f"data_size={self.data_size!r} must be a whole number >= 1.")
         require_kind(self.kind)
 
     def merge(self, other: Fisher) -> Fisher:
-        """Return that of the samples of both together: each counts by its `data_size`.
+        """Return the Fisher information over the samples of both, weighted by `data_size`.
 
         Raises:
             OptionError: they are of different kinds, or belong to different parameters.
         """
         if self.kind != other.kind:
-            raise OptionError(f"A Fisher information of kind {self.kind!r} does not merge with one of {other.kind!r}.")
+            raise OptionError(
+                f"A Fisher information of kind {self.kind!r} cannot merge with one of kind {other.kind!r}: compute "
+                "both with the same kind."
+            )
         ours, theirs = ({n: t.shape for n, t in f.diagonal.items()} for f in (self, other))
         if ours != theirs:
             first = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
-            raise OptionError(f"The two belong to different models: they differ in {first!r}.")
+            raise OptionError(f"The two Fisher informations belong to different models: they differ in {first!r}.")
         size = self.data_size + other.data_size
         weight = other.data_size / size
         merged = {name: torch.lerp(t, other.diagonal[name].to(t), weight) for name, t in self.diagonal.items()}
         return Fisher(merged, size, self.kind)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it to a file in the format safetensors, whole or not at all.
+        """Write it to a safetensors file, whole or not at all.
 
         Raises:
             MissingPackageError: the package safetensors is not installed.
@@ -96,9 +99,9 @@ class Fisher:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise DataError(f"{path} cannot be read ({error}): name what Fisher.save wrote.") from error
+            raise DataError(f"{path} cannot be read ({error}): pass a file that Fisher.save wrote.") from error
         if header.get("format") != _FORMAT:
-            raise DataError(f"{path} holds tensors, but no Fisher information: its header does not say {_FORMAT!r}.")
+            raise DataError(f"{path} holds tensors, but not a Fisher information: its header lacks {_FORMAT!r}.")
         try:
             names, size, kind = json.loads(header["parameters"]), int(header["data_size"]), header["kind"]
             diagonal = {name: tensors[name].to(device) for name in names}
@@ -118,7 +121,7 @@ def require_kind(kind: object) -> None:
         OptionError: it is not.
     """
     if kind not in get_args(Kind):
-        raise OptionError(f'kind={kind!r}: must be "empirical", "mc" or "exact".')
+        raise OptionError(f'kind={kind!r} must be "empirical", "mc" or "exact".')
 
 
 def _is_diagonal(values: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The Laplace approximation with a diagonal: a posterior from a trained network, without training it anew."""
+"""The diagonal Laplace approximation: a posterior from a trained network, without retraining."""
 
 from __future__ import annotations
 
@@ -47,22 +47,27 @@ def laplace(
     """
     if isinstance(loader, Fisher):
         if loss_fn is not None or of_fisher:
-            raise OptionError("With a Fisher information there is nothing left to compute: leave loss_fn and the rest.")
+            raise OptionError(
+                "A Fisher information was given, so there is nothing left to compute: omit loss_fn and the other "
+                "arguments."
+            )
         information = loader
     else:
         if loss_fn is None:
-            raise OptionError("loss_fn is missing: pass the loss of each sample, which the network was trained with.")
+            raise OptionError("loss_fn is missing: pass the per-sample loss that the network was trained with.")
         information = fisher(model, loader, loss_fn=loss_fn, **of_fisher)
     own = dict(model.named_parameters())
     for name, value in information.diagonal.items():
         if name not in own or own[name].shape != value.shape:
-            raise OptionError(f"The Fisher information has {name!r}, which is not this model's: it is of another one.")
+            raise OptionError(
+                f"The Fisher information has {name!r}, which this model does not have: it belongs to another model."
+            )
     mean = {name: at_least_float32(own[name].detach()).clone() for name in information.diagonal}
     curvature = {name: information.data_size * value for name, value in information.diagonal.items()}
     if prior_precision == "marginal likelihood":
         precision = best_prior_precision(list(mean.values()), list(curvature.values()))
     elif isinstance(prior_precision, bool | str) or not 0 < prior_precision < math.inf:
-        raise OptionError(f'prior_precision={prior_precision!r}: must be a number > 0, or "marginal likelihood".')
+        raise OptionError(f'prior_precision={prior_precision!r} must be a number > 0, or "marginal likelihood".')
     else:
         precision = float(prior_precision)
     return Posterior(mean, {name: (value + precision).to(mean[name]) for name, value in curvature.items()}, model)

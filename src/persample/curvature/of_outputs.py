@@ -1,4 +1,4 @@
-"""What a loss says of the distribution of the targets, and which of the outputs of a model it is about."""
+"""The distribution of the targets that a loss stands for, and the outputs that it applies to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SETTINGS = {"weight": None, "label_smoothing": 0.0, "pos_weight": None}
 
 
 def distribution_of(loss_fn: Callable[..., Any]) -> TargetDistribution:
-    """Return what a loss of this package or of PyTorch says of the targets.
+    """Return the likelihood that a loss of this package or of PyTorch stands for.
 
     Raises:
         UsageError: nobody can tell from it, or it is weighted.
@@ -47,7 +47,7 @@ def distribution_of(loss_fn: Callable[..., Any]) -> TargetDistribution:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the tensor of outputs: themselves, or their `logits`.
+    """Return the tensor of outputs, or their `logits`.
 
     Raises:
         UsageError: there is none.

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: what was learned before, as a penalty on the weights."""
+"""Elastic weight consolidation: earlier knowledge as a penalty on the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from persample.vogn import Posterior, Prior
 
 
 def ewc_penalty(model: nn.Module, before: Posterior | Prior) -> Tensor:
-    """Return ½ Σ_j λ_j (w_j − m_j)², minus the log-density of what was learned before, up to a constant.
+    """Return ½ Σ_j λ_j (w_j − m_j)², the negative log-density of the earlier posterior, up to a constant.
 
     For a mean loss over N samples of the new task add `ewc_penalty(model, before) / N`. With
     `before = persample.laplace(model, old_loader, loss_fn=…)` it is the penalty of Kirkpatrick et al., "Overcoming
@@ -31,7 +31,10 @@ def ewc_penalty(model: nn.Module, before: Posterior | Prior) -> Tensor:
     terms = []
     for name, mean in before.mean.items():
         if name not in own or own[name].shape != mean.shape:
-            raise OptionError(f"The model has no parameter {name!r} of shape {tuple(mean.shape)}: it is another one.")
+            raise OptionError(
+                f"The model has no parameter {name!r} of shape {tuple(mean.shape)}: pass the model that the prior was "
+                "computed from."
+            )
         distance = own[name] - mean.to(own[name])
         terms.append((before.precision[name].to(own[name]) * distance.square()).sum())
     return 0.5 * torch.stack(terms).sum()

@@ -1,4 +1,4 @@
-"""The experiment: real data sets, the paper's two models, training by VOGN and Adam, metrics, figures."""
+"""The experiments: real data sets, the paper's two models, training by VOGN and Adam, metrics, figures."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

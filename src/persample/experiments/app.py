@@ -56,7 +56,7 @@ app = typer.Typer(
 
 DatasetOption = Annotated[str, typer.Option(help=f"The data set: {', '.join(DATASET_NAMES)}.")]
 DataDirOption = Annotated[
-    Path | None, typer.Option(help="Folder with the data sets' files; else $PERSAMPLE_DATA, then a download.")
+    Path | None, typer.Option(help="Folder with the data sets' files. [default: $PERSAMPLE_DATA, then a download]")
 ]
 BackendOption = Annotated[
     str | None, typer.Option(help="Source of the per-sample gradients; see 'persample backends'.")
@@ -64,18 +64,18 @@ BackendOption = Annotated[
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training data.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Samples per step.")]
 SeedOption = Annotated[int, typer.Option(help="Makes the run repeatable.")]
-OutOption = Annotated[Path | None, typer.Option(help="Folder for the results; one in runs/ if left out.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for the results. [default: one in runs/]")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier experiment in --out.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="Of the learning rate: constant, or cosine (falls to 0).")]
 ValidationOption = Annotated[
     int | None, typer.Option(help="Training samples to hold out and measure in place of the test data.")
 ]
-EvaluateEveryOption = Annotated[int | None, typer.Option(help="Measure after every so many epochs, and the last.")]
+EvaluateEveryOption = Annotated[int | None, typer.Option(help="Measure every this many epochs, and after the last.")]
 TensorboardOption = Annotated[
-    bool, typer.Option("--tensorboard", help="Write metrics and diagnostics for TensorBoard too.")
+    bool, typer.Option("--tensorboard", help="Also write metrics and diagnostics for TensorBoard.")
 ]
-_MODEL_HELP = f"{', '.join(MODELS)}; or package.module:factory or path/to/file.py:factory of yours."
+_MODEL_HELP = f"{', '.join(MODELS)}; or your own package.module:factory or path/to/file.py:factory."
 ModelOption = Annotated[str, typer.Option(help=f"The model: {_MODEL_HELP}", metavar="MODEL")]
 ShapeOption = Annotated[
     str | None, typer.Option(help="Shape of one sample, such as 3,32,32, for a batch of random numbers.")
@@ -84,17 +84,17 @@ ProbeSizeOption = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, help="Samples in a random batch. [default: 128 to time, 16 to check, else 3]"),
 ]
-TokensOption = Annotated[int | None, typer.Option(min=1, help="Let that batch be integers below this number.")]
+TokensOption = Annotated[int | None, typer.Option(min=1, help="Make that batch integers below this number.")]
 EvalOption = Annotated[bool, typer.Option("--eval", help="Put the model in eval mode first.")]
 ProbeBackendsOption = Annotated[
-    list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. All if left out.")
+    list[str] | None, typer.Option("--backend", help="A backend; repeat the option for several. [default: all]")
 ]
 QuantityOption = Annotated[
     list[str] | None,
     typer.Option("--quantity", help=f"A quantity; repeat the option for several in one pass: {', '.join(QUANTITIES)}."),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help=f"The numbers to compute with: {' or '.join(DTYPES)}; as the model is if left out.")
+    str | None, typer.Option(help=f"Dtype to compute in: {' or '.join(DTYPES)}. [default: the model's]")
 ]
 
 
@@ -205,11 +205,11 @@ def summary(
 @app.command()
 def australian(
     method: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeat it for several. All if left out.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeat it for several. [default: all]")
     ] = None,
     data_dir: DataDirOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with the seeds 0, 1, …")] = 5,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; one for each core if left out.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time. [default: one for each core]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; else 16 × batch size.")] = None,
     out: OutOption = None,
     resume: ResumeOption = False,
@@ -231,7 +231,7 @@ def australian(
     with held(path.parent):
         if path.exists() and not (resume or overwrite):
             raise DataError(
-                f"{path} exists: go on with it (--resume), replace it (--overwrite), or choose another folder (--out)"
+                f"{path} exists: continue it (--resume), replace it (--overwrite), or choose another folder (--out)"
             )
         console = Console()
         scores = _scores(runs, path, data_dir, jobs or os.cpu_count() or 1, resume, console)
@@ -276,7 +276,7 @@ def crosscheck(
     eval_mode: EvalOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Show how far each backend is from a loop over the samples.
+    """Show the error of each backend against a loop over the samples.
 
     A factory is called without arguments and returns the model; or the model and a batch; or the model, inputs, targets
     and the loss of each sample. A batch by --shape is random. Without a loss, a weighted sum of the outputs stands for
@@ -305,7 +305,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="How often each backend is timed.")] = 15,
     seed: SeedOption = 0,
 ) -> None:
-    """Show time and peak memory of each backend against a plain forward and backward pass.
+    """Show time and peak memory of each backend relative to a plain forward and backward pass.
 
     Model and batch are those of 'crosscheck'. A backend that disagrees with the loop over the samples is not timed.
     Without --quantity, mean gradient and second moment are timed.
@@ -330,7 +330,7 @@ def explain(
     eval_mode: EvalOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Tell what would serve each parameter of a model, and what would be refused and why.
+    """Show what would serve each parameter of a model, what would be refused, and why.
 
     Model and batch are those of 'crosscheck'. Nothing is computed but forward passes on the batch; without one it goes
     by the modules.
@@ -350,7 +350,7 @@ def backends() -> None:
 def _scores(
     runs: list[Run], path: Path, data_dir: Path | None, jobs: int, resume: bool, console: Console
 ) -> list[Score]:
-    """Return the scores of `runs`, those that `path` has already if they are resumed, and write them there."""
+    """Return the scores of `runs`, reusing those in `path` if resuming, and write them there."""
     data = load_australian(data_dir)
     remove_begun([path])
     done = {score.run: score for score in read_csv(path)} if resume else {}
@@ -385,7 +385,7 @@ def _run(
                     tensorboard=tensorboard,
                 )
         except KeyboardInterrupt:
-            typer.echo("interrupted; the same command with --resume goes on after the last whole epoch", err=True)
+            typer.echo("interrupted; the same command with --resume continues after the last complete epoch", err=True)
             raise
     console.print(results_table(outcome.records))
     typer.echo(f"Figure: {outcome.figure}")

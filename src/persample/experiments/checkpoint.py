@@ -1,4 +1,4 @@
-"""Save a run as tensors and plain values, and go on from there."""
+"""Saving a run as tensors and plain values, and resuming it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save(run: Run, path: Path) -> None:
 
 
 def restore(run: Run, path: Path) -> None:
-    """Put a run that has just begun into the state that was saved.
+    """Restore a saved state into a run that has just begun.
 
     Args:
         run: A run with the settings of the saved one; with a constant learning rate the number of epochs may be

@@ -75,7 +75,7 @@ class VognSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What determines a training run: two runs with equal settings end with equal weights.
+    """All settings of a training run: runs with equal settings end with equal weights.
 
     Attributes:
         dataset: Name of the data set; it determines the model.

@@ -1,4 +1,4 @@
-"""Measure a model after an epoch, without a trace on its training."""
+"""Measuring a model after an epoch, without affecting its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import the packages of the `experiments` extra at the moment that they are needed."""
+"""Importing the packages of the `experiments` extra when they are needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from persample.errors import MissingPackageError
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Import `module`, or say which extra brings it.
+    """Import `module`, or say which extra provides it.
 
     Args:
         module: Dotted name of the module to import.

@@ -1,4 +1,4 @@
-"""What an experiment writes down of the posterior: one row per optimizer, epoch and parameter of the model."""
+"""The table of posterior diagnostics: one row per optimizer, epoch and parameter of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a command is asked for, and what it is asked with: one of the shipped ones, or one of the user's."""
+"""The model argument of a command: a shipped model, or one of the user's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command is asked: a model, and perhaps a batch and a loss.
+    """A model, perhaps with a batch and a loss.
 
     Attributes:
         name: How the user calls the model.
@@ -56,8 +56,8 @@ class Asked:
         """
         if self.inputs is None:
             raise OptionError(
-                f"{self.name} came without a batch: give the shape of a sample by --shape (and --tokens if it takes "
-                "integers), or let it make a model and a batch"
+                f"{self.name} returned no batch: pass the shape of a sample by --shape (and --tokens if it takes "
+                "integers), or return a model and a batch"
             )
         if self.loss_fn is not None:
             return self.model, self.loss_fn, self.inputs, self.targets
@@ -96,7 +96,7 @@ def ask(
         raise OptionError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     asked = Asked(name, build_model(name)) if name in MODELS else _of_the_user(name)
     if asked.inputs is not None and shape is None and batch_size is not None:
-        raise OptionError(f"{name} came with a batch of its own: leave --batch-size out, or give --shape too")
+        raise OptionError(f"{name} has its own batch: omit --batch-size, or pass --shape too")
     if dtype is not None:
         inputs, targets = (_converted(part, DTYPES[dtype]) for part in (asked.inputs, asked.targets))
         asked = replace(asked, model=asked.model.to(DTYPES[dtype]), inputs=inputs, targets=targets)
@@ -135,7 +135,7 @@ def random_inputs(shape: tuple[int, ...], tokens: int | None, size: int, dtype: 
 
 
 def require_runs(asked: Asked) -> None:
-    """Raise `OptionError` if the model does not run on its batch, or its loss on what comes out.
+    """Raise `OptionError` if the model does not run on its batch, or the loss on its outputs.
 
     The shape of the losses is looked at later.
     """

@@ -1,4 +1,4 @@
-"""Several processes that run one experiment together, as `torchrun` starts them.
+"""Running one experiment in several processes, started by `torchrun`.
 
 The first of them reads and writes all files but the data and the checkpoints; the others help it train.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes if `torchrun` has started this one, and leave them at the end."""
+    """Join the process group if `torchrun` started this process, and leave it at the end."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -37,18 +37,18 @@ def is_first() -> bool:
 
 
 def group() -> dist.ProcessGroup | None:
-    """Return the group of all processes, or None if this is the only one."""
+    """Return the group of all processes; None if this is the only one."""
     return dist.group.WORLD if dist.is_initialized() else None
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def own_share(rows: Tensor) -> Tensor:
-    """Return every so-manyth of the rows, so that each has one process; it may be none."""
+    """Return this process's share of the rows, which may be empty."""
     return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
 
 

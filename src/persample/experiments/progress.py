@@ -1,4 +1,4 @@
-"""Show in the terminal how a training run goes."""
+"""Progress of a training run in the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from persample.experiments.records import Record
 
 
 class LiveProgress(Progress):
-    """A bar for each optimizer; where the output is no terminal, a line for each epoch.
+    """A bar for each optimizer; a line for each epoch if the output is not a terminal.
 
     It is a `persample.experiments.train.Watcher`, used inside its own `with` block.
     """
@@ -37,7 +37,7 @@ class LiveProgress(Progress):
         )
 
     def on_epoch(self, config: TrainConfig, epoch: int, records: list[Record]) -> None:
-        """Show the metrics on the held-out data, with VOGN those of the averaged predictions, if they were measured."""
+        """Show the metrics on the held-out data, if measured; for VOGN those of the averaged predictions."""
         measured = [r for r in records if r.epoch == epoch and r.split != "train"]
         if not measured:
             return

@@ -1,4 +1,4 @@
-"""The settings that are used for each data set when nothing else is asked for."""
+"""The default settings for each data set."""
 
 from __future__ import annotations
 

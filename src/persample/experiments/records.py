@@ -1,4 +1,4 @@
-"""The rows that an experiment writes down: one per optimizer, epoch, split and way to predict."""
+"""The table of metrics: one row per optimizer, epoch, split and kind of prediction."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Record]:
-    """Read what `write_csv` wrote."""
+    """Read a table written by `write_csv`."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Record(

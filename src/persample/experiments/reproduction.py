@@ -1,4 +1,4 @@
-"""The whole experiment: train one or both optimizers, and write down everything about it."""
+"""The whole experiment: train one or both optimizers, and record everything about it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PACKAGES = ("numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment gave.
+    """The results of an experiment.
 
     Attributes:
         records: All metrics, optimizer by optimizer.
@@ -105,17 +105,17 @@ def _results(out: Path) -> list[Path]:
 def _refuse_mixture(
     old: Sequence[Path], checkpoints: Sequence[Path], out: Path, *, resume: bool, overwrite: bool
 ) -> None:
-    """Raise if `old`, what lies in `out`, would stay beside results of other runs."""
+    """Raise if the existing files `old` in `out` would stay beside results of other runs."""
     if old and not (resume or overwrite):
         raise DataError(
-            f"{out} holds an earlier experiment ({', '.join(path.name for path in old)}): go on with it (--resume), "
+            f"{out} holds an earlier experiment ({', '.join(path.name for path in old)}): continue it (--resume), "
             "replace it (--overwrite), or choose another folder (--out)"
         )
     others = [path.name for path in old if path.suffix == ".pt" and path not in checkpoints]
     if others and resume:
         raise DataError(
-            f"{out} holds {others[0]} too, of an experiment with both optimizers: go on with that one "
-            "('persample reproduce --resume'), or choose another folder (--out)"
+            f"{out} also holds {others[0]}, from an experiment with both optimizers: continue that one ('persample "
+            "reproduce --resume'), or choose another folder (--out)"
         )
 
 
@@ -144,7 +144,7 @@ def _train_and_tell(
 
 
 def assist(configs: Sequence[TrainConfig], out: Path, *, data_dir: Path | None = None, resume: bool = False) -> None:
-    """Train with the first process, and write nothing. Arguments as for `reproduce`."""
+    """Train along with the first process, without writing anything. Arguments as for `reproduce`."""
     processes.wait_for_all()
     checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
     dataset = _load(configs[0], data_dir)
@@ -153,7 +153,7 @@ def assist(configs: Sequence[TrainConfig], out: Path, *, data_dir: Path | None =
 
 
 def _load(config: TrainConfig, data_dir: Path | None) -> ImageDataset:
-    """Load the data, and hold out what the settings ask for: the same samples for all runs with this seed."""
+    """Load the data, and hold out samples as configured: the same for all runs with this seed."""
     dataset = load_dataset(config.dataset, data_dir)
     return hold_out(dataset, config.validation, make_generator(config.seed, "validation"))
 
@@ -161,7 +161,7 @@ def _load(config: TrainConfig, data_dir: Path | None) -> ImageDataset:
 def _start(
     configs: Sequence[TrainConfig], checkpoints: Sequence[Path], dataset: ImageDataset, resume: bool
 ) -> list[Run]:
-    """Begin all runs, or go on with them where they were; no process writes anything before all have read it."""
+    """Begin or resume all runs; no process writes before all have read."""
     runs = [start(config, len(dataset.train_targets)) for config in configs]
     for run, checkpoint in zip(runs, checkpoints, strict=True):
         if resume and checkpoint.exists():

@@ -1,4 +1,4 @@
-"""A training run in memory: the model, its optimizer, and what was measured so far."""
+"""A training run in memory: the model, its optimizer, and the metrics so far."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Run:
 
 
 def start(config: TrainConfig, data_size: int) -> Run:
-    """Begin a run: both optimizers begin at the same weights when the seeds are the same.
+    """Begin a run; with equal seeds, both optimizers start from the same weights.
 
     Args:
         config: Its settings.

@@ -1,4 +1,4 @@
-"""The folder that a command writes to: made, held by one command at a time, freed from what a killed one left."""
+"""The output folder of a command: created, locked by one command at a time, cleaned of leftovers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other commands from writing to it meanwhile.
+    """Create the folder, and lock it against other commands.
 
     The operating system lets go of the lock when the process ends, however it ends: a killed run leaves an empty file
     `.lock` at most, which the next one takes over. A file system without locks is used without.
@@ -49,7 +49,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """Open and lock the file; go on only if it is still at its path, because the command that held it removes it."""
+    """Open and lock the file; retry if it is no longer at its path, because its last holder removes it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -87,7 +87,7 @@ else:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Lend a temporary path that takes the place of `path` when the block ends well, see `replacing`.
+    """Yield a temporary path that replaces `path` if the block succeeds, see `replacing`.
 
     Raises:
         DataError: The disk is full or read-only, or something else is at `path`.
@@ -106,7 +106,7 @@ def _not_written(path: Path, error: OSError) -> DataError:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove what an earlier run wrote to these paths.
+    """Remove files of an earlier run.
 
     Raises:
         DataError: One of them cannot be removed.
@@ -119,7 +119,7 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def remove_begun(paths: Iterable[Path]) -> None:
-    """Remove what killed runs had begun to write to these paths, under the names that `tempfile` gave.
+    """Remove temporary files that killed runs left beside these paths.
 
     Raises:
         DataError: One of them cannot be removed.

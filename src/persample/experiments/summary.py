@@ -1,4 +1,4 @@
-"""Several runs with the same settings and different seeds, taken together."""
+"""Summarising runs that differ only in their seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from persample.experiments.records import Record, read_csv
 
 
 def last_records(folders: Sequence[Path]) -> list[list[Record]]:
-    """Return what each run measured after its last epoch, all in the same order.
+    """Return the metrics of each run after its last epoch, in the same order.
 
     Args:
         folders: The folders that `reproduce` or `train` wrote to, one for each seed.
@@ -27,8 +27,8 @@ def last_records(folders: Sequence[Path]) -> list[list[Record]]:
     for folder, own, seed in zip(folders[1:], settings[1:], seeds[1:], strict=True):
         if own != settings[0]:
             raise OptionError(
-                f"the settings in {folder / 'config.json'} are not those in {folders[0] / 'config.json'}: only runs "
-                "that differ in nothing but the seed can be summed up"
+                f"the settings in {folder / 'config.json'} differ from those in {folders[0] / 'config.json'}: only "
+                "runs that differ in nothing but the seed can be summarised"
             )
         if seeds.count(seed) > 1:
             raise OptionError(f"the seed of {folder} was used twice, so these runs are the same; give each its own")
@@ -36,7 +36,7 @@ def last_records(folders: Sequence[Path]) -> list[list[Record]]:
     measured = [[(record.optimizer, record.split, record.prediction) for record in run] for run in runs]
     for folder, rows in zip(folders, measured, strict=True):
         if rows != measured[0]:
-            raise DataError(f"{folder} and {folders[0]} did not measure the same: run one of them again")
+            raise DataError(f"{folder} and {folders[0]} have different metrics: run one of them again")
     return runs
 
 
@@ -48,7 +48,7 @@ def _settings(folder: Path) -> list[dict[str, Any]]:
 
 
 def _last(path: Path) -> list[Record]:
-    """Return what was measured after the last epoch."""
+    """Return the metrics after the last epoch."""
     _existing(path)
     with _damaged(path):
         records = read_csv(path)
@@ -58,13 +58,13 @@ def _last(path: Path) -> list[Record]:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"there is no {path}: the run was not finished, or it wrote to another folder")
+        raise DataError(f"there is no {path}: the run has not finished, or it wrote to another folder")
     return path
 
 
 @contextmanager
 def _damaged(path: Path) -> Iterator[None]:
-    """Name the file that is not what a run wrote.
+    """Turn errors in reading a run's file into one that names the file.
 
     Raises:
         DataError: Reading it fails.
@@ -72,4 +72,6 @@ def _damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a run wrote it ({error!r}): run it again (--overwrite)") from error
+        raise DataError(
+            f"{path} is not a file of a run, or is damaged ({error!r}): run it again (--overwrite)"
+        ) from error

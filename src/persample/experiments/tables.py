@@ -68,7 +68,7 @@ def summary_table(runs: Sequence[Sequence[Record]]) -> Table:
 
 
 def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
-    """Return how far each backend is from the oracle."""
+    """The table of errors of each backend."""
     agreements = list(agreements)
     asked = ["quantities"] if any(agreement.quantities is not None for agreement in agreements) else []
     table = Table(title=title, caption="Largest relative errors against a loop over the samples in float64")
@@ -102,7 +102,7 @@ def cost_table(costs: Iterable[Cost], title: str, timed: Sequence[str] = ()) -> 
 
 
 def backends_table(backends: Iterable[Backend]) -> Table:
-    """Return which backends exist, and which can be used here."""
+    """The table of backends, and whether they can be used here."""
     table = Table(title="Backends")
     for heading in ("name", "machineries", "usable here", "why not"):
         table.add_column(heading)

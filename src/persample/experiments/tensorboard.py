@@ -1,4 +1,4 @@
-"""Metrics and diagnostics for TensorBoard."""
+"""Writing metrics and diagnostics for TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from persample.experiments.records import Record
 
 
 def write_tensorboard(records: Sequence[Record], layers: Sequence[LayerRecord], folder: Path) -> None:
-    """Write the metrics and the diagnostics of all epochs as scalars; what an earlier call wrote is replaced.
+    """Write the metrics and the diagnostics of all epochs as scalars, replacing those of an earlier call.
 
     Args:
         records: The metrics: `optimizer/split/prediction/metric`.

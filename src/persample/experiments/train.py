@@ -23,7 +23,7 @@ from persample.experiments.seeds import make_generator
 
 
 class Watcher(Protocol):
-    """What is told how a run goes, for example to show it."""
+    """Receives the progress of a run, for example to show it."""
 
     def on_batch(self, config: TrainConfig, epoch: int, batch: int, batches: int, loss: float) -> None:
         """A batch was trained: the `batch`-th of `batches` in this epoch, both counted from 1."""
@@ -83,8 +83,8 @@ def _train_epoch(run: Run, dataset: ImageDataset, watcher: Watcher) -> None:
         loss = _train_step(run, dataset, rows).item()
         if not math.isfinite(loss):
             raise NonFiniteLossError(
-                f"the training loss of {config.optimizer} became {loss} in epoch {epoch}: the training diverged; "
-                f"use a learning rate below {config.settings.lr}"
+                f"the training loss of {config.optimizer} became {loss} in epoch {epoch}: training diverged; use a "
+                f"learning rate below {config.settings.lr}"
             )
         watcher.on_batch(config, epoch, index + 1, len(batches), loss)
 

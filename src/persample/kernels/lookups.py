@@ -54,7 +54,7 @@ def _rows(indices: Tensor, delta: Tensor, count: int) -> Sums:
 
 
 def unique_at_most(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `numbers.unique(return_inverse=True)` does, with zeros behind it up to the length of `numbers`.
+    """As `numbers.unique(return_inverse=True)`, padded with zeros to the length of `numbers`.
 
     So the shape does not depend on the values, for which a GPU would have to be waited for.
     """
@@ -67,6 +67,6 @@ def unique_at_most(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_up(index: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Return the sums of those `values`, `(…, D)`, that have the same index, as `(rows, D)`."""
+    """Return the sums of the `values`, `(…, D)`, with equal index, as `(rows, D)`."""
     width = values.shape[-1]
     return values.new_zeros(rows, width).index_add_(0, index.reshape(-1), values.reshape(-1, width))

@@ -9,7 +9,7 @@ Sums = tuple[Tensor, Tensor]
 
 
 def samples_at_once(numbers: int, device: torch.device, budget: int = 2**20) -> int:
-    """Return how many samples to take at a time, if `numbers` numbers are made of each, and used up.
+    """Return the chunk size for a computation that needs `numbers` temporary numbers per sample.
 
     On a CPU about `budget` numbers stay in the cache. Elsewhere each operation costs a launch, and must be large to
     keep the processor busy, so there are 2²⁶ of them: 256 MiB in float32.
@@ -20,7 +20,7 @@ def samples_at_once(numbers: int, device: torch.device, budget: int = 2**20) -> 
 
 
 def squares_of(g: Tensor, dim: int = 0) -> Tensor:
-    """Return Σ_i g_i² along the samples, of numbers that are not needed afterwards."""
+    """Return Σ_i g_i² over the samples; overwrites its argument."""
     if g.is_cuda:
         norms: Tensor = torch.linalg.vector_norm(g, dim=dim)  # reads them once, and writes none
         return norms.square()

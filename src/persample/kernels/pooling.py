@@ -46,7 +46,7 @@ def _forms(x: Tensor) -> dict[str, Callable[[Tensor, tuple[Any, ...]], tuple[Ten
 
 
 def _images_side_by_side(batch: int, channels: int) -> int:
-    """How many images, which divide the batch evenly, have channels enough for the processor's vectors."""
+    """How many images to fold so that their channels fill the processor's vectors; divides the batch."""
     return next((n for n in range(1, batch + 1) if batch % n == 0 and n * channels >= _ENOUGH_CHANNELS), max(batch, 1))
 
 

@@ -60,13 +60,13 @@ class Batch:
 
     @staticmethod
     def of(tree: Tree, size: int) -> Batch:
-        """Return the batch of these arguments and targets, where a `Split` says what is split otherwise."""
+        """Return the batch of these arguments and targets, with `Split`s for parts not split along dim 0."""
         split = not _is_simple(tree) and any(isinstance(leaf, Split) for leaf in pytree.tree_leaves(tree))
         args, kwargs, targets = plain(tree) if split else tree
         return Batch(args, kwargs, targets, size, tree if split else None)
 
     def tree(self) -> Tree:
-        """Return arguments and targets, with a `Split` in place of each part that is split otherwise."""
+        """Return arguments and targets, with a `Split` for each part not split along dim 0."""
         return self.split_tree or (self.args, dict(self.kwargs), self.targets)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,7 +79,7 @@ class Batch:
         return Batch.of((*self.inputs(), None), self.size)
 
     def followed(self) -> Iterator[Followed]:
-        """Yield the tensors of the batch, and whose their entries are."""
+        """Yield the tensors of the batch, and the owners of their entries."""
         return followed_in(self.tree())
 
     def columns(self) -> Columns:
@@ -92,7 +92,7 @@ class Batch:
         return joined([columns_of("inputs", args), columns_of("inputs", kwargs), columns_of("targets", targets)])
 
     def for_a_call(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """Return arguments and targets as one call of model and loss may have them, and change them in place."""
+        """Return arguments and targets for one call of model and loss, which may change them in place."""
         tree = map_tensors(changeable(), self.tree())
         args, kwargs, targets = tree if self.split_tree is None else plain(tree)
         return args, kwargs, targets
@@ -105,16 +105,16 @@ class Batch:
         return len(self.args), *self.kwargs, kind_of(self.tree())
 
     def with_targets(self, targets: Any) -> Batch:
-        """Return the batch with the same inputs, detached from whatever they were computed from, and other targets."""
+        """Return the batch with its inputs detached, and other targets."""
         args, kwargs = map_tensors(entering(), self.inputs())
         return Batch.of((args, kwargs, targets), self.size)
 
     def with_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        """Return the batch with other arguments, which are like those that `inputs` returns."""
+        """Return the batch with other arguments, structured like those of `inputs`."""
         return Batch.of((args, kwargs, self.tree()[2]), self.size)
 
     def double(self) -> Batch:
-        """Return the batch in float64; whole numbers stay as they are."""
+        """Return the batch in float64; integers keep their dtype."""
         return Batch.of(in_float64(self.tree()), self.size)
 
     def take(self, index: Index) -> Batch:
@@ -132,7 +132,7 @@ class Batch:
 
     @contextmanager
     def doubted(self) -> Iterator[None]:
-        """Let errors that come of it say what of the batch may have been taken for samples by mistake."""
+        """Let errors inside the context say which part of the batch may not be samples."""
         try:
             yield
         except PersampleError as error:
@@ -140,7 +140,7 @@ class Batch:
             raise
 
     def add_doubts(self, error: BaseException) -> None:
-        """Let an error say what of the batch may have been taken for samples by mistake."""
+        """Let an error say which part of the batch may not be samples."""
         if isinstance(error, UnsupportedModelError | DisagreementError | UsageError | LossError):
             args, kwargs, targets = self.tree()
             trees = {"inputs": _inputs(args, kwargs), "targets": targets}
@@ -153,7 +153,7 @@ class Batch:
 
 
 def in_float64(tree: Any) -> Any:
-    """Return `tree` with every floating-point tensor in float64; whole numbers stay as they are."""
+    """Return `tree` with every floating-point tensor in float64; integers keep their dtype."""
     return map_tensors(entering(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor), tree)
 
 
@@ -175,7 +175,7 @@ def as_batch(inputs: Any, targets: Any, model: nn.Module | None = None) -> Batch
     """
     if torch.is_inference_mode_enabled():
         raise BatchError(
-            "torch.inference_mode() is active, in which no gradient exists: leave it, or use torch.no_grad() instead."
+            "torch.inference_mode() is active, where gradients do not exist: leave it, or use torch.no_grad() instead."
         )
     args, kwargs = arguments(inputs, model)
     batch = split_batch(args, kwargs, targets, whole=len(args) == 1 and args[0] is inputs)
@@ -193,9 +193,9 @@ def arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, .
         return (inputs,), {}
     if not isinstance(inputs, tuple | Mapping):
         raise BatchError(
-            f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict "
-            "of keyword arguments of the model. (it,) passes it whole, as the only argument; tuple(it) passes the "
-            "entries of a list as arguments."
+            f"inputs is of type {type(inputs).__name__}: pass a tensor, a tuple of positional arguments or a dict of "
+            "keyword arguments of the model. (inputs,) passes it whole, as the only argument; tuple(inputs) passes "
+            "the entries of a list as arguments."
         )
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     whole = model is not None and len(inputs) > 0 and not fits(model, args, kwargs) and fits(model, (inputs,), {})
@@ -248,7 +248,7 @@ def _is_simple(tree: Tree) -> bool:
 
 
 def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments as a user would index them."""
+    """Return the arguments, indexed as the user passed them."""
     if kwargs and args:
         return {"args": args, **kwargs}
     return kwargs or args
@@ -257,7 +257,7 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def _named_leaves(
     name: str, tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of `tree`, also those of objects in it, and their names."""
+    """Yield the leaves of `tree`, including those inside objects, and their names."""
     if isinstance(tree, Tensor):
         yield name, tree
         return
@@ -271,7 +271,7 @@ def _named_leaves(
 
 
 def _sizes(name: str, tree: Any, for_gradients: bool) -> dict[str, int]:
-    """How many samples each part of `tree` has, keyed by where it is."""
+    """Number of samples of each part of `tree`, by its path."""
     sizes = {}
     for where, leaf in _named_leaves(name, tree):
         if isinstance(leaf, Tensor):
@@ -282,9 +282,8 @@ def _sizes(name: str, tree: Any, for_gradients: bool) -> dict[str, int]:
         elif holds_tensors(leaf) or is_array(leaf):
             raise BatchError(
                 f"{where} is of type {type(leaf).__name__}, which holds tensors or arrays, but cannot be split into "
-                "samples: pass its tensors (padded, where samples have different lengths) as arguments, and make "
-                "it in the model; or a list with one of it for each sample; or persample.shared(it), if all samples "
-                "share it."
+                "samples: pass its tensors (padded, if samples have different lengths) and build it in the model; or "
+                "pass a list with one for each sample; or persample.shared(...), if all samples share it."
             )
     return sizes
 
@@ -292,23 +291,23 @@ def _sizes(name: str, tree: Any, for_gradients: bool) -> dict[str, int]:
 def _refuse_unsplittable(where: str, tensor: Tensor, for_gradients: bool) -> None:
     if tensor.dim() == 0:
         raise BatchError(
-            f"{where} is a tensor without dimensions: dim 0 must be the sample. Pass plain numbers as Python "
-            "numbers, expand the tensor to one entry per sample, or pass persample.shared(tensor)."
+            f"{where} is a tensor without dimensions, but dim 0 must be the sample: pass a Python number, expand it "
+            "to one entry per sample, or pass persample.shared(tensor)."
         )
     if for_gradients and tensor.is_inference():
         raise BatchError(
-            f"{where} was made under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
+            f"{where} was created under torch.inference_mode(), so autograd cannot save it: pass {where}.clone()."
         )
     if tensor.layout != torch.strided or tensor.is_nested:
         raise BatchError(
-            f"{where} is a sparse or nested tensor ({tensor.layout}), of which single samples cannot be taken: pass "
-            "an ordinary one (.to_dense(), .to_padded_tensor(0.0)) and make it sparse in the model; or "
+            f"{where} is a sparse or nested tensor ({tensor.layout}), which cannot be split into samples: pass a "
+            "dense one (.to_dense(), .to_padded_tensor(0.0)) and convert it in the model; or "
             "persample.shared(tensor), if all samples share it."
         )
 
 
 def _doubt(name: str, leaf: Any, size: int) -> str:
-    """Return what speaks against taking `leaf` for what it was taken for, as a sentence; empty if nothing does."""
+    """Return a hint that `leaf` may have been misread, as a sentence; empty if there is no doubt."""
     if isinstance(leaf, Tensor) and leaf.shape[:2] == (size, size) and size > 1:
         return (
             f"(Dim 0 of {name}, of shape {tuple(leaf.shape)}, was taken for the samples: pass persample.shared(tensor) "

@@ -1,4 +1,4 @@
-"""The contract of every backend: what it is asked for, and what it is given for that."""
+"""The contract of every backend: what it must compute, and what it may use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Check = Literal["first", "always", "never"]
 
 
 class Contract(ABC):
-    """What the self-check and the recording know of a backend; `PerSampleGradSource` is built on it.
+    """What the self-check and the recording need from a backend; base of `PerSampleGradSource`.
 
     Args:
         model: the network.
@@ -98,7 +98,7 @@ class Contract(ABC):
         return nullcontext()
 
     def refuse_unsupported(self) -> None:  # noqa: B027 - most backends have nothing to add
-        """Raise `UnsupportedModelError` for what can be seen, without a batch, to be beyond this backend."""
+        """Raise `UnsupportedModelError` for what this backend visibly cannot serve, even without a batch."""
 
     @abstractmethod
     def find_uses(self, batch: Batch | None) -> Iterable[Use]:
@@ -131,7 +131,7 @@ class Contract(ABC):
 
     @contextmanager
     def with_loss(self, loss_fn: Callable[[Any, Any], Tensor], start: RandomState) -> Iterator[Self]:
-        """Yield this source with another loss, for use inside the context, where random numbers begin at `start`.
+        """Yield this source with another loss, inside the context, with random numbers starting from `start`.
 
         Nothing of what it computes remains, and no random number is used up.
         """
@@ -153,12 +153,12 @@ class Contract(ABC):
         return self.check == "always"
 
     def refuse_hooks(self) -> None:
-        """Raise `UnsupportedModelError` if hooks on parameters would not take part."""
+        """Raise `UnsupportedModelError` if hooks on parameters would be ignored."""
         if not self.runs_parameter_hooks:
             refuse_hooked_parameters(self.model)
 
     def state_changed(self, state: State) -> bool:
-        """Whether the model's state is another one than `state`, or would be after an ordinary forward pass."""
+        """Whether the model's state differs from `state`, or would after an ordinary forward pass."""
         return state.changed()
 
     def state(self) -> State:
@@ -166,7 +166,7 @@ class Contract(ABC):
         return State(self.model, self._frozen())
 
     def _frozen(self) -> list[nn.Parameter]:
-        """Return the frozen parameters that the forward pass moves, or may move as far as is known."""
+        """Return the frozen parameters that the forward pass changes, or may change."""
         if self.moving is not None and not self.moving:
             return []
         wanted = self.moving

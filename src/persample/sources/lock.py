@@ -1,4 +1,4 @@
-"""A lock that no forked process finds held by a thread that it does not have."""
+"""A reentrant lock that is free in forked processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Lock:
-    """A lock which a thread that holds it may take once more.
+    """A reentrant lock that is free in forked processes.
 
     A fork copies it as it is, but of the threads only the one that forks, so in the child it is a new one: nobody is
     left there to release it.
@@ -25,6 +25,6 @@ class Lock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold it inside the context, in which the thread itself may fork."""
+        """Hold the lock inside the context; the holding thread may fork there."""
         with self._lock:
             yield

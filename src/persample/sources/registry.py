@@ -1,4 +1,4 @@
-"""Backends by name: `make_source`, `backends`, and how third parties add theirs."""
+"""Backends by name: `make_source`, `backends`, and registering third-party backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENTRY_POINT_GROUP = "persample.backends"
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend that exists, and whether it can be used here.
+    """A registered backend, and whether it can be used here.
 
     Attributes:
         name: the keyword for `make_source` and `VOGN`.
@@ -38,7 +38,7 @@ class Backend:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those by which `make_source` gives each of its machineries, as `"opacus (rules)"`; else its own alone."""
+        """Names for `make_source`, one for each machinery, as `"opacus (rules)"`; otherwise its own name only."""
         return tuple(f"{self.name} ({machinery})" for machinery in self.machineries) or (self.name,)
 
     @property
@@ -115,7 +115,7 @@ def make_source(
 
 
 def names_side_by_side(options: Collection[str] = ()) -> list[str]:
-    """Return the names of all backends, each machinery by a name of its own; but not of those that `options` name."""
+    """Return the names of all backends, one for each machinery, except where `options` name the machinery."""
     return [
         name for backend in _all().values() for name in ((backend.name,) if backend.name in options else backend.names)
     ]
@@ -127,7 +127,7 @@ def name_with(backend: str, ran: str | None) -> str:
 
 
 def backends() -> dict[str, Backend]:
-    """Return every backend that exists, by name; `.available` says whether it can be used here."""
+    """Return every registered backend, by name; `.available` says whether it can be used here."""
     return {name: _with_problem(backend) for name, backend in _all().items()}
 
 
@@ -200,7 +200,7 @@ def _load(backend: Backend) -> type[PerSampleGradSource]:
     if lacking := sorted(found.__abstractmethods__):
         raise OptionError(f"{location!r} does not implement {', '.join(lacking)}")
     if "check" not in _options_of(found):
-        raise OptionError(f"{location!r} does not take the keyword argument 'check', nor **options to pass on")
+        raise OptionError(f"{location!r} takes neither the keyword argument 'check' nor **options")
     return found
 
 
@@ -226,7 +226,7 @@ def _refuse_unknown_options(backend: str, source_class: type[PerSampleGradSource
 
 
 def _options_of(source_class: type[PerSampleGradSource]) -> list[str]:
-    """The names of what `__init__` takes beside model and loss, and of what it passes on by `**options`."""
+    """The names of the keyword arguments of `__init__` beyond model and loss, including those behind `**options`."""
     names: dict[str, None] = {}
     for base in source_class.__mro__:
         if "__init__" not in vars(base):

@@ -1,4 +1,4 @@
-"""`PerSampleGradSource`: what every backend offers its users, whatever it does inside."""
+"""`PerSampleGradSource`: the interface of every backend."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class PerSampleGradSource(Contract):
         return sketch
 
     def uses(self, inputs: Any = None, targets: Any = None) -> list[Use]:
-        """Return what would serve each use of a parameter, without computing a gradient of the model.
+        """Return what would serve each use of a parameter, without computing gradients.
 
         Args:
             inputs: a mini-batch, as for `moments`, on which the forward pass is run; nothing of that remains. None
@@ -202,7 +202,7 @@ class PerSampleGradSource(Contract):
         quantities: Sequence[Quantity[Any]] = (),
         loss_scale: float | None = None,
     ) -> Iterator[Recorded]:
-        """Record the moments of forward and backward passes that users run themselves, inside a `with` block.
+        """Record the moments of the user's own forward and backward passes, inside a `with` block.
 
             with source.recording() as recorded:
                 loss = torch.nn.functional.cross_entropy(model(inputs), targets)

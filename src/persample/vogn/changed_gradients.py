@@ -1,4 +1,4 @@
-"""What the user makes of `p.grad` between `backward()` and `step()`: clips it, masks it, adds noise or penalties.
+"""Changes of `p.grad` between `backward()` and `step()`: clipping, masks, noise, penalties.
 
 With c_i what the loss of sample i weighs in the loss of its backward pass, all passes together leave Σ_i c_i g_i in
 `p.grad`. So if the user makes G of it, the step takes G / Σ_i c_i for ĝ. The mean squares of the gradients, which are
@@ -34,7 +34,7 @@ class UnusedGradientWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Left:
-    """What recorded passes left in `p.grad`.
+    """The gradients that recorded passes left in `p.grad`.
 
     Attributes:
         gradients: by name, as far as there was one.
@@ -52,7 +52,7 @@ class Left:
 
     @staticmethod
     def by(recorded: Recorded, scale: float, earlier: Left | None) -> Left:
-        """Return what the passes in `recorded` left, after those that left `earlier`."""
+        """Return what the passes in `recorded` left, added to `earlier`."""
         weights = {recorded.weight(sums) for sums in recorded.sums}
         total = sum(recorded.weight(sums) * sums.size for sums in recorded.sums)
         due = None if recorded.loss_scale is None else _added([sums.total for sums in recorded.sums])
@@ -75,7 +75,7 @@ class Left:
 def with_changes(
     observations: Observations, left: Left, parameters: Mapping[str, Tensor], *, unscaled: bool, final: bool
 ) -> tuple[Observations, Left]:
-    """Return what was observed with the gradients that are in `p.grad` by now, and what is there.
+    """Return the observations with the current gradients in `p.grad`, and these gradients.
 
     Args:
         observations: what the passes gave.
@@ -97,15 +97,15 @@ def with_changes(
         return observations, left
     if left.scale != 1:
         raise UsageError(
-            "p.grad was changed while it was still multiplied by the scale of the gradient scaler: call "
-            "scaler.unscale_(optimizer) first, and step by scaler.step(optimizer)."
+            "p.grad was changed while it was still multiplied by the gradient scaler's scale: call "
+            "scaler.unscale_(optimizer) first, then change p.grad, then scaler.step(optimizer)."
         )
     if len(observations.parts) != 1 or not _is_made_of(left, observations.parts[0].moments):
         raise UsageError(
-            "p.grad was changed after the backward pass, but it is not just the gradient of what was observed since "
-            "the last step (it was not empty before, or the batches have other sizes, or several draws or observe() "
-            "took part), so the gradient of the step is ambiguous. Call optimizer.zero_grad() after each step, and "
-            "change p.grad in each block, after its backward pass; or clip by max_grad_norm."
+            "p.grad was changed after the backward pass, but it holds more than the gradient observed since the last "
+            "step (it was not empty before, or batches of different sizes, several draws or observe() contributed), "
+            "so the gradient of the step is ambiguous. Call optimizer.zero_grad() after each step, and change p.grad "
+            "inside each block, after its backward pass; or clip by max_grad_norm."
         )
     part = observations.parts[0]
     assert left.weight is not None
@@ -119,20 +119,20 @@ def with_changes(
 
 
 def _refuse_emptied(present: Mapping[str, Tensor], left: Left) -> None:
-    """Raise if all gradients that passes left are gone, or zero.
+    """Raise if all recorded gradients are gone or zero.
 
     Raises:
         UsageError: they are.
     """
     if not any(bool(g.any()) for g in present.values()) and any(bool(g.any()) for g in left.gradients.values()):
         raise UsageError(
-            "p.grad was emptied between the backward pass and the step, by model.zero_grad() or so: call it after "
-            "step(), or before backward()."
+            "p.grad was emptied between the backward pass and the step, for example by model.zero_grad(): call it "
+            "after step(), or before backward()."
         )
 
 
 def warn_of_unused(parameters: Mapping[str, Tensor], used: Mapping[str, Tensor]) -> bool:
-    """Warn if `p.grad` holds what no recorded pass gave, and return whether it does.
+    """Warn if `p.grad` holds gradients of no recorded pass; return whether it does.
 
     Args:
         parameters: those that are trained, by name.
@@ -142,9 +142,9 @@ def warn_of_unused(parameters: Mapping[str, Tensor], used: Mapping[str, Tensor])
     if not any(bool(g.any()) for g in present.values()) or not is_changed(present, used):
         return False
     warn(
-        "p.grad holds gradients that no pass inside sampled_params(train=True) gave, and the step will not use them: "
-        "observe() does not read p.grad, and a block begins anew. The gradient of a penalty is added after such a "
-        "block, before step(); optimizer.zero_grad() empties p.grad.",
+        "p.grad holds gradients from outside sampled_params(train=True), which the step ignores: observe() does not "
+        "read p.grad, and a block starts from its own passes. Add the gradient of a penalty after such a block, "
+        "before step(); call optimizer.zero_grad() to empty p.grad.",
         UnusedGradientWarning,
     )
     return True
@@ -153,7 +153,7 @@ def warn_of_unused(parameters: Mapping[str, Tensor], used: Mapping[str, Tensor])
 def without_dropped(
     observations: Observations, left: Left, parameters: Mapping[str, Tensor], *, several_processes: bool
 ) -> Observations:
-    """Return the observations without the parameters whose `p.grad` was set to None: they are not updated.
+    """Return the observations without the parameters whose `p.grad` was set to None, which are not updated.
 
     Raises:
         UsageError: there are such in one of several processes.
@@ -163,8 +163,8 @@ def without_dropped(
         return observations
     if several_processes:
         raise UsageError(
-            f"p.grad of {min(dropped)!r} was set to None, but other processes may have one: freeze the parameter, or "
-            "set its p.grad to zero."
+            f"p.grad of {min(dropped)!r} was set to None in this process, but others may have a gradient: freeze the "
+            "parameter, or set p.grad to zero."
         )
 
     def rest(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

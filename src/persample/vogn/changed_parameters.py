@@ -1,4 +1,4 @@
-"""What changed in a model since its optimizer was made: parameters that were replaced, resized, renamed or added."""
+"""Changes of a model after its optimizer was created: parameters replaced, resized, renamed or added."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from persample.warn import warn
 
 
 class UntrainedParameterWarning(UserWarning):
-    """A parameter requires a gradient, but nothing trains it."""
+    """A parameter requires a gradient, but the optimizer does not train it."""
 
 
 def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Return what is another list if a parameter was replaced, resized, moved, added, removed, frozen or thawed.
+    """Return a list that changes if a parameter is replaced, resized, moved, added, removed, frozen or unfrozen.
 
     At the cost of one loop, because every step looks.
     """
@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def present_names(model: nn.Module, params: Sequence[Tensor], known: Sequence[str]) -> list[str]:
-    """Return the names that `params` have in the model by now.
+    """Return the current names of `params` in the model.
 
     Args:
         model: the network.
@@ -53,21 +53,22 @@ def present_names(model: nn.Module, params: Sequence[Tensor], known: Sequence[st
             raise UnsupportedModelError(f"Parameter {name!r} {SHARDED}")
         what = "replaced by another tensor" if name in present else "removed from the model"
         raise UsageError(
-            f"Parameter {name!r} was {what} after the optimizer was made (a new layer, load_state_dict(assign=True), "
-            "tied weights, another kind of module), so the optimizer would draw and train a tensor that the model "
-            "does not use. Change the model first and make the optimizer afterwards; weights are loaded into the "
-            "parameters that are there by load_state_dict() without assign=True."
+            f"Parameter {name!r} was {what} after the optimizer was created (a new layer, "
+            "load_state_dict(assign=True), tied weights, another kind of module), so the optimizer would train a "
+            "tensor that the model does not use. Change the model first and create the optimizer afterwards; to load "
+            "weights into the existing parameters, call load_state_dict() without assign=True."
         )
     for p in params[len(known) :]:
         if id(p) not in names:
             raise UsageError(
-                f"A tensor of shape {tuple(p.shape)} was added to a group by hand, which is no parameter of the model."
+                f"A tensor of shape {tuple(p.shape)} was added to a group by hand, but is not a parameter of the "
+                "model: remove it."
             )
     return [names[id(p)] for p in params]
 
 
 def refuse_shared_memory(trained: Mapping[str, Tensor]) -> None:
-    """Raise if two of the parameters in `trained`, by name, share their memory.
+    """Raise if two of the parameters in `trained`, by name, share memory.
 
     Raises:
         UsageError: they do.
@@ -77,14 +78,14 @@ def refuse_shared_memory(trained: Mapping[str, Tensor]) -> None:
         place = p.data_ptr() if p.layout is torch.strided and p.numel() else 0
         if place and (other := owner.setdefault((p.device, place), name)) != name:
             raise UsageError(
-                f"Parameters {other!r} and {name!r} share their memory (one was assigned to the .data of the other), "
-                "so a draw of the one would overwrite that of the other: let the modules share the parameter itself, "
-                "as in decoder.weight = encoder.weight, before the optimizer is made."
+                f"Parameters {other!r} and {name!r} share memory (one was assigned to the .data of the other), so a "
+                "draw of one would overwrite that of the other: share the parameter itself, as in decoder.weight = "
+                "encoder.weight, before the optimizer is created."
             )
 
 
 def refuse_resized(name: str, param: Tensor, kept: Iterable[Tensor]) -> None:
-    """Raise if a parameter has another shape than what is kept for it.
+    """Raise if a parameter and its state have different shapes.
 
     Raises:
         UsageError: it has.
@@ -92,14 +93,14 @@ def refuse_resized(name: str, param: Tensor, kept: Iterable[Tensor]) -> None:
     for value in kept:
         if param.shape != value.shape:
             raise UsageError(
-                f"Parameter {name!r} has shape {tuple(param.shape)}, but its posterior {tuple(value.shape)}: it was "
-                "resized after the optimizer was made. Resize first and make the optimizer afterwards; its prior= "
-                "takes what was learned so far, in the new shapes."
+                f"Parameter {name!r} has shape {tuple(param.shape)}, but its posterior has {tuple(value.shape)}: it "
+                "was resized after the optimizer was created. Resize first and create the optimizer afterwards; pass "
+                "what was learned so far, in the new shapes, as prior=."
             )
 
 
 def warn_of_untrained(model: nn.Module, trained: Collection[Tensor], known: set[str]) -> None:
-    """Warn of parameters that require a gradient, but are not among `trained`; of each once.
+    """Warn once about each parameter that requires a gradient, but is not in `trained`.
 
     Args:
         model: the network.
@@ -114,7 +115,7 @@ def warn_of_untrained(model: nn.Module, trained: Collection[Tensor], known: set[
     shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
     warn(
         f"The model has parameters that require a gradient, but are in no group of the optimizer: {shown}. They were "
-        "frozen, or not there, when it was made, and are neither drawn nor trained. Add them by "
+        "frozen or missing when it was created, and are neither drawn nor trained. Add them by "
         'optimizer.add_param_group({"params": [...]}), or freeze them.',
         UntrainedParameterWarning,
     )

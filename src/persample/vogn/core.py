@@ -1,4 +1,4 @@
-"""The VOGN rule as pure functions of tensors: nothing here knows models, batches or optimizers.
+"""The VOGN rule as pure functions of tensors, independent of models, batches and optimizers.
 
 Every function takes lists of tensors, one tensor for each parameter, and returns new ones, so that one call serves
 a whole model. Symbols: μ mean, s curvature, N `data_size`, λ `prior_precision`, m₀ `prior_mean`, α `lr`, γ `decay`,
@@ -123,7 +123,7 @@ def update_mean(
 def running_average(
     average: Tensors, mass: Sequence[float], value: Tensors, *, decay: float, bias_correction: bool = True
 ) -> tuple[Tensors, list[float], Tensors]:
-    """Running average of `value` from 0 on, and the same without its bias towards that 0.
+    """Running average of `value` that starts at 0, raw and bias-corrected.
 
         m_{t+1} = β m_t + (1 − β) v        c_{t+1} = β c_t + (1 − β)        m̂ = m_{t+1} / c_{t+1}
 

@@ -1,4 +1,4 @@
-"""How a training goes: effective learning rates, signal-to-noise ratios and widths of the posterior, layer by layer."""
+"""Training diagnostics: effective learning rates, signal-to-noise ratios and widths of the posterior, by layer."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ NARROWEST = 1e-5
 
 
 class StuckCurvatureWarning(UserWarning):
-    """The curvature of a layer still comes from its initial value, after long enough to have forgotten it."""
+    """The curvature of a layer is still dominated by its initial value, although it should have decayed."""
 
 
 class PosteriorWidthWarning(UserWarning):
-    """The posterior is so narrow that all draws are alike, or so wide that they are little but noise."""
+    """The posterior is so narrow that all draws are equal, or so wide that they are mostly noise."""
 
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """What training does to one parameter of the model. The numbers are medians over its weights.
+    """Diagnostics of one parameter of the model; medians over its weights.
 
     Attributes:
         effective_lr: by how much a step moves a weight whose gradient is 1.
@@ -56,7 +56,7 @@ class LayerDiagnostics:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """How a training goes, see `VariationalOptimizer.diagnostics`.
+    """Training diagnostics, see `VariationalOptimizer.diagnostics`.
 
     Attributes:
         steps: how many steps were taken.
@@ -70,7 +70,7 @@ class Diagnostics:
 
 
 def layer_diagnostics(mean: Tensor, scale: Tensor, effective_lr: Tensor) -> LayerDiagnostics:
-    """Summarise one parameter; not a number where it is empty.
+    """Summarise one parameter; NaN if it is empty.
 
     Args:
         mean: μ of each weight.
@@ -103,7 +103,7 @@ def warn_of_width(mean: list[Tensor], scale: list[Tensor]) -> bool:
     if noise > WIDEST * signal:
         warn(
             f"The posterior is too wide: over all weights σ is {noise / signal if signal else math.inf:.3g} times as "
-            "large as the mean, so the draws are little but noise. Raise prior_precision or the initial precision "
+            "large as the mean, so the draws are mostly noise. Raise prior_precision or the initial precision "
             "(hess_init), or lower the temperature.",
             PosteriorWidthWarning,
         )
@@ -113,9 +113,9 @@ def warn_of_width(mean: list[Tensor], scale: list[Tensor]) -> bool:
     )
     if narrow > 0.5 * sum(m.numel() for m in mean):
         warn(
-            "The posterior is too narrow: for most weights σ is below what the dtype of the model can tell from the "
-            f"mean, or below {NARROWEST:g} of it, so all draws are alike. Lower prior_precision or hess_init, or keep "
-            "the model in float32.",
+            "The posterior is too narrow: for most weights σ is below the resolution of the model's dtype at the "
+            f"mean, or below {NARROWEST:g} of the mean, so all draws are equal. Lower prior_precision or hess_init, "
+            "or keep the model in float32.",
             PosteriorWidthWarning,
         )
         return True
@@ -123,7 +123,7 @@ def warn_of_width(mean: list[Tensor], scale: list[Tensor]) -> bool:
 
 
 def warn_of_stuck_curvature(curvature: Mapping[str, Tensor], initial: float, decay: float, steps: list[int]) -> bool:
-    """Warn with `StuckCurvatureWarning` if a layer's curvature is little but what is left of its initial value.
+    """Warn with `StuckCurvatureWarning` if a layer's curvature is mostly the remainder of its initial value.
 
     Of s_t a part γ^t s_0 comes from the start, and the rest from the data. Before 3 / (1 − γ) steps this is unknown.
 
@@ -147,8 +147,8 @@ def warn_of_stuck_curvature(curvature: Mapping[str, Tensor], initial: float, dec
     if stuck:
         warn(
             f"After {max(steps)} steps the curvature of {stuck[0]!r} ({len(stuck)} of {len(curvature)} parameters) is "
-            "still little but what is left of hess_init: its posterior is too narrow and its steps too short. Lower "
-            "hess_init, or look whether the layer gets any gradient.",
+            "still mostly the remainder of hess_init, so its posterior is too narrow and its steps are too short. "
+            "Lower hess_init, or check that the layer gets a gradient.",
             StuckCurvatureWarning,
         )
     return bool(stuck)

@@ -1,4 +1,4 @@
-"""Several processes that train one posterior: what they add up, and what each has of its own."""
+"""Several processes that train one posterior: sums over processes, and noise of each process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from persample.warn import warn
 
 
 class SeparateProcessesWarning(UserWarning):
-    """Several processes run, and each trains a posterior of its own."""
+    """Several processes run, and each trains its own posterior."""
 
 
 class Processes:
-    """The processes of a group, as one of them sees them.
+    """A process group, seen from one process.
 
     Each observes batches of its own at draws of its own. A step adds up what all have observed, as if one process had
     observed all of it, so all hold the same posterior afterwards.
@@ -43,7 +43,7 @@ class Processes:
         self._noise: tuple[tuple[int, int], torch.Generator] | None = None
 
     def share_model(self, model: nn.Module) -> None:
-        """Give all processes the parameters and buffers of the first."""
+        """Broadcast the parameters and buffers of the first process."""
         for tensor in (*model.parameters(), *model.buffers()):
             values = tensor.detach().contiguous()
             dist.broadcast(values, self._first, group=self.group)
@@ -57,7 +57,7 @@ class Processes:
         return seeds[0]
 
     def noise(self, seed: int, step: int) -> torch.Generator:
-        """Return the source of the noise of this process for one step, which goes on where it was within the step."""
+        """Return this process's generator for one step, which continues within the step."""
         if self._noise is None or self._noise[0] != (seed, step):
             self._noise = ((seed, step), noise_of_rank(seed, self.rank, step))
         return self._noise[1]
@@ -69,7 +69,7 @@ class Processes:
         return any(flags)
 
     def merged(self, observations: Observations, params: Mapping[str, Tensor]) -> Observations:
-        """Return what all processes have observed together, by one `all_reduce` of one vector.
+        """Return the observations of all processes together, by one `all_reduce` of one vector.
 
         Args:
             observations: what this process has observed, in at most one part. It may be nothing.
@@ -109,21 +109,19 @@ class Processes:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise UsageError(
-            "An optimizer that belongs to several processes cannot be pickled: save its state_dict() instead."
-        )
+        raise UsageError("An optimizer with a process_group cannot be pickled: save its state_dict() instead.")
 
 
 def warn_of_separate_processes() -> None:
-    """Warn if this is one of several processes, but an optimizer was given no `process_group`."""
+    """Warn if several processes run, but the optimizer was given no `process_group`."""
     if dist.is_available() and dist.is_initialized():
         number = dist.get_world_size()
     else:  # torchrun says how many there are; torch.distributed.group.WORLD is None before init_process_group()
         number = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if number > 1:
         warn(
-            f"{number} processes run, but the optimizer was given no process_group, so each of them trains a posterior "
-            "of its own. To train one together, call torch.distributed.init_process_group() first, and pass "
+            f"{number} processes run, but the optimizer was given no process_group, so each trains its own posterior. "
+            "To train one together, call torch.distributed.init_process_group() first, and pass "
             "process_group=torch.distributed.group.WORLD to VOGN, OGN or IVON.",
             SeparateProcessesWarning,
         )

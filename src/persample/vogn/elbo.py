@@ -16,7 +16,7 @@ from persample.sources.model.calling import losses_of
 
 @dataclass(frozen=True, eq=False)
 class Elbo:
-    """An estimate of the evidence lower bound E_q[log p(D | w)] − KL(q ‖ prior), in nats.
+    """Estimate of the evidence lower bound E_q[log p(D | w)] − KL(q ‖ prior), in nats.
 
     Attributes:
         log_likelihoods: Σ_i log p(D_i | w_k) over all N training samples for each draw k, shape `(K,)`, float64.
@@ -45,12 +45,12 @@ class Elbo:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `total` from the spread over the draws; not a number for a single draw."""
+        """Standard error of `total` from the spread over the draws; NaN for a single draw."""
         return self.log_likelihoods.std().item() / math.sqrt(len(self.log_likelihoods))
 
 
 class LikelihoodTable:
-    """Collects log p(target_i | input_i, w_k), draws by draws."""
+    """Collects log p(target_i | input_i, w_k), chunk by chunk of draws."""
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any], targets: Any) -> None:
         self._loss_fn = as_per_sample(loss_fn)

@@ -1,4 +1,4 @@
-"""Several posteriors as one: the mixture of what several runs found."""
+"""Ensembles: a mixture of several runs' posteriors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from persample.vogn.prediction import Likelihood, Summarised, summary_of
 
 
 class Ensemble:
-    """The mixture Σ_m q_m / M of posteriors over the weights of networks, one of each run.
+    """The mixture Σ_m q_m / M of posteriors over the weights of networks, one per run.
 
     Predictions average over the draws of all members, as those of one posterior: what the members disagree about is
     epistemic. Source: Lakshminarayanan et al., "Simple and Scalable Predictive Uncertainty Estimation using Deep
@@ -44,7 +44,7 @@ class Ensemble:
 
     @staticmethod
     def of_models(models: Iterable[nn.Module]) -> Ensemble:
-        """Return the ensemble of networks that were trained without a posterior; each has a single draw.
+        """Return the ensemble of networks trained without a posterior; each counts as a single draw.
 
         Raises:
             OptionError: there is none.

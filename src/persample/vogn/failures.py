@@ -1,4 +1,4 @@
-"""What goes wrong while training: a first step too long, infinite numbers, a posterior without precision."""
+"""Training failures: a first step that is too long, infinite numbers, a posterior without precision."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MOST_SKIPPED_STEPS = 5
 
 
 class DangerousFirstStepWarning(UserWarning):
-    """The first step of VOGN is long enough to kill ReLUs or to diverge."""
+    """The first step of VOGN is so long that ReLUs may die or training may diverge."""
 
 
 class SkippedStepWarning(UserWarning):
-    """A step was skipped, because it would have made the mean or its precision infinite or not a number."""
+    """A step was skipped, because the mean or its precision would have become infinite or NaN."""
 
 
 class NonFiniteError(PersampleError, ArithmeticError):
-    """Several steps in a row would have made the mean or its precision infinite or not a number."""
+    """Several steps in a row would have made the mean or its precision infinite or NaN."""
 
 
 def warn_of_first_step(settings: Mapping[str, Any], data_size: float, temperature: float) -> None:
@@ -55,7 +55,7 @@ def warn_of_first_step(settings: Mapping[str, Any], data_size: float, temperatur
 
 
 def first_non_finite(tensors: list[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor with an entry that is infinite or not a number, None if there is none.
+    """Return the name of the first tensor with an infinite or NaN entry; None if there is none.
 
     Args:
         tensors: pairs of a name and a tensor.
@@ -69,7 +69,7 @@ def first_non_finite(tensors: list[tuple[str, Tensor]]) -> str | None:
 
 
 def skip_step(name: str, skipped: int) -> None:
-    """Warn that a step was skipped, or raise if too many were skipped one after the other.
+    """Warn that a step was skipped; raise if too many were skipped in a row.
 
     Args:
         name: the parameter whose mean or precision would have become infinite or not a number.
@@ -79,19 +79,19 @@ def skip_step(name: str, skipped: int) -> None:
         NonFiniteError: `skipped` has reached `MOST_SKIPPED_STEPS`.
     """
     what = (
-        f"The step would have made the mean of {name!r}, or its precision, infinite or not a number, so it was "
-        "skipped: nothing was changed, and what was observed for it is forgotten."
+        f"The step would have made the mean of {name!r} or its precision infinite or NaN, so it was skipped: nothing "
+        "was changed, and its observations are discarded."
     )
     if skipped >= MOST_SKIPPED_STEPS:
         raise NonFiniteError(
-            f"{what} It is the {skipped}th in a row: look at the batches, lower lr, or make the first posterior "
-            "narrower (hess_init, prior_precision)."
+            f"{what} It is step {skipped} in a row: check the batches, lower lr, or make the first posterior narrower "
+            "(raise hess_init or prior_precision)."
         )
     warn(what, SkippedStepWarning)
 
 
 def require_positive(precision: Mapping[str, Tensor]) -> None:
-    """Check that the posterior is proper: all precisions are above 0.
+    """Check that the posterior is proper: all precisions are positive.
 
     Raises:
         OptionError: one is not; its parameter is in the message.
@@ -99,6 +99,6 @@ def require_positive(precision: Mapping[str, Tensor]) -> None:
     for name, value in precision.items():
         if not bool((value > 0).all()):
             raise OptionError(
-                f"With prior_precision=0 and curvature 0 the posterior of {name!r} has precision N s + λ = 0, and no "
-                "weight can be drawn from it: give it a positive prior_precision."
+                f"With prior_precision=0 and curvature 0 the posterior of {name!r} has precision N s + λ = 0, so no "
+                "weight can be drawn from it: pass a positive prior_precision."
             )

@@ -31,9 +31,9 @@ def model_and_params(first: Any, params: Iterable[Any] | None) -> tuple[Any, Ite
     model = _model_of(first)
     if model is None:
         raise OptionError(
-            f"The first argument is of type {type(first).__name__}, which does not tell which model the parameters "
-            "belong to: pass the model, model.parameters() or model.named_parameters() itself; parameter groups and "
-            "lists go into params=..., beside the model."
+            f"The first argument is of type {type(first).__name__}, which does not say which model the parameters "
+            "belong to: pass the model, model.parameters() or model.named_parameters() itself; pass parameter groups "
+            "and lists as params=..., beside the model."
         )
     if params is not None:
         raise OptionError("The first argument and params both name parameters: pass the model and params=...")
@@ -42,7 +42,7 @@ def model_and_params(first: Any, params: Iterable[Any] | None) -> tuple[Any, Ite
 
 
 def _model_of(parameters: Iterable[Any]) -> nn.Module | None:
-    """The model whose method made the generator, None if it was advanced, or is no such generator."""
+    """The model whose method created the generator; None if it was advanced, or is another generator."""
     if not inspect.isgenerator(parameters) or inspect.getgeneratorstate(parameters) != inspect.GEN_CREATED:
         return None
     model = inspect.getgeneratorlocals(parameters).get("self")

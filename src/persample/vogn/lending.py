@@ -1,4 +1,4 @@
-"""The parameters of a model, which hold the mean of the posterior, but for as long as draws are written into them."""
+"""Lending the parameters, which hold the mean of the posterior, to draws."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from persample.errors import UsageError
 
 
 class Lending:
-    """Whether the model holds a draw, and what must not be called there."""
+    """Tracks whether the model holds a draw, and refuses calls meanwhile."""
 
     def __init__(self) -> None:
         self.out = False
 
     @contextmanager
     def lend(self, call: str) -> Iterator[None]:
-        """Refuse what would find draws instead of the mean, for as long as `call` writes draws into the model.
+        """Refuse calls that need the mean while `call` has draws in the model.
 
         Raises:
             UsageError: another call does so already.
@@ -36,6 +36,6 @@ class Lending:
         """
         if self.out:
             raise UsageError(
-                f"{call} cannot run inside sampled_params(), or while observe() or predict() runs (in another thread, "
-                "for example): the parameters are a draw from the posterior there, not its mean. Call it outside."
+                f"{call} cannot run inside sampled_params(), observe() or predict(), nor from another thread "
+                "meanwhile: the parameters hold a draw from the posterior there, not its mean. Call it outside."
             )

@@ -1,4 +1,4 @@
-"""The loss that an optimizer was given: that there is one, and that it has nothing to train."""
+"""The optimizer's loss: it must exist, and have no parameters of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from persample.warn import warn
 
 
 class UntrainedLossWarning(UserWarning):
-    """The loss has parameters of its own, which nothing trains."""
+    """The loss has parameters of its own, which the optimizer does not train."""
 
 
 def require_loss(loss_fn: Callable[[Any, Any], Any] | None, call: str) -> Callable[[Any, Any], Any]:
@@ -33,14 +33,14 @@ def require_loss(loss_fn: Callable[[Any, Any], Any] | None, call: str) -> Callab
 
 
 _NO_LOSS = (
-    "{} needs a loss, and the optimizer was made without one: pass loss_fn, a function of (outputs, targets) that "
-    "returns the loss of each sample, for example persample.losses.cross_entropy. Without it run forward and backward "
+    "{} needs a loss, but the optimizer was created without one: pass loss_fn, a function of (outputs, targets) that "
+    "returns the loss of each sample, for example persample.losses.cross_entropy. Or run forward and backward "
     "yourself, inside `with optimizer.sampled_params(train=True):`."
 )
 
 
 def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerSampleLoss:
-    """Return the loss of each sample, which looks at its graph when it is called first.
+    """Return the per-sample loss; its first call inspects the graph.
 
     Args:
         loss_fn: what the user gave, None if nothing.
@@ -77,7 +77,7 @@ def loss_of(loss_fn: Callable[[Any, Any], Any] | None, model: nn.Module) -> PerS
 
 
 def _is_followed() -> bool:
-    """Whether a mode meets the operations that does more than choose the device of new tensors."""
+    """Whether a mode is active that does more than choose the device of new tensors."""
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
@@ -94,7 +94,7 @@ def _ordinary(losses: Tensor) -> Tensor:
 
 
 def _own_leaves(losses: Tensor, outputs: Any, targets: Any, model: nn.Module, *, parameters_only: bool) -> list[Tensor]:
-    """Return the leaves of the graph between the outputs and the losses that a training would change."""
+    """Return the trainable leaves of the graph between the outputs and the losses."""
     stop = {t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None}
     given = {id(t) for t in (*tree_leaves((outputs, targets)), *model.parameters()) if isinstance(t, Tensor)}
     if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(targets)):
@@ -112,7 +112,7 @@ def _warn_of(found: list[Tensor], loss_fn: Callable[[Any, Any], Any]) -> None:
     more = f" and {len(found) - 1} others" if len(found) > 1 else ""
     warn(
         f"The loss depends on {what}{more}, which requires a gradient but is no parameter of the model: observe() "
-        "neither trains it nor gives it a gradient. Make it a part of the model, whose forward() then returns what the "
-        "loss needs of it for each sample; or, if it is a constant, call requires_grad_(False) on it.",
+        "neither trains it nor gives it a gradient. Make it a parameter of the model and return what the loss needs "
+        "from forward(), for each sample; or, if it is a constant, call requires_grad_(False) on it.",
         UntrainedLossWarning,
     )

@@ -24,7 +24,7 @@ Forward: TypeAlias = Callable[[Weights], Tensor]
 
 
 class Gaussian(Protocol):
-    """A diagonal Gaussian over the weights; mean μ and standard deviation σ of each, by the names of parameters."""
+    """A diagonal Gaussian over the weights; mean μ and standard deviation σ by parameter name."""
 
     @property
     def mean(self) -> Mapping[str, Tensor]: ...
@@ -40,7 +40,7 @@ _MOST_WEIGHTS_ELSEWHERE = 2**28
 
 
 class DrawOptions(TypedDict, total=False):
-    """How a posterior is drawn from, by everything that averages over it.
+    """How to draw from a posterior, for everything that averages over it.
 
     Attributes:
         samples: K, the number of draws; 32 if left out.
@@ -74,7 +74,7 @@ def for_each_draw(
     rows_at_once: int | None = None,
     pick: Callable[[Any], Tensor] | None = None,
 ) -> None:
-    """Hand the outputs of `model` under each draw of its weights to `consume`.
+    """Pass the outputs of `model` under each draw of its weights to `consume`.
 
     Afterwards the model has the weights that it had, bit for bit, whatever happens. The first draw goes through an
     ordinary forward pass. Others go through `torch.func.vmap` only if it gives the same for the first one, which it
@@ -128,7 +128,7 @@ def _params(model: nn.Module, mean: Mapping[str, Tensor]) -> Weights:
 
 
 def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Callable[[Any], Tensor] | None) -> Forward:
-    """A function of weights, by name, that returns the outputs for all rows; it takes the others from the model."""
+    """A function from weights, by name, to the outputs; other weights are the model's."""
     args, kwargs = arguments(inputs, model)
     batches = [plain((args, kwargs))]
     if rows_at_once is not None:
@@ -170,7 +170,7 @@ def _affordable(params: Weights) -> int:
 
 
 def _one_by_one(forward: Forward, params: Weights, draws: Iterable[Weights], consume: Callable[[Tensor], None]) -> None:
-    """Write each draw into the model, and put its own weights back at the end."""
+    """Write each draw into the model, and restore its own weights at the end."""
     with restored(list(params.values())):
         for weights in draws:
             torch._foreach_copy_(list(params.values()), list(weights.values()))
@@ -178,7 +178,7 @@ def _one_by_one(forward: Forward, params: Weights, draws: Iterable[Weights], con
 
 
 def _can_map(model: nn.Module, forward: Forward, weights: Weights, outputs: Tensor) -> bool:
-    """Whether `_mapped` gives `outputs` for `weights`. Twice, because some models can be mapped over one draw only."""
+    """Whether `_mapped` reproduces `outputs` for `weights`; tried twice, because some can be mapped only once."""
     try:
         mapped = _mapped(model, forward, [weights, weights])
     except (RuntimeError, TypeError, ValueError, IndexError):  # whatever torch.func cannot run, or memory not hold

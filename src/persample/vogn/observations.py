@@ -14,7 +14,7 @@ from persample.vogn.sampling import NoiseState
 
 @dataclass(frozen=True)
 class Observed:
-    """The moments of the gradients at one draw of the weights; or at all draws, where a rule needs only their average.
+    """The moments of the gradients at one draw of the weights, or averaged over draws where the rule allows that.
 
     Attributes:
         moments: over all samples that were observed there.
@@ -27,7 +27,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Observations:
-    """All that was observed since the last step. It never changes: adding to it gives a new one.
+    """All observations since the last step; immutable.
 
     Attributes:
         parts: what was observed; one entry for each draw if the rule keeps draws apart, else at most one.

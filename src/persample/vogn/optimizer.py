@@ -1,4 +1,4 @@
-"""What all rules have in common: a `torch.optim.Optimizer` that draws weights, observes gradients there, and steps."""
+"""The base of all rules: a `torch.optim.Optimizer` that draws weights, observes gradients there, and steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class VariationalOptimizer(PosteriorState):
     def _update(
         self, part: Part, gradient: list[Tensor], observed: list[Observed]
     ) -> tuple[Tensors, list[dict[str, Any]]]:
-        """Return the new means and the new states. Changes nothing that is passed in.
+        """Return the new means and states, without changing the arguments.
 
         Args:
             part: the parameters.
@@ -68,13 +68,13 @@ class VariationalOptimizer(PosteriorState):
         """Return by how much the next step moves each weight for a gradient of 1."""
 
     def _warn_of_state(self, part: Part) -> bool:
-        """Warn of what is wrong with the state of the parameters; return whether it warned."""
+        """Warn about problems in the state of the parameters; return whether it warned."""
         return False
 
     # What users call: training.
 
     def observe(self, inputs: Any, targets: Any, *, redraw: bool = True) -> Tensor:
-        """Draw weights from the posterior `mc_samples` times, and collect the moments of the gradients there.
+        """Draw weights from the posterior `mc_samples` times, and collect the moments of the gradients at them.
 
         Several `observe()` before one `step()` act as one large batch: batches count by their sizes, draws by their
         mean.
@@ -101,8 +101,8 @@ class VariationalOptimizer(PosteriorState):
         earlier = [] if redraw else observations.draws
         if earlier and len(earlier) != self.mc_samples:
             raise UsageError(
-                f"redraw=False reuses the draws since the last step, of which there are {len(earlier)}, but mc_samples "
-                f"is {self.mc_samples} now: change mc_samples after a step only."
+                f"redraw=False reuses the {len(earlier)} draws since the last step, but mc_samples is now "
+                f"{self.mc_samples}: change mc_samples only after a step."
             )
         draws, losses = [], []
         generator = self._training_noise()
@@ -129,7 +129,7 @@ class VariationalOptimizer(PosteriorState):
         grad_scaler: Any = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[None]:
-        """Let the model have one draw of its weights inside a `with` block; afterwards it has its mean again.
+        """Put a draw of the weights into the model inside a `with` block; the mean returns afterwards.
 
         With `train`, the moments of the gradients of your own forward and backward passes are collected:
 
@@ -193,7 +193,7 @@ class VariationalOptimizer(PosteriorState):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the posterior from all that was observed since the last step, and forget it.
+        """Update the posterior from the observations since the last step, and discard them.
 
         With a closure, `mc_samples` draws are observed before: at each of them the closure runs the model and
         `loss.backward()` as inside `sampled_params(train=True)`, and returns the loss. A closure that does nothing and
@@ -246,7 +246,7 @@ class VariationalOptimizer(PosteriorState):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients as every PyTorch optimizer does, and forget what was observed since the last step.
+        """Reset the gradients as every PyTorch optimizer does, and discard the observations since the last step.
 
         Inside `sampled_params()` and closures only the gradients are reset.
         """
@@ -265,7 +265,7 @@ class VariationalOptimizer(PosteriorState):
         progress: bool = False,
         **draws: Unpack[DrawOptions],
     ) -> Any:
-        """Predict by the average over draws of the weights: classes, or what the loss is the likelihood of.
+        """Predict by averaging over draws of the weights: classes, or whatever the loss is a likelihood of.
 
         Returns a `ClassPrediction`; a `GaussianPrediction` if the likelihood, or the loss, is one of real numbers or
         counts of `persample.likelihoods`. See `Posterior.predict`.
@@ -319,7 +319,7 @@ class VariationalOptimizer(PosteriorState):
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
-        """Return how the training goes: effective learning rate, signal-to-noise ratio and σ of each parameter.
+        """Return training diagnostics: effective learning rate, signal-to-noise ratio and σ of each parameter.
 
         Raises:
             UsageError: inside `sampled_params()`, where the model holds a draw.
@@ -339,7 +339,7 @@ class VariationalOptimizer(PosteriorState):
     def _draws(
         self, call: str, generator: torch.Generator | None, *, noisy: bool = True
     ) -> Iterator[Callable[[], Mapping[str, Tensor] | None]]:
-        """Yield a function that gives the parameters a new draw; afterwards they have their mean again.
+        """Yield a function that writes a new draw into the parameters; the mean returns afterwards.
 
         It returns the noise, by name, where the rule needs that. Unless `noisy`, the draws are the mean itself.
         """
@@ -374,7 +374,7 @@ class VariationalOptimizer(PosteriorState):
         )
 
     def _take_changes(self, *, at_the_step: bool) -> None:
-        """Take over what the user made of `p.grad` since the last block."""
+        """Take over changes of `p.grad` since the last block."""
         self._pending.take_changes(
             {name: p for name, p in self._params().items() if p.requires_grad},
             at_the_step=at_the_step,
@@ -417,14 +417,15 @@ class VariationalOptimizer(PosteriorState):
         return Observed(replace(own, second_moment={name: g * noise[name] for name, g in own.mean.items()}))
 
     def _own_moments(self, moments: Moments) -> Moments:
-        """Those of `moments` that belong to trained parameters, in at least float32.
+        """The `moments` of trained parameters, in at least float32.
 
         A parameter that was frozen after the optimizer was made has no moments: it is still drawn, but not updated.
         """
         names = [name for name in self._params() if name in moments.mean]
         if not names:
             raise UsageError(
-                "All parameters of the optimizer were frozen after it was made, so there is nothing to train."
+                "All parameters of the optimizer were frozen after it was created, so there is nothing to train: "
+                "unfreeze some."
             )
         second = moments.second_moment
         return Moments(
@@ -437,7 +438,7 @@ class VariationalOptimizer(PosteriorState):
         return noise_state(generator, {p.device for p in self._params().values()})
 
     def _training_noise(self) -> torch.Generator | None:
-        """Where the noise of this step comes from."""
+        """The generator of this step's noise."""
         if self._processes is None or self.generator is None:
             return self.generator
         return self._processes.noise(self.generator.initial_seed(), self.steps + self.skipped_steps)
@@ -449,7 +450,7 @@ class VariationalOptimizer(PosteriorState):
     # Inner workings: the step.
 
     def _is_asked_for_its_state(self) -> bool:
-        """Whether this is no step, but the request to make the states that `torch.distributed.checkpoint` wants to see.
+        """Whether `torch.distributed.checkpoint` calls `step` only to create states.
 
         It makes it of every optimizer that has none, by a step with zeros in all `p.grad`, and learning rates of zero.
         """
@@ -462,19 +463,19 @@ class VariationalOptimizer(PosteriorState):
     _step_supports_amp_scaling = True
 
     def _scaler_overflowed(self) -> bool:
-        """Whether a gradient scaler found gradients that are not finite, as it does now and then on purpose."""
+        """Whether a gradient scaler found gradients that are not finite, which is part of its search for a scale."""
         found_inf = getattr(self, "found_inf", None)  # set by GradScaler.step for the time of the step
         if found_inf is None:
             return False
         if self._pending.observations.without_scaler:
             raise UsageError(
-                "The loss was scaled by a GradScaler, but sampled_params() was not told: write "
-                "sampled_params(train=True, grad_scaler=scaler), so that the scale can be taken out before squaring."
+                "The loss was scaled by a GradScaler that sampled_params() does not know: pass "
+                "sampled_params(train=True, grad_scaler=scaler), so that the scale is divided out before squaring."
             )
         return bool(found_inf) if self._processes is None else self._processes.any(bool(found_inf))
 
     def _apply(self, new: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
-        """Give the parameters their new means and states, unless they are not finite."""
+        """Store the new means and states, unless they are not finite."""
         spoilt = first_non_finite([(name, t) for name, mean, state in new for t in (mean, *tensors_of_state(state))])
         if spoilt is not None:
             self.skipped_steps += 1
@@ -491,7 +492,7 @@ class VariationalOptimizer(PosteriorState):
             self._look()
 
     def _look(self) -> None:
-        """Warn of known ways to fail, of each once."""
+        """Warn about known failures, once each."""
         if not self._warned_of_width:
             params = [p.detach() for p in self._params().values()]
             self._warned_of_width = warn_of_width(params, list(core.precision_to_scale(self._precision())))
@@ -499,7 +500,7 @@ class VariationalOptimizer(PosteriorState):
             self._warned_of_state = any(self._warn_of_state(part) for part in self._parts(self._params()))
 
     def _updated(self, observations: Observations) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """The observed parameters, each with the mean and the state that the step gives it. Changes nothing."""
+        """Return the observed parameters with their new means and states; changes nothing."""
         gradient = observations.gradient()
         if self.max_grad_norm is not None:
             clipped = core.clip_norm(list(gradient.values()), self.max_grad_norm)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def at_the_same_draws(
     batches: Iterable[Any], generator: torch.Generator | None, devices: set[torch.device], ask: Callable[[Any], T]
 ) -> Iterator[T]:
-    """Yield what `ask` returns for each batch, where each time the noise begins anew.
+    """Yield `ask` of each batch, restarting the noise each time.
 
     After the last batch the generator is where one call would have left it.
 
@@ -40,13 +40,13 @@ def at_the_same_draws(
 
 
 def joined(parts: Iterable[Any]) -> Any:
-    """Return predictions for parts of the samples as one: their tensors, one after the other.
+    """Concatenate predictions for parts of the samples.
 
     Raises:
         BatchError: there is no part.
     """
     parts = list(parts)
     if not parts:
-        raise BatchError("The loader has no batch, so there is nothing to predict.")
+        raise BatchError("The loader has no batches, so there is nothing to predict: pass one with data.")
     kind = type(parts[0])
     return kind(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(kind)})

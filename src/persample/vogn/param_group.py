@@ -1,4 +1,4 @@
-"""The parameters of one group with their states and settings: what a rule works on."""
+"""`Part`: the parameters of one group with states and settings, the input of a rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from persample.vogn.settings import temperature_at
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one group, and what a rule must know of them.
+    """Parameters of one group, and what a rule needs to know about them.
 
     Attributes:
         settings: the settings of the group.
@@ -43,7 +43,7 @@ class Part:
         return [state[key] for state in self.states]
 
     def of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return those of `values`, keyed by names, that belong to the parameters, with their dtypes and devices."""
+        """Return the `values` of the parameters, by name, in their dtypes and on their devices."""
         return [values[name].to(mean) for name, mean in zip(self.names, self.mean, strict=True)]
 
     def per_weight(self, value: float | Tensors) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What waits for the next step: what was observed, and what the user made of `p.grad` since."""
+"""What waits for the next step: observations, and changes of `p.grad` since."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from persample.vogn.observations import Observations, Observed
 
 
 class MomentSource(Protocol):
-    """What gives the moments of the gradients of a batch at the weights that the model has."""
+    """Computes the moments of a batch's gradients at the current weights."""
 
     def moments(self, inputs: Any, targets: Any) -> Moments:
         """Return the moments, as `persample.PerSampleGradSource.moments` does."""
 
     def recording(self, loss_reduction: LossReduction = "mean") -> Any:
-        """Record passes of the user, as `persample.PerSampleGradSource.recording` does."""
+        """Record the user's passes, as `persample.PerSampleGradSource.recording` does."""
 
 
 class Pending:
-    """What was observed since the last step, and what the passes of the user left in `p.grad`.
+    """The observations since the last step, and what the user's passes left in `p.grad`.
 
     A copy has no `p.grad`, as copies of parameters have none.
 
@@ -41,7 +41,7 @@ class Pending:
         self._warned = False
 
     def forget(self) -> None:
-        """Forget what was observed."""
+        """Discard the observations."""
         self.observations, self.left = Observations(), None
 
     def with_more(self, observations: Observations, observed: Observed, place: int | None) -> Observations:
@@ -60,7 +60,7 @@ class Pending:
         scaler: bool,
         place: int | None = None,
     ) -> None:
-        """Add what was recorded of passes of the user.
+        """Add the recording of the user's passes.
 
         Args:
             recorded: the recording.
@@ -88,7 +88,7 @@ class Pending:
     def take_changes(
         self, params: Mapping[str, Tensor], *, at_the_step: bool, unscaled: bool, several_processes: bool
     ) -> None:
-        """Take over what the user made of `p.grad` since the last block.
+        """Take over changes of `p.grad` since the last block.
 
         Args:
             params: the trained parameters that require a gradient, by name.

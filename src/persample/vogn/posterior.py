@@ -1,4 +1,4 @@
-"""The Gaussian posterior over the weights, as a value: what training found, apart from model and optimizer."""
+"""The Gaussian posterior over the weights as a value, independent of the optimizer."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Posterior:
         return _total(terms)
 
     def as_prior(self) -> Prior:
-        """Return this posterior as the prior of the next training: yesterday's posterior is today's prior.
+        """Return this posterior as the prior for further training: yesterday's posterior is today's prior.
 
         Raises:
             UsageError: the posterior was pruned: no data could move the pruned weights again.
@@ -155,7 +155,7 @@ class Posterior:
         return {name: (self.mean[name].abs() / scale).nan_to_num(0.0) for name, scale in self.scale.items()}
 
     def prune(self, fraction: float) -> Posterior:
-        """Return a posterior in which the weights with the lowest signal-to-noise ratio are 0 for sure.
+        """Return a posterior in which the weights with the lowest signal-to-noise ratio are exactly 0.
 
         Their mean is 0 and their precision infinite, so that every draw has them at 0. Source: Graves, 2011; Blundell
         et al., 2015, section 5.1.
@@ -168,7 +168,7 @@ class Posterior:
             OptionError: `fraction` is not from 0 to 1.
         """
         if not 0 <= fraction <= 1:
-            raise OptionError(f"fraction={fraction!r}: must be a number from 0 to 1.")
+            raise OptionError(f"fraction={fraction!r} must be a number from 0 to 1.")
         ratios = torch.cat([value.flatten().cpu() for value in self.signal_to_noise().values()])
         removed = torch.zeros(ratios.shape, dtype=torch.bool)
         removed[ratios.argsort(stable=True)[: round(fraction * len(ratios))]] = True
@@ -206,7 +206,7 @@ class Posterior:
         progress: bool = False,
         **draws: Unpack[DrawOptions],
     ) -> Any:
-        """Predict classes by the average over draws of the weights: Σ_k p(y | x, w_k) / K.
+        """Predict classes by averaging over draws of the weights: Σ_k p(y | x, w_k) / K.
 
         The model stays in the mode it is in: call `model.eval()` before, to predict without dropout.
 
@@ -277,7 +277,7 @@ class Posterior:
         model = self._model("log_likelihoods()")
         if isinstance(inputs, DataLoader):
             if targets is not None:
-                raise UsageError("A DataLoader brings its own targets: leave the argument out.")
+                raise UsageError("A DataLoader provides its own targets: omit the argument.")
             pairs = batches_of(inputs, progress=progress)
             tables = at_the_same_draws(
                 pairs,
@@ -321,7 +321,7 @@ class Posterior:
         return Elbo(table.double().mean(1) * size, self.kl(prior).item(), size)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write mean and precision to a file in the format safetensors, whole or not at all; the model is left out.
+        """Write mean and precision to a safetensors file, whole or not at all; the model is not saved.
 
         Args:
             path: the file; its folder exists. Of a symbolic link the target is written.
@@ -352,7 +352,7 @@ class Posterior:
         return Posterior(mean, precision, model)
 
     def _over(self, loader: Any, progress: bool, draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:
-        """What `ask` returns for the inputs of each batch, all at the same draws."""
+        """Yield `ask` of each batch's inputs, all at the same draws."""
         batches = inputs_of(loader, progress=progress)
         return at_the_same_draws(batches, draws.get("generator"), self._devices(), ask)
 
@@ -362,19 +362,19 @@ class Posterior:
     def _model(self, call: str) -> nn.Module:
         if self.model is None:
             raise UsageError(
-                f"{call} needs a model, and this posterior has none: load it with Posterior.load(path, model), or "
-                "give it one by dataclasses.replace(posterior, model=model)."
+                f"{call} needs a model, but this posterior has none: load it with Posterior.load(path, model), or set "
+                "one by dataclasses.replace(posterior, model=model)."
             )
         return self.model
 
     def _refuse_pruned(self, what: str) -> None:
         if any(bool(value.isinf().any()) for value in self.precision.values()):
             raise UsageError(
-                f"This posterior was pruned, so some weights are 0 for sure: such a distribution has not {what}. Ask "
-                "the posterior before prune()."
+                f"This posterior was pruned, so some weights are exactly 0, and such a distribution has no {what}. "
+                "Use the posterior before prune()."
             )
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:
-    """The sum over all entries of all tensors, added up in float64."""
+    """The sum over all entries of all tensors, in float64."""
     return torch.stack([term.sum().cpu().double() for term in terms]).sum()

@@ -52,7 +52,7 @@ from persample.vogn.supported_models import refuse_model, refuse_processes
 
 
 class PosteriorState(torch.optim.Optimizer):
-    """Base of `VariationalOptimizer`: what it holds of the posterior, apart from how it trains it.
+    """Base of `VariationalOptimizer`: holds the posterior; training it is up to the subclass.
 
     The whole state, the noise's included, is saved as plain tensors and numbers. The arguments are those of all rules.
 
@@ -172,12 +172,12 @@ class PosteriorState(torch.optim.Optimizer):
     # What a rule implements.
 
     def _make_source(self) -> MomentSource:
-        """Return what gives the moments of the gradients; here the mean alone, which is the batch's gradient."""
+        """Return the source of moments; here of the mean only, the batch's ordinary gradient."""
         return BatchGradient(self.model, loss_of(self.loss_fn, self.model))
 
     @abstractmethod
     def _new_state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state with which a parameter begins: tensors in its shape, dtype and device, and numbers.
+        """Return the initial state of a parameter: numbers, and tensors of its shape, dtype and device.
 
         Args:
             param: the mean, in at least float32.
@@ -191,7 +191,7 @@ class PosteriorState(torch.optim.Optimizer):
     # What users call.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model, with settings of their own, to those that are trained.
+        """Add parameters of the model, with their own settings, to the trained ones.
 
         Args:
             param_group: "params" and any of the settings of the rule.
@@ -209,7 +209,7 @@ class PosteriorState(torch.optim.Optimizer):
 
     @property
     def posterior(self) -> Posterior:
-        """The posterior as it is now, with tensors of its own and the optimizer's model.
+        """The current posterior: copies of the tensors, with the optimizer's model.
 
         Raises:
             UsageError: inside `sampled_params()`, where the model holds a draw.
@@ -233,7 +233,7 @@ class PosteriorState(torch.optim.Optimizer):
         return Prior(mean, precision)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything beside the model that a run needs to go on bit for bit, as plain tensors and numbers.
+        """Return all that a run needs, beside the model, to continue bit for bit, as plain tensors and numbers.
 
         To the entries of every PyTorch optimizer come `rule`, `data_size` and the other settings that are not of
         groups, the counts of steps, `observations` (what waits for the next step), and `generator` (its device and
@@ -253,8 +253,8 @@ class PosteriorState(torch.optim.Optimizer):
         self._follow_model()
         if self._processes is not None and self._pending.observations.parts:
             raise UsageError(
-                "Of several processes each has observed something else since the last step, so there is not one state "
-                "to save: call step() first."
+                "Each process has its own observations since the last step, so there is no common state to save: call "
+                "step() first."
             )
         if self.state:
             self._make_states()
@@ -271,7 +271,7 @@ class PosteriorState(torch.optim.Optimizer):
         return saved | run
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict()` returned.
+        """Load what `state_dict()` returned.
 
         Parameters that have the same names correspond by them, whatever their order. If all have other names, they
         correspond by position, as in every PyTorch optimizer. If the state has a generator and this optimizer has none,
@@ -312,7 +312,7 @@ class PosteriorState(torch.optim.Optimizer):
     # Inner workings.
 
     def _joined(self, process_group: ProcessGroup) -> Processes:
-        """Give all processes the model and the seed of the first."""
+        """Broadcast the model and the seed of the first process."""
         processes = Processes(process_group)
         processes.share_model(self.model)
         seed = torch.initial_seed() if self.generator is None else self.generator.initial_seed()
@@ -320,7 +320,7 @@ class PosteriorState(torch.optim.Optimizer):
         return processes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the source, for `pickle` and `copy.deepcopy`: the model belongs to it, and is copied too."""
+        """Return everything but the source, for `pickle` and `copy.deepcopy`; the model is included and copied."""
         self._lending.refuse("copying or pickling the optimizer")
         return super().__getstate__() | {name: self.__dict__[name] for name in self._saved + self._copied}
 
@@ -333,7 +333,7 @@ class PosteriorState(torch.optim.Optimizer):
             self._seen = None
 
     def _follow_model(self) -> None:
-        """Take notice of what changed in the model, and refuse what cannot be followed.
+        """Follow changes of the model, and refuse those that cannot be followed.
 
         Parameters that have another name now, as after pruning, are followed.
 
@@ -363,14 +363,14 @@ class PosteriorState(torch.optim.Optimizer):
         if any(len(values) != len(params) for values in of_weights):
             raise UsageError(
                 "The parameters of a group were changed by hand, but not its prior_mean and prior_precision, which "
-                "have a tensor for each of them."
+                "need a tensor for each parameter: change them together, or create a new optimizer."
             )
         for name, param, *kept in zip(present, params, *of_weights, strict=True):
             refuse_resized(name, param, [*kept, *tensors_of_state(self.state.get(param, {}))])
         if present != group["param_names"] and self._pending.observations.parts:
             raise UsageError(
-                "Parameters have other names than when they were observed: call step(), or zero_grad() to forget what "
-                "was observed, before the model is changed."
+                "Parameters were renamed after they were observed: call step(), or zero_grad() to discard the "
+                "observations, before you change the model."
             )
         group["param_names"] = present
 
@@ -380,7 +380,7 @@ class PosteriorState(torch.optim.Optimizer):
         return {name: p for pairs in named for name, p in pairs}
 
     def _state(self, param: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of `param`, made at its first use, and moved and cast wherever the model was moved and cast."""
+        """The state of `param`: created at its first use, and moved and cast with the model."""
         state: dict[str, Any] = self.state[param]
         dtype = torch.promote_types(param.dtype, torch.float32)
         if not state:

@@ -1,4 +1,4 @@
-"""Predictions averaged over draws of the weights, and how sure they are."""
+"""Predictions averaged over draws of the weights, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Likelihood: TypeAlias = Literal["categorical", "bernoulli"]
 
 @dataclass(frozen=True, eq=False)
 class ClassPrediction:
-    """What K draws of the weights say about classes. Without a trace of autograd, in at least float32.
+    """Class predictions from K draws of the weights, detached, in at least float32.
 
     With p_k the probabilities under draw k and H the entropy in nats (Depeweg et al., 2018):
 
@@ -39,7 +39,7 @@ class ClassPrediction:
 
 @dataclass(frozen=True, eq=False)
 class GaussianPrediction:
-    """What K draws of the weights say about real numbers or counts. Each tensor has the shape of the targets, `(B, …)`.
+    """Predictions of real numbers or counts from K draws; each tensor has the shape of the targets, `(B, …)`.
 
     Attributes:
         mean: f̄ = Σ_k f_k / K, with f_k the mean of the targets under draw k.
@@ -53,12 +53,12 @@ class GaussianPrediction:
 
     @property
     def variance(self) -> Tensor:
-        """Variance of a new observation: epistemic and aleatoric together."""
+        """Variance of a new observation: epistemic plus aleatoric."""
         return self.epistemic_variance + self.aleatoric_variance
 
 
 class Summary(Protocol):
-    """Adds the outputs of draws of the weights up to a prediction."""
+    """Accumulates the outputs of draws into a prediction."""
 
     def add(self, outputs: Tensor) -> None:
         """Add the outputs of some draws, shape `(k, B, …)`."""
@@ -72,11 +72,11 @@ class Summarised(Protocol):
     """A likelihood as an object, see `persample.likelihoods`."""
 
     def summary(self) -> Summary:
-        """Return what adds up the outputs of draws of the weights to a prediction."""
+        """Return an accumulator of the outputs of draws into a prediction."""
 
 
 def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
-    """Return the likelihood that a loss speaks of, or is; "categorical" where the loss does not show it.
+    """Return the likelihood that a loss is or stands for; "categorical" if the loss does not show it.
 
     Raises:
         UsageError: it speaks of real numbers, or of probabilities instead of logits.
@@ -85,7 +85,7 @@ def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
         loss_fn = loss_fn.func
     if loss_fn in _REAL_NUMBERS or isinstance(loss_fn, _LOSSES_OF_REAL_NUMBERS):
         raise UsageError(
-            "predict() predicts classes, but the loss is one of real numbers: use predict_gaussian(), train with a "
+            "predict() predicts classes, but the loss is for real numbers: use predict_gaussian(), train with a "
             'likelihood of persample.likelihoods, or pass likelihood="categorical" or "bernoulli".'
         )
     if loss_fn is F.binary_cross_entropy or isinstance(loss_fn, nn.BCELoss):
@@ -105,17 +105,17 @@ _LOSSES_OF_REAL_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 def summary_of(likelihood: Likelihood | Summarised) -> Summary:
-    """Return what adds up the outputs of draws of the weights to a prediction."""
+    """Return an accumulator of the outputs of draws into a prediction."""
     return likelihood.summary() if isinstance(likelihood, Summarised) else ClassSummary(likelihood)
 
 
 class ClassSummary:
-    """Adds up what is needed for a `ClassPrediction`, draws by draws."""
+    """Accumulates a `ClassPrediction`, chunk by chunk of draws."""
 
     def __init__(self, likelihood: Likelihood) -> None:
         if likelihood not in get_args(Likelihood):
             raise OptionError(
-                f'likelihood={likelihood!r}: must be "categorical" or "bernoulli"; for real numbers there is '
+                f'likelihood={likelihood!r} must be "categorical" or "bernoulli"; for real numbers there is '
                 "predict_gaussian()."
             )
         self._categorical = likelihood == "categorical"
@@ -152,17 +152,17 @@ class ClassSummary:
         return ClassPrediction(probabilities, entropy, information)
 
     def _entropy(self, probabilities: Tensor, *, classes: int) -> Tensor:
-        """Σ −p log p over the classes, which are in that dimension."""
+        """Σ −p log p over the classes, in that dimension."""
         terms: Tensor = torch.special.entr(probabilities)
         return terms.sum(classes) if self._categorical else terms + torch.special.entr(1 - probabilities)
 
 
 class GaussianSummary:
-    """Adds up what is needed for a `GaussianPrediction`, draws by draws."""
+    """Accumulates a `GaussianPrediction`, chunk by chunk of draws."""
 
     def __init__(self, noise_precision: float) -> None:
         if not 0 < noise_precision < math.inf:
-            raise OptionError(f"noise_precision={noise_precision!r}: must be a number > 0.")
+            raise OptionError(f"noise_precision={noise_precision!r} must be a finite number > 0.")
         self._noise_precision = noise_precision
         self._draws = 0
         self._mean = torch.zeros((), device="cpu")
@@ -190,7 +190,7 @@ class GaussianSummary:
 
 
 class NumberSummary:
-    """As `GaussianSummary`, for outputs that tell mean and variance of the targets.
+    """As `GaussianSummary`, for outputs that give mean and variance of the targets.
 
     Args:
         mean_and_variance: takes outputs `(k, B, …)`, and returns both, each in the shape of k times the targets.

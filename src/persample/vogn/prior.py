@@ -1,4 +1,4 @@
-"""The Gaussian prior over the weights, as data: a mean and a precision for each of them."""
+"""The Gaussian prior over the weights as data: a mean and a precision for each weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws from the Gaussian posterior, their noise, and the way back to the mean."""
+"""Draws from the Gaussian posterior, their noise, and restoring the mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of parameter groups: what each may be, and which parameters and priors belong to a group."""
+"""The settings of parameter groups: allowed values, parameters, priors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persample.vogn.prior import Prior
 
 
 class SharedSettings(TypedDict, total=False):
-    """The settings that all rules have; what each means is told with `VOGN`."""
+    """The settings common to all rules; `VOGN` documents each."""
 
     data_size: Required[int]
     prior_precision: float | Mapping[str, Tensor]
@@ -47,7 +47,7 @@ def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
 
 
 def _numbers(holds: Callable[[float | Tensor], Any]) -> Callable[[Any], bool]:
-    """A number, or a list of tensors, of which all entries hold."""
+    """Whether a condition holds for a number, or for all entries of a list of tensors."""
 
     def check(value: Any) -> bool:
         if isinstance(value, list):
@@ -108,7 +108,7 @@ _OF_ANY_OPTIMIZER = {
 
 
 def refuse_unknown_settings(group: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise if a parameter group has settings that nobody reads.
+    """Raise if a parameter group has unknown settings.
 
     Args:
         group: the group.
@@ -130,7 +130,7 @@ def refuse_unknown_settings(group: Mapping[str, Any], known: Collection[str]) ->
 
 
 def require_settings(settings: Mapping[str, Any]) -> None:
-    """Check those of the settings of a parameter group that are known.
+    """Check the known settings of a parameter group.
 
     Raises:
         OptionError: a value is out of its range, or the first posterior would have precision 0.
@@ -225,7 +225,7 @@ def known_scale(loss_scale: float | Callable[[], float] | None) -> float | None:
 
 
 def temperature_at(settings: Mapping[str, Any], step: int) -> float:
-    """τ at a step, counted from 0: it goes from its start to its final value along a line, and stays there.
+    """τ at a step, counted from 0: linear from its start to its final value, then constant.
 
     This is KL warm-up: τ weighs the divergence from the prior in the objective.
     """
@@ -266,7 +266,7 @@ def _in_order(params: Iterable[Any]) -> list[Any]:
 
 
 def params_of_group(group: Any) -> list[Any]:
-    """Return what a parameter group says of its parameters.
+    """Return the parameters of a parameter group, as given.
 
     Raises:
         OptionError: it is no group, or has no parameters.
@@ -303,7 +303,7 @@ def name_params(model: nn.Module, params: Iterable[Any], taken: Iterable[Tensor]
         name = names.get(id(param))
         if name is None:
             what = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else repr(param)
-            raise OptionError(f"params holds {what}, which is not a parameter of the model that was given.")
+            raise OptionError(f"params holds {what}, which is not a parameter of the given model.")
         if not param.requires_grad:
             raise OptionError(f"params holds {name!r}, which is frozen: leave it out, or unfreeze it first.")
         if name in named or id(param) in taken_ids:
@@ -313,7 +313,7 @@ def name_params(model: nn.Module, params: Iterable[Any], taken: Iterable[Tensor]
 
 
 def each_weights(setting: str, value: Any, named: Mapping[str, Tensor]) -> Any:
-    """Return what a group keeps of a setting that may differ from weight to weight.
+    """Return a setting that may differ from weight to weight in the form that a group stores.
 
     Args:
         setting: its name.

@@ -1,4 +1,4 @@
-"""Which models an optimizer can train: whole ones, whose parameters are ordinary tensors of this process."""
+"""Which models an optimizer can train: unwrapped ones whose parameters are ordinary tensors of this process."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def refuse_model(model: Any, *, several_processes: bool) -> None:
     """
     if not isinstance(model, nn.Module):
         raise OptionError(
-            f"model is of type {type(model).__name__}: pass the torch.nn.Module itself; params=... picks those of its "
-            "parameters that are to be trained."
+            f"model is of type {type(model).__name__}: pass the torch.nn.Module itself, and the parameters to train "
+            "as params=...."
         )
     for module, path in modules_of(model).items():
         if isinstance(module, DistributedDataParallel):
             raise OptionError(f"{describe(path, module)} {_averages(several_processes)}")
         if isinstance(module, DataParallel):
             raise OptionError(
-                f"{describe(path, module)} splits batches over devices, where the gradients of single samples are out "
-                f"of reach: {_UNWRAP}."
+                f"{describe(path, module)} splits batches over devices, where per-sample gradients are not "
+                f"accessible: {_UNWRAP}."
             )
         if _is_fsdp(module):
             raise UnsupportedModelError(f"{describe(path, module)} {SHARDED}")
@@ -46,14 +46,14 @@ def refuse_model(model: Any, *, several_processes: bool) -> None:
             raise UnsupportedModelError(f"Parameter {name!r} {SHARDED}")
 
 
-_UNWRAP = "give the optimizer, and call, the module inside of it (its .module)"
+_UNWRAP = "pass the module inside (its .module) to the optimizer, and call that"
 
 
 def _averages(several_processes: bool) -> str:
     instead = (
-        "let the processes train together by process_group=torch.distributed.group.WORLD"
+        "train the processes together by process_group=torch.distributed.group.WORLD"
         if several_processes
-        else "of the rules, VOGN, OGN and IVON train in several processes, by process_group="
+        else "to train in several processes, use VOGN, OGN or IVON with process_group="
     )
     return (
         "averages gradients over processes, but not what the posterior needs, so the replicas would drift apart: "
@@ -62,12 +62,12 @@ def _averages(several_processes: bool) -> str:
 
 
 def refuse_processes(rule: str) -> NoReturn:
-    """Refuse a `process_group` for a rule that keeps draws apart, which several processes cannot add up.
+    """Refuse a `process_group` for a rule that needs each draw separately, which processes cannot sum.
 
     Raises:
         OptionError: always.
     """
-    raise OptionError(f"{rule} takes no process_group: of the rules, VOGN, OGN and IVON train in several processes.")
+    raise OptionError(f"{rule} does not support process_group: use VOGN, OGN or IVON to train in several processes.")
 
 
 @contextmanager

@@ -496,5 +496,5 @@ def backward_in_a_hook(model: Any, x: Tensor) -> Tensor:
 def test_backward_in_a_hook_is_refused(backend: str, check: Any) -> None:
     model = Net(backward_in_a_hook, net=mlp(2, 2)).double()
     source = persample.make_source(backend, model, loss_fn, check=check)
-    with pytest.raises(UnsupportedModelError, match="backward pass inside of the backward pass"):
+    with pytest.raises(UnsupportedModelError, match="backward pass inside the backward pass"):
         source.per_sample(torch.randn(4, 2).double(), None)

@@ -177,7 +177,7 @@ def _moving_average(layer: Applied, x: Tensor) -> Tensor:
         (lambda layer, x: x if (x > -1e9).all() else -x, "control flow"),
         (lambda layer, x: x * torch.tensor(x.tolist()), "storage"),
         (lambda layer, x: x.masked_scatter(x > 0, x[x > 0]), "dynamic shape"),
-        (_moving_average, "all samples share.*in place"),
+        (_moving_average, "shared by all samples.*in place"),
     ],
     ids=["item", "control flow", "list", "mask", "buffer"],
 )

@@ -428,7 +428,7 @@ class Replacing(nn.Module):
 def test_parameters_that_the_forward_pass_replaces_are_refused(backend: str, check: str, no_trace: Any) -> None:
     model = Replacing()
     with no_trace(model):
-        with pytest.raises(UnsupportedModelError, match=r"a new nn.Parameter in the place of .*'last.weight'.*copy_"):
+        with pytest.raises(UnsupportedModelError, match=r"'last.weight' by a new nn.Parameter.*copy_"):
             make(backend, model, check=check).moments(*batch())
         explained = str(persample.explain(model, batch()[0], backend=backend))
         assert "in the place of its parameter 'last.weight'" in explained
@@ -472,9 +472,9 @@ def test_a_pass_that_cannot_be_repeated_is_the_reason(
 ) -> None:
     model, (inputs, targets) = Unrepeatable(kind()), batch()
     with no_trace(model, inputs, targets):
-        with pytest.raises(UnsupportedModelError, match=r"others when the forward pass is repeated.* closure"):
+        with pytest.raises(UnsupportedModelError, match=r"change when the forward pass is repeated.* closure"):
             getattr(make(backend, model), method)(inputs, targets)
-        assert "others when the forward pass is repeated" in str(persample.explain(model, inputs, backend=backend))
+        assert "change when the forward pass is repeated" in str(persample.explain(model, inputs, backend=backend))
 
 
 def test_a_pass_that_cannot_be_repeated_is_served_without_a_check(per_sample_truth: Any) -> None:

@@ -63,17 +63,17 @@ def changed(gradients: Any, change: Callable[[Tensor], Any]) -> dict[str, Any]:
 
 
 ROWS: dict[str, tuple[Callable[[Tensor, dict[str, Tensor]], Any], str]] = {
-    "nothing": (lambda losses, g: None, r"None from compute_per_sample, but the losses and the .* are due"),
+    "nothing": (lambda losses, g: None, r"None from compute_per_sample, but expected the losses and the"),
     "gradients alone": (lambda losses, g: g, r"type dict from compute_per_sample"),
     "three values": (lambda losses, g: (losses, g, g), r"3 values from compute_per_sample"),
-    "no losses": (lambda losses, g: (None, g), r"None as losses, but 5 real numbers are due, of shape \(5,\)"),
-    "the mean loss": (lambda losses, g: (losses.mean(), g), r"shape \(\) as losses, but 5"),
-    "too few losses": (lambda losses, g: (losses[1:], g), r"shape \(4,\) as losses, but 5"),
+    "no losses": (lambda losses, g: (None, g), r"None as losses, but expected 5 real numbers, of shape \(5,\)"),
+    "the mean loss": (lambda losses, g: (losses.mean(), g), r"shape \(\) as losses, but expected 5"),
+    "too few losses": (lambda losses, g: (losses[1:], g), r"shape \(4,\) as losses, but expected 5"),
     "a column of losses": (lambda losses, g: (losses[:, None], g), r"shape \(5, 1\) as losses"),
     "whole losses": (lambda losses, g: (losses.long(), g), r"torch.int64 and shape \(5,\) as losses"),
     "attached losses": (lambda losses, g: (losses.requires_grad_(), g), "losses with their graph"),
-    "a list": (lambda losses, g: (losses, list(g.values())), "type list as per-sample gradient, but a dict"),
-    "no gradients": (lambda losses, g: (losses, None), "None as per-sample gradient, but a dict"),
+    "a list": (lambda losses, g: (losses, list(g.values())), "type list as per-sample gradient, but expected a dict"),
+    "no gradients": (lambda losses, g: (losses, None), "None as per-sample gradient, but expected a dict"),
     "a missing key": (lambda losses, g: (losses, {"weight": g["weight"]}), "other parameters than the model's: bias,"),
     "a further key": (lambda losses, g: (losses, g | {"more": g["bias"]}), r"model's: more \(unknown\)"),
     "prefixed keys": (
@@ -88,13 +88,13 @@ ROWS: dict[str, tuple[Callable[[Tensor, dict[str, Tensor]], Any], str]] = {
     ),
     "a row missing": (
         lambda losses, g: (losses, changed(g, lambda w: w[1:])),
-        r"shape \(4, 2, 3\) for parameter 'weight', but 5 samples of shape \(2, 3\) are due as per-sample gradient",
+        r"shape \(4, 2, 3\) for parameter 'weight', but expected 5 samples of shape \(2, 3\) as per-sample gradient",
     ),
     "flat rows": (lambda losses, g: (losses, changed(g, lambda w: w.flatten(1))), r"shape \(5, 6\) for .* 'weight'"),
     "transposed": (lambda losses, g: (losses, changed(g, lambda w: w.mT)), r"shape \(5, 3, 2\) for .* 'weight'"),
     "float64": (
         lambda losses, g: (losses, changed(g, Tensor.double)),
-        r"float64 on .* 'weight', but torch.float32 on .* is due",
+        r"float64 on .* 'weight', but expected torch.float32 on .* as",
     ),
     "float16": (lambda losses, g: (losses, changed(g, Tensor.half)), r"float16 on .* 'weight'"),
     "meta": (lambda losses, g: (losses, changed(g, lambda w: w.to("meta"))), r"float32 on meta .* 'weight'"),
@@ -106,19 +106,22 @@ ROWS: dict[str, tuple[Callable[[Tensor, dict[str, Tensor]], Any], str]] = {
 }
 
 MOMENTS: dict[str, tuple[Callable[[Moments], Any], str]] = {
-    "nothing": (lambda m: None, "None from compute_moments, but persample.Moments are due"),
+    "nothing": (lambda m: None, "None from compute_moments, but expected persample.Moments"),
     "a tuple": (lambda m: (m.losses, m.mean, m.second_moment), "type tuple from compute_moments"),
     "the mean loss": (lambda m: dataclasses.replace(m, losses=m.losses.mean()), r"shape \(\) as losses"),
     "attached losses": (lambda m: dataclasses.replace(m, losses=m.losses.requires_grad_()), "losses with their graph"),
-    "no second moment": (lambda m: dataclasses.replace(m, second_moment=None), "None as second moment, but a dict"),
+    "no second moment": (
+        lambda m: dataclasses.replace(m, second_moment=None),
+        "None as second moment, but expected a dict",
+    ),
     "an empty second moment": (lambda m: dataclasses.replace(m, second_moment={}), "model's: weight, bias"),
     "rows": (
         lambda m: dataclasses.replace(m, mean=changed(m.mean, lambda w: w.expand(5, 2, 3))),
-        r"shape \(5, 2, 3\) for parameter 'weight', but shape \(2, 3\) is due as mean gradient",
+        r"shape \(5, 2, 3\) for parameter 'weight', but shape \(2, 3\) as mean gradient",
     ),
     "float64": (
         lambda m: dataclasses.replace(m, second_moment=changed(m.second_moment, Tensor.double)),
-        r"float64 .* 'weight', but torch.float32 .* is due as second moment",
+        r"float64 .* 'weight', but torch.float32 .* as second moment",
     ),
     "attached": (
         lambda m: dataclasses.replace(m, mean=changed(m.mean, lambda w: w.clone().requires_grad_())),

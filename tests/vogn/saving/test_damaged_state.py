@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "numbers are exchanged": (lambda s: s["param_groups"][0]["params"].reverse(), "numbered in their order"),
     "numbers are repeated": (set_group(params=[0, 1, 1, 3]), "numbered in their order"),
     "numbers are tensors": (set_group(params=[torch.zeros(2)] * 4), "numbered in their order"),
-    "a name is missing": (lambda s: s["param_groups"][0]["param_names"].pop(), "number of names"),
+    "a name is missing": (lambda s: s["param_groups"][0]["param_names"].pop(), "numbers of names"),
     "names are numbers": (set_group(param_names=[1, 2, 3, 4]), "must be strings"),
     "priors are missing": (lambda s: s["param_groups"][0]["prior_mean"].pop(), "3 tensors for 4 parameters"),
     "priors of other shapes": (set_group(prior_mean=[torch.zeros(3)] * 4), r"shape \(3,\) for prior_mean"),

@@ -116,7 +116,7 @@ class TestGarbage:
 
     def test_tensors_of_something_else(self, tmp_path: Path) -> None:
         safetensors.save_file({"weight": torch.zeros(2)}, tmp_path / "file")
-        self.refused(tmp_path / "file", "no posterior")
+        self.refused(tmp_path / "file", "not a posterior")
 
     def test_another_version(self, saved: tuple[Posterior, Path]) -> None:
         rewrite(saved[1], version="2")

@@ -1,4 +1,4 @@
-"""What a run reached, and the table of all runs on disk."""
+"""The scores of a run, and the table of all runs on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Score:
-    """What one run reached, in nats.
+    """The scores of one run, in nats.
 
     A measurement as published takes 10 draws of the weights, so that it varies by its draws. Here it is repeated.
 

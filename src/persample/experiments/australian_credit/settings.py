@@ -1,4 +1,4 @@
-"""What is trained, how, and what was published for it."""
+"""The methods, their settings, and the published scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def epochs(self) -> int:
-        """Passes over the training data: so many that all batch sizes take about as many steps."""
+        """Passes over the training data, chosen so that all batch sizes take about the same number of steps."""
         return _EPOCHS_PER_ROW * self.batch_size
 
 

@@ -1,4 +1,4 @@
-"""Train and measure: one run, or all of them, several at a time."""
+"""Training and measuring one run, or all runs, several at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEASUREMENTS = 100
 
 
 def train(run: Run, data: TableDataset) -> Score:
-    """Train once, and measure. Nothing is changed, torch's global random generator included.
+    """Train once, and measure. Changes nothing, including torch's global random generator.
 
     Args:
         run: What to train.
@@ -68,7 +68,7 @@ def measure(run: Run, optimizer: VariationalOptimizer, data: TableDataset) -> Sc
 
 
 def _measurements(draws: Tensor) -> Sequence[Tensor]:
-    """What belongs to one measurement after the other."""
+    """Split a sequence into consecutive measurements."""
     return torch.split(draws, _PUBLISHED_DRAWS)
 
 
@@ -78,7 +78,7 @@ def _log_mean_exp(values: Tensor) -> Tensor:
 
 
 def train_all(runs: Sequence[Run], data: TableDataset, *, jobs: int = 1) -> Iterator[Score]:
-    """Yield the score of each run as soon as it is there.
+    """Yield the score of each run as soon as it is known.
 
     Args:
         runs: What to train.

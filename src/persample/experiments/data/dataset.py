@@ -1,4 +1,4 @@
-"""What a loaded data set is, and how its pixels become the numbers that a network sees."""
+"""A loaded data set, and the standardisation of its pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class RawImages:
-    """A data set as its files hold it.
+    """A data set as stored in its files.
 
     Attributes:
         train_pixels: (N, C, H, W) bytes.
@@ -57,7 +57,7 @@ class RawImages:
 
 
 def require_labels(labels: Bytes, num_classes: int, source: str) -> None:
-    """Refuse labels outside of 0 to `num_classes` - 1.
+    """Refuse labels outside 0 to `num_classes` - 1.
 
     Raises:
         DataError: Naming `source` and the largest label.
@@ -95,7 +95,7 @@ def standardise(name: str, raw: RawImages, num_classes: int) -> ImageDataset:
 
 
 def _standardised_values(pixels: Bytes) -> NDArray[np.float32]:
-    """Return (C, 256): what each of the 256 byte values becomes in each channel.
+    """Return (C, 256): the standardised value of each byte value in each channel.
 
     A histogram gives mean and variance in float64 without a float64 copy of the images.
     """

@@ -1,4 +1,4 @@
-"""Download a published data set, checked, into the cache."""
+"""Downloading a published data set into the cache, with its checksum verified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache_root() -> Path:
 
 
 def download(dataset: PublishedFiles, root: Path) -> Path:
-    """Download what is not there yet of a data set.
+    """Download the missing files of a data set.
 
     Args:
         dataset: What to download.
@@ -70,8 +70,8 @@ def _fetch(dataset: PublishedFiles, file: PublishedFile, folder: Path) -> Path:
             )
     except ValueError as error:  # pooch: the checksum differs
         raise DataError(
-            f"{url} gave something else than the published file of {dataset.title} ({file.checksum}), "
-            f"perhaps a login page of the network; nothing was kept. Run again later, or: {_by_hand(dataset)}"
+            f"{url} did not return the published file of {dataset.title} ({file.checksum}), perhaps a login page of "
+            f"the network; nothing was kept. Run again later, or: {_by_hand(dataset)}"
         ) from error
     except OSError as error:  # every error of requests is one, and so is a full disk
         raise DataError(f"{url} cannot be downloaded: {error}. Without a network: {_by_hand(dataset)}") from error
@@ -109,7 +109,7 @@ class _Bar:
 
 
 def _unpack(dataset: PublishedFiles, archive: Path, folder: Path) -> None:
-    """Copy the data set's files out of the archive; no name or link in it decides where anything goes."""
+    """Extract the data set's files; names and links in the archive do not decide where they go."""
     wanted = {f"{folder.name}/{file.name}": folder / file.name for file in dataset.files}
     try:
         with tarfile.open(archive) as tar:

@@ -1,4 +1,4 @@
-"""Find the files of a published data set on disk, and read them only if they are the published ones."""
+"""Finding the files of a published data set on disk, and reading them only if they are the published ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find(dataset: PublishedFiles, root: Path) -> Path | None:
 
 
 def missing_files(dataset: PublishedFiles, folder: Path) -> tuple[PublishedFile, ...]:
-    """Return those of the data set's files that do not exist in `folder`, neither as published nor unpacked."""
+    """Return the data set's files that `folder` lacks, both as published and unpacked."""
     return tuple(file for file in dataset.files if not _path_of(file, folder).exists())
 
 

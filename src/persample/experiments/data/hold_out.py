@@ -1,4 +1,4 @@
-"""Hold samples of the training part out, to choose settings by them instead of by the test data."""
+"""Holding out training samples, to choose settings without the test data."""
 
 from __future__ import annotations
 

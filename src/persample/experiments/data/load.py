@@ -51,7 +51,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> I
 
 
 def locate(dataset: PublishedFiles, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of a data set's files; where they are nowhere, download them into the cache.
+    """Return the folder of a data set's files; download them into the cache if they are nowhere.
 
     Args:
         dataset: What to look for.

@@ -1,4 +1,4 @@
-"""The data sets that their publishers serve: files, checksums, addresses."""
+"""The published data sets: files, checksums, addresses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PublishedFile:
     unpacked: str | None = None
 
     def names(self) -> tuple[str, ...]:
-        """Return the names under which it is looked for: its own, and those that people unpack it to."""
+        """Return the names to look for: its own, and common names of the unpacked file."""
         if self.unpacked is None:
             return (self.name,)
         plain = self.name.removesuffix(".gz")
@@ -35,7 +35,7 @@ class PublishedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFiles:
-    """Files that are looked for in folders and otherwise downloaded.
+    """Files to look for in folders, or else to download.
 
     Attributes:
         title: The name of the data set that people know.

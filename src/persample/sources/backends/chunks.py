@@ -1,4 +1,4 @@
-"""Per-sample gradients that come some samples at a time: put together, or added up to moments."""
+"""Per-sample gradients that arrive in chunks of samples: concatenated, or summed into moments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Chunk = tuple[Tensor, Mapping[str, Tensor]]
 def per_sample_of_chunks(
     chunks: Iterable[Chunk], parameters: Mapping[str, nn.Parameter], size: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the losses and gradients of all samples, of which there are `size`."""
+    """Return the losses and gradients of all `size` samples."""
     gradients = {name: p.new_empty((size, *p.shape)) for name, p in parameters.items()}
     losses: list[Tensor] = []
     start = 0
@@ -32,7 +32,7 @@ def per_sample_of_chunks(
 
 
 def moments_of_chunks(chunks: Iterable[Chunk], parameters: Mapping[str, nn.Parameter], size: int) -> Moments:
-    """Return the moments of all samples; of their gradients, no more than those of a chunk are held at once."""
+    """Return the moments of all samples; only the gradients of one chunk are held at a time."""
     # Sums over many samples need more than the 8 or 11 bits of bfloat16 and float16.
     mean = {name: at_least_float32(torch.zeros_like(p, requires_grad=False)) for name, p in parameters.items()}
     second_moment = {name: torch.zeros_like(total) for name, total in mean.items()}

@@ -1,4 +1,4 @@
-"""Blocks of what the uses of parameters contribute, kept as the factors of which the gradients are made."""
+"""Blocks of contributions, kept as factors: the gradients themselves are formed on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persample.sources.backends.shortcuts import gram, pieces_of, squared_norms,
 
 
 class Origin(Protocol):
-    """How what contributes to an operand becomes the gradient of the parameters of which the operand is made."""
+    """Turns the gradient by an operand into the gradients of the parameters that it was computed from."""
 
     def pull(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """Return the gradients of the parameters, by name."""
@@ -27,7 +27,7 @@ class Origin(Protocol):
 
 
 class Itself:
-    """The origin of an operand that is the parameter.
+    """The origin of an operand that is a parameter itself.
 
     Args:
         name: of the parameter.
@@ -45,7 +45,7 @@ class Itself:
 
 @dataclass(frozen=True)
 class SingleUse(Block):
-    """The gradients by a parameter that is used once, in an operand that holds its entries, each at most once.
+    """The gradients of a parameter that is used once, by an operand that holds each of its entries at most once.
 
     Attributes:
         contribution: to the operand.
@@ -77,7 +77,7 @@ class SingleUse(Block):
 
 @dataclass(frozen=True)
 class SeveralUses(Block):
-    """The gradients by a parameter of several uses, or of one in which it is not found entry by entry.
+    """The gradients of a parameter with several uses, or with one use that is not entry by entry.
 
     All uses are added up for each sample before anything is made of it, so that the cross terms are there.
 
@@ -103,7 +103,7 @@ class SeveralUses(Block):
         return self._added_up(pulled)
 
     def _added_up(self, pulled: Iterable[Mapping[str, Tensor]], *leading: int) -> Tensor:
-        """Return the sum; zeros where the parameter turns out not to be reached."""
+        """Return the sum; zeros if the backward pass did not reach the parameter."""
         found = [gradients[self.name] for gradients in pulled if self.name in gradients]
         if found:
             return reduce(torch.add, found)

@@ -20,7 +20,7 @@ from persample.kernels.terms import term_moments
 
 
 def precise(values: Tensor) -> Tensor:
-    """Return `values` detached and in at least float32, in which all sums are taken; indices stay as they are."""
+    """Return `values` detached and in at least float32, the dtype of all sums; indices keep theirs."""
     values = values.detach()
     return at_least_float32(values) if values.is_floating_point() else values
 
@@ -29,7 +29,7 @@ class Contribution(Protocol):
     """The gradients g_i of one parameter, from one use of it."""
 
     def take(self, samples: slice) -> Contribution:
-        """Return the contribution of some of the samples alone."""
+        """Return the contribution of a subset of the samples."""
 
     def per_sample(self) -> Tensor:
         """Return g_i for each sample, shape `(B, *parameter.shape)`."""

@@ -1,4 +1,4 @@
-"""The uses of parameters as the backends see them that go by the calls of layers."""
+"""Finding the uses of parameters, for the backends that work layer by layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def uses_of_layers(
     try_rule: Callable[[ModuleCall, Tensor], object],
     on_call: Callable[[ModuleCall], None] = lambda call: None,
 ) -> Iterator[Use]:
-    """Yield the uses of the parameters of `source`, whose rules are for calls of layers.
+    """Yield the uses of the parameters of `source`, a backend with rules for layers.
 
     Args:
         source: the backend.
@@ -81,7 +81,7 @@ def _names_in(module: nn.Module, names: dict[int, str]) -> list[str]:
 def _reasons_in_another_batch(
     source: PerSampleGradSource, batch: Batch, layers: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """Return, by path, why calls of layers are refused in a batch of one sample less.
+    """Return, by path, why calls of layers are refused in a batch with one sample less.
 
     There another dimension that is as long as the batch by chance does not pass for the samples.
     """

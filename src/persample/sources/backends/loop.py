@@ -1,4 +1,4 @@
-"""Backend `"loop"`: one backward pass for each sample. Slow, obvious, the oracle that all others are compared with."""
+"""Backend `"loop"`: one backward pass for each sample. Slow and obvious: the oracle for all others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from persample.sources.source import PerSampleGradSource
 
 
 class LoopSource(PerSampleGradSource):
-    """The gradient of each sample by itself, one after the other.
+    """The gradient of one sample after the other.
 
     Each sample goes alone through the model, which gives its gradient by definition; its loss must be the one that
     it has in the batch, or else the model mixes the samples, which is refused. Models that draw random numbers

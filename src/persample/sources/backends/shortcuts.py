@@ -1,4 +1,4 @@
-"""Norms, weighted sums and products of the gradients of one use of a parameter, without forming all of them.
+"""Norms, weighted sums and products of one contribution's gradients, without forming them all.
 
 Index legend: as in `contributions`. With g_i = Σ_l δ_il a_ilᵀ:
 
@@ -25,7 +25,7 @@ _MEETING = 2**22
 
 
 def pieces_of(contribution: Contribution, size: int, width: int, budget: int = 2**20) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the gradients of some samples after the other, of `size` samples with `width` numbers each."""
+    """Yield the gradients in chunks of samples, of `size` samples with `width` numbers each."""
     rows = max(1, budget // max(1, width))
     for start in range(0, size, rows):
         where = slice(start, min(size, start + rows))

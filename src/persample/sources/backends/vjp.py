@@ -32,7 +32,7 @@ _PutTogether = Callable[[Iterable[Chunk], Mapping[str, nn.Parameter], int], Resu
 
 
 class VjpSource(PerSampleGradSource):
-    """The gradients of c samples as the rows of one Jacobian: c products with the graph of their losses, at once.
+    """The gradients of c samples as the rows of one Jacobian: c vector-Jacobian products at once.
 
     Model and loss run as they are, so whatever `"loop"` serves is served here: derivatives inside of the model, control
     flow that depends on values, recurrent layers, hooks. The backward pass alone is mapped, by `torch.func.vmap`, and a
@@ -91,7 +91,7 @@ class VjpSource(PerSampleGradSource):
             return put_together(chunks, self.parameters(), batch.size)
 
     def _at_once(self, batch: Batch, put_together: _PutTogether[Result]) -> Result:
-        """Return what `put_together` makes of the chunks of `batch`, of which each is one mapped backward pass.
+        """Return `put_together` of the chunks of `batch`; each chunk is one mapped backward pass.
 
         A sum of the rows, with random weights, must be the ordinary gradient of that sum of the losses. It is not
         where PyTorch's rule for mapping an operation is wrong (that of `torch.cdist` is, in 2.13), or where a hook

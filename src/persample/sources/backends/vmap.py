@@ -119,14 +119,14 @@ class VmapSource(PerSampleGradSource):
         self._refuse_unseen_uses(losses)
         if self.randomness != "same" and not same_random_state(before, other_random_state(self.model)):
             raise UnsupportedModelError(
-                "The model draws random numbers from Python's random, from NumPy or from a generator of its own, which "
-                "torch.func draws once for all samples: choose randomness='same' if that is what you want, draw them "
-                "by PyTorch's default generator, or use another backend."
+                "The model draws random numbers from Python's random, NumPy or its own generator, which torch.func "
+                "would draw once for all samples: choose randomness='same' if you want that, draw from PyTorch's "
+                "default generator, or use another backend."
             )
         return losses.detach(), {name: rows.detach() for name, rows in gradients.items()}
 
     def _finite(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Return `losses`, of single samples, or tell whether the batch has finite ones together."""
+        """Return the `losses` of single samples; if one is not finite, say whether the batch has the same."""
         try:
             return require_losses(losses, batch.size)
         except NonFiniteLossError as error:
@@ -164,7 +164,7 @@ class VmapSource(PerSampleGradSource):
         return gradients, losses
 
     def _refuse_unseen_uses(self, losses: Tensor) -> None:
-        """Raise if the losses depend on a parameter past the copies that were differentiated."""
+        """Raise if the losses depend on a parameter other than by the differentiated copies."""
         if not losses.requires_grad:
             return
         parameters = self.parameters()
@@ -173,8 +173,8 @@ class VmapSource(PerSampleGradSource):
             if part is not None:
                 raise UnsupportedModelError(
                     f"Parameter {name!r} is used through a reference that is not a registered parameter of a module "
-                    "(a list, a closure), where torch.func cannot put another value for it: its gradient would lack "
-                    "that use. Read it from its module, or use backend 'vjp'."
+                    "(a list, a closure), which torch.func cannot replace, so its gradient would lack that use: read "
+                    "it from its module, or use backend 'vjp'."
                 )
 
     def _unsupported(self, error: BaseException) -> UnsupportedModelError:
@@ -186,11 +186,11 @@ class VmapSource(PerSampleGradSource):
                 "model.eval() to switch dropout off."
             )
         elif "broadcast shape" in reason:
-            advice = f"It changes a tensor that all samples share, such as a buffer, in place. {advice}"
+            advice = f"It changes a tensor shared by all samples, such as a buffer, in place. {advice}"
         return UnsupportedModelError(f"{self._where(error)} cannot be run by torch.func: {reason}. {advice}")
 
     def _where(self, error: BaseException) -> str:
-        """The innermost module of the model whose code raised `error`."""
+        """The innermost module whose code raised `error`."""
         paths = {id(module): path for path, module in self.model.named_modules()}
         modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         for module in reversed(modules):
@@ -200,12 +200,12 @@ class VmapSource(PerSampleGradSource):
 
 
 def _entered(tensor: Tensor, entry: Tensor) -> Tensor:
-    """Return the entry of one sample as its model gets it, like `tensor`, which holds all of them."""
+    """Return one sample's entry as a batch of one, shaped like `tensor`."""
     return changeable()(entering(lambda _: entry)(tensor))
 
 
 class _Differentiating(TorchFunctionMode):
-    """Lets model and loss differentiate by autograd inside of a transform of `torch.func`.
+    """Lets model and loss use autograd inside a transform of `torch.func`.
 
     `torch.autograd.grad` gives the right derivatives there, also by the parameters that the transform differentiates
     by. But `x.requires_grad_()` is forbidden, as the transform cannot know of x, and `is_grads_batched=True` goes wrong
@@ -225,7 +225,7 @@ class _Differentiating(TorchFunctionMode):
 
 
 class _ModelLoss(nn.Module):
-    """Model and loss as one module, so that a loss that reads the model's parameters gets the replaced ones too."""
+    """Model and loss as one module, so that a loss that reads the model's parameters sees the replaced ones."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def _written(copy: Tensor, tensor: Tensor) -> bool:
 
 
 def _places(root: nn.Module, registry: Literal["_parameters", "_buffers"]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each place of a module that holds a tensor, once: `functional_call` goes wrong if it is given one twice.
+    """Yield each attribute that holds a tensor, once: `functional_call` fails if given one twice.
 
     A module under two names holds its tensors in one place, and tensors that modules share are in several.
     """

@@ -1,1 +1,1 @@
-"""What is asked of the user's model: its modules, its autograd graph, and leaving no trace on it."""
+"""The user's model: walking its modules and its autograd graph, and leaving no trace on it."""

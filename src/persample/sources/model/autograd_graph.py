@@ -16,7 +16,7 @@ def nodes_behind(losses: Tensor) -> set[Node]:
 
 
 def nodes_from(start: Iterable[Node | None], stop: Collection[Node] = ()) -> set[Node]:
-    """Return all nodes of the autograd graph that can be reached from `start`, but nothing behind those of `stop`."""
+    """Return all nodes of the autograd graph reachable from `start` without passing `stop`."""
     found: set[Node] = set()
     pending = [node for node in start if node is not None]
     while pending:
@@ -29,7 +29,7 @@ def nodes_from(start: Iterable[Node | None], stop: Collection[Node] = ()) -> set
 
 
 def variables_of(nodes: Iterable[Node]) -> set[Tensor]:
-    """Return the leaves of a graph, such as parameters, whose gradients these nodes accumulate."""
+    """Return the leaves, such as parameters, whose gradients these nodes accumulate."""
     variables = (getattr(node, "variable", None) for node in nodes)
     return {variable for variable in variables if isinstance(variable, Tensor)}
 

@@ -1,4 +1,4 @@
-"""Batch norm's backward pass, given gradients that lie in memory as PyTorch's kernel reads them.
+"""Passing batch norm's backward kernel gradients in a memory layout that it reads correctly.
 
 On a CPU, PyTorch (2.13, 2.14) takes an image for one in channels last if it is one but for the strides of dimensions
 of size 1, and the kernel of the backward pass takes the same image for one in channels first: it reads the wrong
@@ -21,7 +21,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def read_right(losses: Iterable[Tensor]) -> None:
-    """Let every batch norm in the graph of `losses` get its gradient in a layout that its kernel reads right."""
+    """Pass every batch norm in the graph of `losses` its gradient in a layout that its kernel reads correctly."""
     with torch._C.DisableTorchFunction():
         for node in {node for loss in losses for node in nodes_behind(loss)}:
             if node.name() == "NativeBatchNormBackward0" and _may_be_misread(node._input_metadata[0].shape):
@@ -29,12 +29,12 @@ def read_right(losses: Iterable[Tensor]) -> None:
 
 
 def _may_be_misread(shape: torch.Size) -> bool:
-    """Whether there is a dimension of size 1 besides the channels, whose stride says nothing."""
+    """Whether a dimension other than the channels has size 1, so that its stride is meaningless."""
     return len(shape) in _CHANNELS_LAST and 1 in (shape[0], *shape[2:])
 
 
 def _saved_input(node: Any) -> Tensor | None:
-    """Return what autograd saved of the input, or None if hooks on saved tensors hold something else in its place."""
+    """Return the input that autograd saved, or None if saved-tensor hooks replaced it."""
     saved = getattr(node, "_raw_saved_input", None)
     if saved is None or getattr(saved, "unpack_hook", saved) is not None:
         return None
@@ -58,7 +58,7 @@ def _laid_out_for(x: Tensor | None) -> Callable[[tuple[Tensor | None, ...]], tup
 
 
 def _layout(image: Tensor) -> torch.memory_format | None:
-    """Return the memory format that `image` is in, `preserve_format` for none at all; None if it may be misread."""
+    """Return the memory format of `image`, `preserve_format` if it has none; None if it may be misread."""
     if image.is_contiguous():
         return torch.contiguous_format
     last = _CHANNELS_LAST[image.dim()]

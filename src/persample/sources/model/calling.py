@@ -1,4 +1,4 @@
-"""Calling models and losses, with words for what they do not take and must not do."""
+"""Calling models and losses, with errors for arguments that they do not take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from persample.sources.model.modules import modules_of
 
 
 def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what the model returns for these arguments.
+    """Call the model.
 
     Raises:
         BatchError: it does not take them.
@@ -61,7 +61,7 @@ def _signature(call: Callable[..., Any]) -> inspect.Signature:
 
 
 def losses_of(loss_fn: PerSampleLoss, outputs: Any, targets: Any, batch_size: int) -> Tensor:
-    """Return the losses of the samples, checked as by `require_losses`.
+    """Return the losses of the samples, checked by `require_losses`.
 
     Raises:
         LossError: they are no vector of length `batch_size`, or `loss_fn` does not take what the model returned.
@@ -93,6 +93,6 @@ def refuse_backward_in_forward(model: nn.Module) -> None:
                 if p is not None and p.requires_grad and p.grad is not None:
                     raise UnsupportedModelError(
                         "The model or the loss calls .backward() in the forward pass, which adds to the gradient of "
-                        f"parameter {f'{path}.{name}'.lstrip('.')!r}, beside that of the losses: compute what is "
-                        "wanted there by torch.autograd.grad, or pass inputs= to .backward()."
+                        f"parameter {f'{path}.{name}'.lstrip('.')!r}: use torch.autograd.grad there, or pass inputs= "
+                        "to .backward()."
                     )

@@ -1,4 +1,4 @@
-"""How the user's tensors enter the model: without their history, but differentiable where they were."""
+"""Passing the user's tensors to the model detached, but differentiable where they were."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def entering(function: Callable[[Tensor], Tensor] = Tensor.detach) -> Callable[[Tensor], Tensor]:
-    """Return `function` of tensors, as a batch holds it in place of them.
+    """Return what a batch holds in place of tensors, by `function`.
 
     A model or a loss may differentiate by its inputs. So the result is detached, but requires a gradient where the
     tensor does. The result for a leaf is a leaf, that for another tensor is none.
@@ -30,7 +30,7 @@ def entering(function: Callable[[Tensor], Tensor] = Tensor.detach) -> Callable[[
 
 
 def changeable() -> Callable[[Tensor], Tensor]:
-    """Return the function that gives a model what a batch holds: itself, or a copy of what is no leaf.
+    """Return the function that gives a model its tensors: leaves themselves, copies of the rest.
 
     A model may change such a tensor in place, in each call anew.
     """
@@ -38,7 +38,7 @@ def changeable() -> Callable[[Tensor], Tensor]:
 
 
 def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `function`, called once for each tensor: one in two places (an input and a target) stays one."""
+    """Memoise `function` by tensor, so that a tensor used twice (input and target) stays one object."""
     found: dict[int, Tensor] = {}
 
     def of(tensor: Tensor) -> Tensor:

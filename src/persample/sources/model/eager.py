@@ -1,4 +1,4 @@
-"""Running compiled models as if they were not, so that their operations can be seen."""
+"""Running compiled models eagerly, so that their operations can be seen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run whatever `torch.compile` has compiled operation by operation, inside the context.
+    """Run modules compiled by `torch.compile` eagerly inside the context.
 
     Where TorchDynamo was never imported, which takes seconds, nothing can have been compiled.
     """

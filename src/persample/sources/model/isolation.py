@@ -1,4 +1,4 @@
-"""Leaving no trace: what a model holds is put back, but for its state, which a forward pass may change."""
+"""Leaving no trace: everything that a model holds is restored, except the state that a forward pass may change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TABLES = _OF_EVERY_MODULE - {"training", "_buffers", "_non_persistent_buffers_s
 
 @contextmanager
 def untouched(model: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> Iterator[State]:
-    """Put everything but the state of `model` back afterwards; after an exception the state too.
+    """Restore everything but the state of `model` afterwards; after an exception, the state too.
 
     Gradients, hooks, attributes of parameters and the training flags are as before, whatever happens inside. Inside,
     every `p.grad` is None. The state keeps what was changed in it, unless an exception passes through.
@@ -66,7 +66,7 @@ _OTHERS = Types(lambda kind: _CONTAINERS[kind] and not issubclass(kind, tuple))
 
 
 class _Snapshot:
-    """The entries of containers, side by side in lists, so that one look tells that nothing has changed.
+    """The entries of containers in flat lists, so that one comparison shows that nothing has changed.
 
     Most containers of a model are empty, those of its hooks, and most calls change nothing: both cost next to nothing.
 
@@ -86,7 +86,7 @@ class _Snapshot:
         return [*map(len, dicts), *map(len, others)], list(chain.from_iterable(dicts)), values
 
     def changed(self) -> bool:
-        """Whether a container holds something else, or in another order.
+        """Whether a container holds other entries, or another order.
 
         That is told by identity, as tensors give no answer to `==`.
         """
@@ -97,7 +97,7 @@ class _Snapshot:
         return not same
 
     def before(self) -> Iterator[tuple[Any, Any]]:
-        """Yield each container with what it held, in a container of its own."""
+        """Yield each container with a copy of what it held."""
         for container in self._empty:
             yield container, {} if isinstance(container, dict) else []
         start = 0
@@ -109,7 +109,7 @@ class _Snapshot:
             yield container, dict(zip(self._keys[part], values, strict=True)) if keyed else values
 
     def put_back(self) -> None:
-        """Make each container hold what it held, without replacing it."""
+        """Restore the contents of each container in place."""
         if self.changed():
             for container, held in self.before():
                 _fill(container, held)
@@ -119,7 +119,7 @@ _values = methodcaller("values")
 
 
 def _fill(container: Any, entries: Any) -> None:
-    """Let a container have these entries, and no others."""
+    """Set the contents of a container."""
     container.clear()
     container.update(entries) if isinstance(container, dict | set) else container.extend(entries)
 
@@ -175,13 +175,13 @@ class State:
         self._tensors = [_Values(t) for t in (*held.tensors, *self._frozen) if has_values(t)]
 
     def put_back(self) -> None:
-        """Let the model hold what it held."""
+        """Restore the model."""
         self._containers.put_back()
         for values in self._tensors:
             values.put_back()
 
     def carry_on(self) -> None:
-        """Let the model keep what a forward pass has changed in its state, without the autograd graph of the pass.
+        """Keep the state that a forward pass has changed, detached from the graph of the pass.
 
         A tensor in place of another one with the same values is not kept. All that is no part of the state is put
         back: hooks, the attributes of parameters, and what other packages keep in attributes of modules.
@@ -194,7 +194,7 @@ class State:
             values.leave_graph()
 
     def changed(self) -> bool:
-        """Whether the state is another one."""
+        """Whether the state has changed."""
         if any(values.changed() for values in self._tensors):
             return True
         if not self._containers.changed():
@@ -203,12 +203,12 @@ class State:
         return any(id(c) not in outside and not _same_entries(c, held) for c, held in self._containers.before())
 
     def moved(self) -> list[nn.Parameter]:
-        """Return the frozen parameters that have other values."""
+        """Return the frozen parameters whose values have changed."""
         changed = {id(values.tensor) for values in self._tensors if values.changed()}
         return [p for p in self._frozen if id(p) in changed]
 
     def rows_kept(self, size: int) -> list[str]:
-        """Return what has changed in buffers and attributes that held a tensor with a dimension of that size, by name.
+        """Return the changed buffers and attributes that held a tensor with a dimension of that size, by name.
 
         With the size of the batch, that are likely rows of the samples of an earlier pass.
         """
@@ -227,7 +227,7 @@ class State:
         return names
 
     def _outside(self) -> set[int]:
-        """Return the ids of those containers that are no part of the state."""
+        """Return the ids of the containers that do not belong to the state."""
         found = set(map(id, map(vars, self.parameters)))
         held_of = {id(container): held for container, held in self._containers.before()}
         for module in self._modules:
@@ -256,7 +256,7 @@ class _Values:
         return self._values.shape
 
     def put_back(self) -> None:
-        """Give the tensor its memory and its values again."""
+        """Restore the tensor's storage and values."""
         self.leave_graph()
         if self._elsewhere():
             self.tensor.data = self._memory  # whose storage may be larger now, after `resize_`
@@ -265,12 +265,12 @@ class _Values:
             self._memory.copy_(self._values)
 
     def leave_graph(self) -> None:
-        """Take away the history that the tensor has from a change in place."""
+        """Remove the autograd history that an in-place change gave the tensor."""
         if self.tensor.requires_grad and not self._requires_grad and not self.tensor._is_view():
             self.tensor.detach_()
 
     def changed(self) -> bool:
-        """Whether the tensor has other values."""
+        """Whether the tensor's values have changed."""
         return self._elsewhere() or not torch.equal(self._memory, self._values)
 
     def _elsewhere(self) -> bool:
@@ -281,7 +281,7 @@ class _Values:
 
 
 def _is_of_a_package(module: nn.Module) -> bool:
-    """Whether BackPACK or Opacus has hooks on it, which keep in its attributes what they need in the backward pass."""
+    """Whether BackPACK or Opacus has hooks on it, which store data for the backward pass in its attributes."""
     hooks = module._forward_hooks.values()
     return any((getattr(hook, "__module__", None) or "").partition(".")[0] in ("backpack", "opacus") for hook in hooks)
 
@@ -292,7 +292,7 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def _carried_on(container: Any, held: Any) -> Any:
-    """Return what a container that held `held` is to hold after a forward pass."""
+    """Return what to put into a container that held `held`, after a forward pass."""
     if not isinstance(container, dict):
         return [_without_graph(value) for value in container]
     now = {}
@@ -337,7 +337,7 @@ def _same_entries(container: Any, held: Any) -> bool:
 
 @contextmanager
 def state_restored(state: State) -> Iterator[None]:
-    """Put the state back afterwards."""
+    """Restore the state afterwards."""
     try:
         yield
     finally:
@@ -346,7 +346,7 @@ def state_restored(state: State) -> Iterator[None]:
 
 @contextmanager
 def parameters_guarded(model: nn.Module) -> Iterator[None]:
-    """Put trained parameters back that the forward pass itself rewrites, and refuse the model.
+    """Restore trained parameters that the forward pass itself rewrites, and refuse the model.
 
     Raises:
         UnsupportedModelError: a parameter that requires a gradient has other values, or any has another
@@ -381,7 +381,7 @@ def parameters_guarded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def parameters_counted(model: nn.Module) -> Iterator[None]:
-    """Refuse a model whose forward pass makes parameters.
+    """Refuse a model whose forward pass creates parameters.
 
     Raises:
         UnsupportedModelError: there is one more than before, or another one in the place of one.
@@ -392,13 +392,13 @@ def parameters_counted(model: nn.Module) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             if name not in before:
                 raise UnsupportedModelError(
-                    f"The model's forward pass makes the parameter {name!r}, which did not exist before: run one "
-                    "forward pass of the model first, so that all parameters are there."
+                    f"The model's forward pass creates the parameter {name!r}: run one forward pass of the model "
+                    "first, so that all parameters exist."
                 ) from cause
             if parameter is not before[name]:
                 raise UnsupportedModelError(
-                    f"The model's forward pass puts a new nn.Parameter in the place of its parameter {name!r}: write "
-                    "the new values into the one that is there, by copy_ under torch.no_grad(), or make it a buffer."
+                    f"The model's forward pass replaces its parameter {name!r} by a new nn.Parameter: copy the new "
+                    "values into the existing one (copy_ under torch.no_grad()), or make it a buffer."
                 ) from cause
 
     try:
@@ -412,7 +412,7 @@ def parameters_counted(model: nn.Module) -> Iterator[None]:
 def _rewriting(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"The model's forward pass rewrites its own parameter {name!r}: the gradients would belong to other weights "
-        "than the model's. Take that out of the forward pass (max_norm, clamping, an update of its own)."
+        "than the model's. Move that out of the forward pass (max_norm, clamping, an update)."
     )
 
 

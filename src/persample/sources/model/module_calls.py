@@ -1,4 +1,4 @@
-"""Recording the calls of modules during one forward pass, and proof that they are all that use the parameters."""
+"""Recording the calls of modules during a forward pass, and proving that nothing else uses the parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ModuleCall:
 
     @property
     def name(self) -> str:
-        """How errors name the module."""
+        """The module's name in errors."""
         return describe(self.path, self.module)
 
 
@@ -67,8 +67,9 @@ def recorded_calls(
             if isinstance(output, Tensor) and output.requires_grad:
                 if any(own[path].get(name) is not p for name, p in module._parameters.items()):
                     raise UnsupportedModelError(
-                        f"{describe(path, module)} was called with other tensors in place of its parameters "
-                        f"(torch.func.functional_call, or an attribute that was set): {FUSED_OR_VJP}."
+                        f"{describe(path, module)} was called with its parameters replaced "
+                        "(torch.func.functional_call, or a set attribute), which this backend does not support: "
+                        f"{FUSED_OR_VJP}."
                     )
                 inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 call = _call(path, module, inputs, output)
@@ -116,7 +117,7 @@ def refuse_unseen_uses(losses: Tensor, calls: list[ModuleCall], parameters: Mapp
 def unseen_uses(
     losses: Tensor, calls: list[ModuleCall], parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str | None, str]]:
-    """Yield what is used past the recorded calls: the parameter (None if it is not one of them alone) and the reason.
+    """Yield each use outside the recorded calls: the parameter (None if it is not a single one) and the reason.
 
     The walk follows the graph backwards from the losses. Where it meets the output of a recorded call it goes on at
     the call's inputs, so what it still meets of the parameters is used by something that was not recorded: a
@@ -142,8 +143,8 @@ def unseen_uses(
         if moves_rows(node):
             yield (
                 None,
-                f"The model picks or reorders entries of dim 0 between its layers ({node.name()}), so row i need not "
-                f"be sample i there: this backend needs that. {FUSED_OR_VJP.capitalize()}.",
+                f"The model selects or reorders entries of dim 0 between its layers ({node.name()}), but this backend "
+                f"needs row i to be sample i. {FUSED_OR_VJP.capitalize()}.",
             )
         if "CheckpointFunction" in node.name():
             yield (
@@ -154,7 +155,7 @@ def unseen_uses(
 
 
 def _nodes_outside(losses: Tensor, calls: list[ModuleCall]) -> Iterator[Node]:
-    """Yield the nodes of the graph of `losses` that are outside of the recorded calls."""
+    """Yield the nodes of the graph of `losses` that are outside the recorded calls."""
     inputs_of = {call.edge.node: call.input_nodes for call in calls}
     pending = [losses.grad_fn] if losses.grad_fn is not None else []
     seen: set[Node] = set()
@@ -176,7 +177,7 @@ def _hooks_of_output(call: ModuleCall) -> int:
 
 
 def moves_rows(node: Node) -> bool:
-    """Whether a node of the autograd graph belongs to an operation that picks or reorders entries of dim 0."""
+    """Whether a node of the autograd graph belongs to an operation that selects or reorders entries of dim 0."""
     kind = node.name().removesuffix("Backward0").removesuffix("Backward1")
     if kind in ("MaskedSelect", "MaskedScatter", "Take", "Put"):
         return True
@@ -204,17 +205,18 @@ def refuse_changed_inputs(call: ModuleCall) -> None:
     """Raise if an input of the call was changed in place after the call: its values there are lost."""
     if tuple(tensor._version for tensor in call.inputs) != call.input_versions:
         raise UnsupportedModelError(
-            f"The input of {call.name} was changed in place after the call, so what the module saw is lost: make that "
-            f"operation not in place (inplace=False), or {FUSED_OR_VJP}."
+            f"The input of {call.name} was changed in place after the call, so its value is lost: make that operation "
+            f"out of place (inplace=False), or {FUSED_OR_VJP}."
         )
 
 
 def refuse_lists(batch: Batch) -> None:
-    """Raise if the model gets tensors that hold single samples, or parts of them in another order."""
+    """Raise if the model gets one tensor per sample, or rows that are not in the order of the samples."""
     if any(owners is not None for _, _, owners in batch.inputs_only().followed()):
         raise UnsupportedModelError(
             "The model gets a list with one tensor for each sample, or packed sequences, so this backend cannot tell "
-            f"whose the rows are that its layers see: pass one tensor, stacked or padded, or {FUSED_OR_VJP}."
+            "which rows of its layers' inputs belong to which sample: pass one tensor, stacked or padded, or "
+            f"{FUSED_OR_VJP}."
         )
 
 
@@ -225,6 +227,6 @@ def require_batch_first(call: ModuleCall, batch: Batch) -> None:
         if tensor.dim() == 0 or len(tensor) != batch.size or any(tensor is other for other in not_first):
             raise UnsupportedModelError(
                 f"{call.name} was called with a tensor of shape {tuple(tensor.shape)} in a batch of {batch.size} "
-                "samples: this backend needs dim 0 of its inputs and outputs to be the sample (no folded batches, no "
-                f"time-first layouts). {FUSED_OR_VJP.capitalize()}."
+                "samples: this backend needs dim 0 of its inputs and outputs to be the sample (folded batches and "
+                f"time-first layouts are not supported). {FUSED_OR_VJP.capitalize()}."
             )

@@ -1,4 +1,4 @@
-"""The modules of a model, and what they hold, at little cost: every call walks through them more than once."""
+"""The modules of a model and what they hold, found quickly: every call walks through them more than once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Types(dict[type, bool]):
-    """Whether something holds for a type; each is asked once, so that many values are sorted quickly."""
+    """A cached predicate on types, to filter many values quickly."""
 
     def __init__(self, holds: Callable[[type], bool]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The random numbers that a forward pass may draw, wound back so that it draws the same ones again.
+"""Saving and rewinding the random number generators, so that a forward pass draws the same numbers again.
 
 They come from PyTorch's default generators, from those of Python's `random` and of NumPy, and from generators that
 modules hold as attributes.
@@ -29,12 +29,12 @@ def random_state(model: nn.Module) -> RandomState:
 
 
 def other_random_state(model: nn.Module) -> RandomState:
-    """Return the states of those generators that `torch.func` knows nothing of."""
+    """Return the states of the generators that `torch.func` ignores."""
     return [(write, read()) for read, write in _other_generators(model)]
 
 
 def set_random_state(state: RandomState) -> None:
-    """Set the random number generators to what `random_state` returned."""
+    """Restore what `random_state` returned."""
     for write, value in state:
         write(value)
 
@@ -47,7 +47,7 @@ def same_random_state(first: RandomState, second: RandomState) -> bool:
 
 @contextmanager
 def random_state_restored(model: nn.Module, inside: RandomState) -> Iterator[None]:
-    """Draw from the state `inside` within the context, and go on afterwards as if nothing had been drawn."""
+    """Draw from the state `inside` within the context; afterwards, continue as if nothing had been drawn."""
     outside = random_state(model)
     set_random_state(inside)
     try:

@@ -1,4 +1,4 @@
-"""What has no per-sample gradient at all, whatever the backend: refused by name before anything is computed."""
+"""Refusing, before anything is computed, what has no per-sample gradient with any backend."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mixing(what: str) -> UnsupportedModelError:
 
 
 def refuse_impossible(model: nn.Module) -> None:
-    """Raise if a module of `model`, in its present mode, mixes the samples or rewrites its own parameters.
+    """Raise if a module of `model`, in its current mode, mixes the samples or rewrites its own parameters.
 
     Raises:
         UnsupportedModelError: it names the module, the reason, and what to do.
@@ -78,9 +78,8 @@ def refuse_hooked_parameters(model: nn.Module, instead: str = "use backend 'vjp'
 def hooked_parameter(name: str, instead: str = "use backend 'vjp' or 'loop'") -> UnsupportedModelError:
     """Return the refusal of a parameter that has a hook."""
     return UnsupportedModelError(
-        f"Parameter {name!r} has a hook (Tensor.register_hook), which changes the gradient that autograd gives it, but "
-        f"this backend computes gradients of its own: remove the hook, or {instead}, which gives it the gradient of "
-        "each sample."
+        f"Parameter {name!r} has a hook (Tensor.register_hook) that may change its gradient, but this backend does "
+        f"not run it: remove the hook, or {instead}, which passes it the gradient of each sample."
     )
 
 
@@ -89,9 +88,20 @@ def describe(path: str, module: nn.Module) -> str:
     return f"{type(module).__name__} {path!r}" if path else f"The model ({type(module).__name__})"
 
 
+def foreign_parameters(module: nn.Module) -> str | None:
+    """Return why `module` does not hold just the weight and the bias of its class; None if it does."""
+    if foreign := sorted(module._parameters.keys() - {"weight", "bias"}):
+        return (
+            f"has parameters that its class does not have ({', '.join(foreign)}), added by hand or by weight_norm, "
+            "spectral_norm or pruning"
+        )
+    replaced = [name for name in ("weight", "bias") if name not in module._parameters and hasattr(module, name)]
+    return f"has a {replaced[0]} that is not a parameter" if replaced else None
+
+
 #: What to say of a parameter that is spread over processes.
 SHARDED = (
-    "is a part of a tensor that is sharded over processes (fully_shard, FullyShardedDataParallel, tensor parallelism): "
+    "is part of a tensor sharded over processes (fully_shard, FullyShardedDataParallel, tensor parallelism): "
     "gradients of single samples need the whole parameters in each process. Train the model unsharded; several "
     "processes train one posterior by the process_group of persample.VOGN."
 )
@@ -112,7 +122,7 @@ def _reason_of_tensor(kind: str, tensor: Tensor) -> str | None:
         return SHARDED
     if kind == "Parameter" and tensor.is_complex() and tensor.requires_grad:
         return (
-            "is complex, and a squared gradient is not defined for it: hold its real and imaginary parts as two real "
+            "is complex, and its squared gradient is not defined: store real and imaginary parts as two real "
             "parameters."
         )
     return None

@@ -1,4 +1,4 @@
-"""One use of a parameter in the forward pass, and what would serve it: what backends tell `persample.explain`."""
+"""One use of a parameter in the forward pass, and what would serve it, for `persample.explain`."""
 
 from __future__ import annotations
 

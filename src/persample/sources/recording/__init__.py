@@ -1,1 +1,1 @@
-"""Watching the forward and backward passes that the user runs."""
+"""Recording the forward and backward passes that the user runs."""

@@ -1,4 +1,4 @@
-"""One call of the model by a user: what is remembered of it until the backward pass has gone through it."""
+"""One call of the model by the user, remembered until its backward pass."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ForwardPass:
 
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
-        """Let gradients arrive at the outputs as the loss gives them, past the model's own hooks on them.
+        """Deliver the loss's gradients at the outputs before the model's own hooks change them.
 
         Such a hook belongs to the gradient of the model, and may act only once, as in deep equilibrium models.
         """
@@ -64,7 +64,7 @@ class ForwardPass:
 
     @contextmanager
     def under_autocast(self) -> Iterator[None]:
-        """Let `torch.autocast` be as it was then."""
+        """Restore the `torch.autocast` state of that time."""
         with ExitStack() as stack:
             for kind, dtype in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, dtype))
@@ -72,6 +72,6 @@ class ForwardPass:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """Return the tensors in what a model returned, in order, also those of objects, such as distributions."""
+    """Return the tensors in a model's output, in order, including those in objects such as distributions."""
     tensors = [tensor for leaf in pytree.tree_leaves(outputs) for tensor in tensors_held(leaf)]
     return [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]

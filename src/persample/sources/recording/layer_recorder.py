@@ -1,4 +1,4 @@
-"""Recording what the user runs, for the backends that know the gradients of single samples layer by layer."""
+"""Recording for the backends that work layer by layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from persample.sources.selfcheck.verify import require_close
 
 
 class CallRecorder(Recorder):
-    """Records the calls of layers in a user's forward pass, and the gradients at their outputs in his backward pass.
+    """Records the calls of layers in the user's forward pass, and the gradients at their outputs in the backward pass.
 
     The gradients of the parameters are those of autograd. Where the backend knows their sums too, they are compared.
 
@@ -58,15 +58,15 @@ class CallRecorder(Recorder):
     # What a backend implements.
 
     def expect(self, forward_pass: ForwardPass, call: ModuleCall) -> None:
-        """Take notice of a call in the forward pass."""
+        """Record a call in the forward pass."""
 
     @abstractmethod
     def receive(self, forward_pass: ForwardPass, call: ModuleCall, delta: Tensor) -> None:
-        """Take the gradient of the loss at the output of a call."""
+        """Receive the gradient of the loss at the output of a call."""
 
     @abstractmethod
     def sums(self, forward_pass: ForwardPass) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return Σ_i row_i of the parameters of which it is known, and Σ_i row_i² of all, by name."""
+        """Return Σ_i row_i of the parameters for which it is known, and Σ_i row_i² of all, by name."""
 
     # What the recorder calls.
 
@@ -133,7 +133,7 @@ class CallRecorder(Recorder):
         self._all_calls[:] = [call for call in self._all_calls if call not in done]
 
     def _check_layers(self, forward_pass: ForwardPass) -> None:
-        """Prove that the samples are where the layers' rules look for them."""
+        """Check that the samples are where the layers' rules expect them."""
         if not forward_pass.outputs and self.source.check != "never":
             raise UsageError(
                 f"The model returned no tensor with the samples in dim 0, so {type(self.source).__name__} cannot check "

@@ -1,4 +1,4 @@
-"""What recorded backward passes left in `p.grad`, and whether the user has changed it since."""
+"""What recorded backward passes left in `p.grad`, and whether it was changed since."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _ULPS = 8
 
 
 def gradients_in(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `p.grad` of the parameters, by name, of those that have one."""
+    """Return `p.grad` by name, for parameters that have one."""
     return {name: p.grad.detach().to_dense() for name, p in parameters.items() if p.grad is not None}
 
 
 def copied(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies, which later changes do not reach."""
+    """Return copies."""
     return {name: g.clone() for name, g in gradients.items()}
 
 
 def is_changed(present: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> bool:
-    """Whether a gradient of `present` is another one than in `left`, beyond rounding; where that has none, not zero.
+    """Whether a gradient of `present` differs from that in `left` beyond rounding; a missing one counts as zero.
 
     Gradients that are not there any more are passed over, and those of a pass that overflowed.
     """
@@ -38,7 +38,7 @@ def is_changed(present: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> boo
 
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether all are equal, bit for bit, as in most steps; an accelerator is asked once."""
+    """Whether all are equal, bit for bit, with a single synchronisation on accelerators."""
     if all(t.device.type == "cpu" for t in one):
         return all(map(torch.equal, one, other))
     if any(a.shape != b.shape for a, b in zip(one, other, strict=True)):

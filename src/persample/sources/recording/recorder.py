@@ -1,4 +1,4 @@
-"""Watching the forward and backward passes that a user runs: where they begin and end, and which belong together."""
+"""Recording the user's forward and backward passes: where they begin and end, and which belong together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from persample.warn import warn
 
 
 class LossReductionWarning(UserWarning):
-    """The loss is perhaps no mean over the samples that the model was called with."""
+    """The loss may not be the mean over the samples that the model was called with."""
 
 
 class ModelNotCalledError(UsageError):
@@ -49,14 +49,15 @@ class ModelNotCalledError(UsageError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Nothing was recorded, because the model was not called: inside the block, call the model itself, not its "
-            "parts, and loss.backward() on a loss computed from its outputs. If only a part of the model is ever "
-            "called, as in training_step() of a LightningModule, give the optimizer that part."
+            "Nothing was recorded, because the model was not called: inside the block, call the model that the "
+            "optimizer was given, and loss.backward() on a loss of its outputs. If your code calls only a part of it, "
+            "as training_step() of a LightningModule calls self.net, pass that part: VOGN(self.net, ...) in place of "
+            "VOGN(self, ...)."
         )
 
 
 class Recorder(TorchFunctionMode):
-    """Watches the user's calls of a model and of `backward()`, inside a `with` block.
+    """Records the user's calls of a model and of `backward()`, inside a `with` block.
 
     A backend's subclass says what to do when a forward pass begins and ends, and what a backward pass gave.
 
@@ -79,7 +80,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         if reduction not in get_args(LossReduction):
-            raise OptionError(f'loss_reduction={reduction!r}: must be "mean" or "sum".')
+            raise OptionError(f'loss_reduction={reduction!r} must be "mean" or "sum".')
         self.model = model
         self.recorded = Recorded(reduction, parameters, wanted, loss_scale=wanted.loss_scale)
         self.passes: list[ForwardPass] = []
@@ -101,19 +102,19 @@ class Recorder(TorchFunctionMode):
         """A forward pass has ended with these outputs, as far as they are tensors."""
 
     def before_backward(self, losses: Sequence[Tensor]) -> AbstractContextManager[Any]:
-        """A backward pass from `losses` begins; return the context to run it in."""
+        """A backward pass from `losses` begins; return a context to run it in."""
         return nullcontext()
 
     @abstractmethod
     def after_backward(self, forward_pass: ForwardPass) -> Sums:
-        """Return what a backward pass gave for the forward pass that it went through."""
+        """Return the results of a backward pass for its forward pass."""
 
     def quantities(self, forward_pass: ForwardPass) -> Sequence[Any]:
         """Return what `after_backward` has found of each quantity that is wanted; those that ask for none have none."""
         return ()
 
     def left_out(self) -> Iterable[str]:
-        """Return the parameters that got a gradient in a backward pass that went through no forward pass."""
+        """Return the parameters that got a gradient from a backward pass outside any recorded forward pass."""
         return ()
 
     def run_backward(self, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +144,7 @@ class Recorder(TorchFunctionMode):
         if not self.in_backward and self.current is not None:
             raise UnsupportedModelError(
                 "The model computes gradients itself (torch.autograd.grad in its forward pass), which this backend "
-                f"would take for those of the loss: {VMAP_OR_VJP}."
+                f"would mistake for those of the loss: {VMAP_OR_VJP}."
             )
         if not self.in_backward:
             raise UsageError("A backward pass began in a way that cannot be seen: call loss.backward() on the loss.")
@@ -247,8 +248,8 @@ class Recorder(TorchFunctionMode):
             )
         if len(done) > 1 and all(math.isclose(p.divisor, len(done), rel_tol=1e-5) for p in done):
             warn(
-                f"The losses of {len(done)} backward passes were each divided by {len(done)}. They are averaged here, "
-                "by the numbers of their samples, so do not divide them.",
+                f"The losses of {len(done)} backward passes were each divided by {len(done)}. The optimizer already "
+                "averages them, weighted by their numbers of samples, so do not divide them.",
                 LossReductionWarning,
             )
 
@@ -263,7 +264,7 @@ class Recorder(TorchFunctionMode):
         return self.operation(func, types, args, kwargs)
 
     def operation(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run any other operation inside the context."""
+        """Run any other operation."""
         return func(*args, **kwargs)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -368,8 +369,8 @@ class Recorder(TorchFunctionMode):
         for name in self.left_out():
             raise UsageError(
                 f"A backward pass gave {name!r} a gradient without going through a call of the model, which would be "
-                "left out. What depends on the samples must go through a call of the model itself, not of its parts; "
-                "a penalty on the weights is added by penalty.backward() after the block, before step()."
+                "ignored. Call the model itself, not its parts; add a penalty on the weights by penalty.backward() "
+                "after the block, before step()."
             )
 
     def _left_by(self, forward_pass: ForwardPass, sums: Sums) -> dict[str, Tensor]:
@@ -388,12 +389,12 @@ class Recorder(TorchFunctionMode):
             present = gradients_in(self.recorded.parameters) if self.recorded.sums else {}
             if any(bool(g.any()) for g in present.values()) and is_changed(present, self.recorded.left):
                 raise UsageError(
-                    "p.grad was changed between two backward passes of one block, which the sums over its samples "
-                    "would not show: change it after the last of them."
+                    "p.grad was changed between two backward passes of one block, which the per-sample sums do not "
+                    "include: change it after the last one."
                 )
 
     def _refuse_gradients(self, outputs: Any, inputs: Any = (), *_: Any, **__: Any) -> None:
-        """Raise if `torch.autograd.grad` is asked outside of the model for gradients that go through the model.
+        """Raise if `torch.autograd.grad` is called outside the model on something that depends on it.
 
         Raises:
             UsageError: it is.
@@ -408,8 +409,8 @@ class Recorder(TorchFunctionMode):
             raise UsageError(
                 "torch.autograd.grad was called on what depends on the model, and such a backward pass cannot be "
                 "recorded. For gradients of the parameters call loss.backward(), and read p.grad after the block. "
-                "Derivatives by inputs (a residual, a gradient penalty) belong into the forward() of the model, which "
-                "returns them, for optimizer.observe(inputs, targets)."
+                "Compute derivatives by inputs (a residual, a gradient penalty) in the model's forward(), return "
+                "them, and use optimizer.observe(inputs, targets)."
             )
 
     def _own(self, tensors: Iterable[Tensor]) -> bool:
@@ -494,7 +495,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _weights(shape: torch.Size, index: int) -> Tensor:
-    """Numbers without a pattern, without random ones, which `torch.func.vmap` would refuse to draw."""
+    """Irregular numbers that are not random: `torch.func.vmap` would refuse to draw."""
     numbers = torch.arange(shape.numel(), dtype=torch.float64, device="cpu")
     return torch.sin(math.sqrt(2) * (1 + index) * (1 + numbers)).reshape(shape)
 
@@ -506,8 +507,8 @@ def _is_of_samples(tensor: Tensor, size: int) -> bool:
 def earlier_pass() -> UsageError:
     """Return the error that says that a backward pass came too late."""
     return UsageError(
-        "A backward pass goes through a call of the model that was not the last one, so it is ambiguous which samples "
-        "belong together: call backward() after each call of the model, or call it once with all samples."
+        "A backward pass goes through an earlier call of the model, so it is ambiguous which samples belong together: "
+        "call backward() after each call of the model, or call it once with all samples."
     )
 
 
@@ -515,5 +516,5 @@ def second_pass() -> UsageError:
     """Return the error that says that a forward pass was used twice."""
     return UsageError(
         "A second backward pass went through the same forward pass (retain_graph=True): its gradients would count "
-        "twice. Add the losses up and call backward() once."
+        "twice. Sum the losses and call backward() once."
     )

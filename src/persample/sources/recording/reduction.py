@@ -1,4 +1,4 @@
-"""What a scalar that the user made from the losses must be: their sum or their mean, one loss for each sample."""
+"""Checking that the user's scalar is the sum or the mean of one loss per sample."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _last_reduction(node: Node | None, batch_size: int) -> LossReduction | None:
 
 
 def refuse_weighted_mean(loss: Tensor, outputs: Iterable[GradientEdge], batch_size: int) -> None:
-    """Raise if a mean between the outputs and `loss` divides by the weights of the targets, not by their number.
+    """Raise if a mean between the outputs and `loss` divides by the targets' weights, not by their number.
 
     Targets may be ignored if all samples have as many of them, as the last ones of sequences: then the divisor is one
     number for all.
@@ -84,7 +84,7 @@ def _ignored_alike(node: Node, batch_size: int) -> bool:
 
 
 def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size: int) -> None:
-    """Raise if `loss` is not a sum over the samples of what depends on the outputs for one sample alone.
+    """Raise if `loss` is not a sum of terms that each depend on the outputs for one sample.
 
     For L = Σ_i ℓ_i(z_i) the second derivatives ∂²L / ∂z_i ∂z_j vanish for i ≠ j. Here one product of them with random
     numbers is taken, from one half of the samples to the other. A loss that PyTorch cannot differentiate twice is not
@@ -124,7 +124,7 @@ def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size:
     across = max((largest_entry(h[others]) for h in second if h is not None), default=0.0)
     if across > _ROUNDING * largest:
         raise UnsupportedModelError(
-            "The loss is no sum over the samples: what one sample adds to it depends on others (a contrastive loss, a "
+            "The loss is not a sum over the samples: the term of one sample depends on others (a contrastive loss, a "
             "root or a logarithm of a mean, a division by a sum over the batch), so the gradient of a single sample "
             "does not exist. Make every sample's loss depend on that sample alone, and take their mean or sum last."
         )
@@ -133,7 +133,7 @@ def refuse_joint_loss(loss: Tensor, outputs: Sequence[GradientEdge], batch_size:
 def refuse_uses_past_outputs(
     loss: Tensor, outputs: Iterable[GradientEdge], parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Raise if `loss` depends on a parameter in other ways than through the outputs of the model.
+    """Raise if `loss` depends on a parameter other than through the outputs of the model.
 
     Raises:
         UnsupportedModelError: it names the parameter.
@@ -146,7 +146,7 @@ def refuse_uses_past_outputs(
 
 
 def used_outside(name: str) -> str:
-    """Return what to say of a parameter that is used outside of the model's forward pass."""
+    """Return the refusal of a parameter that is used outside the model's forward pass."""
     return (
         f"Parameter {name!r} is used outside the call of the model. If that is a penalty on the weights: it is no sum "
         "over the samples, so no backend has gradients of single samples for it. The prior is such a penalty: "
@@ -158,7 +158,7 @@ def used_outside(name: str) -> str:
 
 
 def divisor_of(loss: Tensor) -> float:
-    """Return by what number the loss was divided last; 1 if by none."""
+    """Return the number that the loss was divided by last; 1 if it was not."""
     node = loss.grad_fn
     kind = "" if node is None else node.name()
     other = getattr(node, "_saved_other", None)
@@ -169,7 +169,7 @@ def divisor_of(loss: Tensor) -> float:
 
 
 def _last_before(loss: Tensor, outputs: Iterable[GradientEdge]) -> list[GradientEdge]:
-    """Those of `outputs` from which the loss was computed, without those that lie before others of them."""
+    """Those of `outputs` that the loss was computed from, without those that feed others of them."""
     by_node = {edge.node: edge for edge in outputs}
     met = [node for node in nodes_from([loss.grad_fn], stop=by_node) if node in by_node]
     behind = {node: nodes_from([n for n, _ in node.next_functions]) for node in met} if len(met) > 1 else {}

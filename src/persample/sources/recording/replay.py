@@ -1,4 +1,4 @@
-"""Recording what the user runs by doing it again: for the backends that run the model themselves.
+"""Recording by repeating the user's pass, for the backends that run the model themselves.
 
 In the user's backward pass the gradient δ of his loss L arrives at the outputs z of the model. If L is a sum over the
 samples, what sample i adds to the gradient of L is the gradient of
@@ -42,7 +42,7 @@ from persample.sources.selfcheck.verify import replayed, require_close
 
 
 class ReplayRecorder(Recorder):
-    """Lets a backend repeat the user's forward pass, with the gradients at its outputs as the weights of a new loss.
+    """Lets a backend repeat the user's forward pass; the gradients at its outputs become the weights of a linear loss.
 
     Args:
         source: the backend.
@@ -135,18 +135,18 @@ class ReplayRecorder(Recorder):
         name = type(self.source).__name__
         if not forward_pass.outputs:
             raise UsageError(
-                f"The model returned no tensor with the samples in dim 0, so {name} cannot tell what the loss says of "
-                "each sample: return the outputs beside the loss, or use optimizer.observe(inputs, targets), or "
-                "backend 'fused'."
+                f"The model returned no tensor with the samples in dim 0, so {name} cannot split the loss by sample: "
+                "return the outputs beside the loss, or use optimizer.observe(inputs, targets), or backend 'fused'."
             )
         if self._drew and not self.source.ordinary_random_stream:
             raise UnsupportedModelError(
-                f"The model drew random numbers (dropout), and {name} draws others than an ordinary forward pass, so "
-                "it cannot repeat yours: use optimizer.observe(inputs, targets), or backend 'fused' or 'vjp'."
+                f"The model drew random numbers (dropout), and {name} draws different ones than an ordinary forward "
+                "pass, so it cannot repeat yours: use optimizer.observe(inputs, targets), or backend 'fused' or "
+                "'vjp'."
             )
 
     def _repeated(self, source: Contract, batch: Batch, unit: float) -> Moments:
-        """Return the moments of the repeated pass, and prove that it is the user's."""
+        """Return the moments of the repeated pass, checked against the user's pass."""
         self._state.put_back()
         with replayed(source, self._start):
             losses = source.losses(batch)
@@ -158,10 +158,10 @@ class ReplayRecorder(Recorder):
             require_close(source, "gradient of the batch", repeated, ordinary, allowance, batch.size)
         except DisagreementError as disagreement:
             raise UnsupportedModelError(
-                "The model's forward pass gave another gradient when it was repeated: it draws random numbers from a "
-                "generator of its own, keeps something from call to call, or changes its inputs in place; or inputs or "
-                "model were changed before backward(). Use optimizer.observe(inputs, targets), or backend 'fused', "
-                f"which repeats nothing. ({disagreement})"
+                "The model's forward pass gave a different gradient when repeated: it draws random numbers from its "
+                "own generator, keeps a state between calls, or changes its inputs in place; or inputs or model were "
+                "changed before backward(). Use optimizer.observe(inputs, targets), or backend 'fused', which "
+                f"repeats nothing. ({disagreement})"
             ) from disagreement
         moments = moments_of(source, batch)
         if source.check == "never":
@@ -177,7 +177,7 @@ class ReplayRecorder(Recorder):
 
 
 def gradients_by_the_loss(losses: Any, gradient: Any, outputs: Mapping[int, GradientEdge]) -> dict[int, Tensor]:
-    """Return the gradient at each of the outputs that the losses give it directly, not by way of other outputs.
+    """Return the gradient at each output, without what arrives through other outputs.
 
     If one output was computed from another, as a reconstruction from a code, the gradient that flows from the one to
     the other is left out: it belongs to the first already.
@@ -210,7 +210,7 @@ def gradients_by_the_loss(losses: Any, gradient: Any, outputs: Mapping[int, Grad
 
 
 def _outputs(forward_pass: ForwardPass) -> dict[int, GradientEdge]:
-    """Where the outputs with a row for each sample stand in the graph, each place once."""
+    """The nodes of the outputs with a row for each sample, each once."""
     places: dict[tuple[Node, int], int] = {}
     for index in forward_pass.outputs:
         edge = forward_pass.edges[index]
@@ -228,8 +228,8 @@ def _products(indices: Sequence[int]) -> Callable[[Any, Any], Tensor]:
             output = tensors[index]
             if output.shape != delta.shape:
                 raise UnsupportedModelError(
-                    f"The model returned shape {tuple(output.shape)} where {tuple(delta.shape)} was due when its "
-                    "forward pass was repeated for some of the samples: dim 0 of that output is not the sample. Use "
+                    f"Repeated for some of the samples, the model's forward pass returned shape {tuple(output.shape)} "
+                    f"instead of {tuple(delta.shape)}: dim 0 of that output is not the sample. Use "
                     "optimizer.observe(inputs, targets), or backend 'fused'."
                 )
             known = torch.where(delta != 0, output, 0)  # attention masks may be infinite

@@ -1,1 +1,1 @@
-"""The self-check: what a backend claims against ordinary gradients and a loop over a few samples."""
+"""The self-check: a backend's results against ordinary gradients and a loop over a few samples."""

@@ -1,4 +1,4 @@
-"""Computing what a backend is asked for, and checking it where a check is due."""
+"""Running a backend, and the self-check if it is due."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Compute = Callable[[Contract, Batch], Any]
 
 
 def computed(source: Contract, batch: Batch, compute: Compute, state: State, checking: bool) -> Any:
-    """Compute, see to the state, and check the result, if it is to be checked.
+    """Compute, handle the state, and check the result if a check is due.
 
     Args:
         source: the backend.
@@ -57,7 +57,7 @@ def computed(source: Contract, batch: Batch, compute: Compute, state: State, che
 
 
 def _refuse_uses(source: Contract, batch: Batch, disagreement: DisagreementError) -> None:
-    """Raise `UnsupportedModelError` if one of the uses of parameters is refused when they are looked at one by one.
+    """Raise `UnsupportedModelError` if any single use of a parameter is refused.
 
     It is the reason why the result is wrong. The look costs more than a call, so each call does without it.
     """
@@ -73,7 +73,7 @@ def check_once(
     method: str = "recording",
     computes: Sequence[Compute] = (moments_of,),
 ) -> None:
-    """Run the self-check on `batch` with another loss, where `check` says that it is due for its kind and `method`.
+    """Run the self-check on `batch` with another loss, if it is due for its kind and `method`.
 
     What `computes` asks for is computed, and checked.
 

@@ -1,4 +1,4 @@
-"""The gradients of single samples by definition: what `loop` returns, and what the self-check compares with."""
+"""The oracle: gradients of single samples by definition, for `loop` and the self-check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from persample.sources.selfcheck.tolerances import tolerance
 
 
 def sample_gradients(source: Contract, batch: Batch, rows: Iterable[int]) -> tuple[Tensor, Iterator[dict[str, Tensor]]]:
-    """Return the losses of `batch` with their graph, and for each of `rows` the gradient of that sample.
+    """Return the losses of `batch` with their graph, and the gradient of each sample in `rows`.
 
     Raises:
         UnsupportedModelError: the model mixes the samples.
@@ -35,7 +35,7 @@ def part_gradients(
     parts: Iterable[list[int]],
     differentiate: Callable[[Tensor], dict[str, Tensor]],
 ) -> tuple[Tensor, Iterator[dict[str, Tensor]]]:
-    """Return the losses of `batch` with their graph, and what `differentiate` makes of the losses of each part of it.
+    """Return the losses of `batch` with their graph, and `differentiate` of the losses of each part.
 
     Where the forward pass draws no random numbers, each part goes alone through the model. Otherwise a part alone
     would draw others than in the batch, so there the gradients start from the entries of the batch's losses, of a
@@ -86,7 +86,7 @@ def _gradients_alone(
     differentiate: Callable[[Tensor], dict[str, Tensor]],
     state: State,
 ) -> Iterator[dict[str, Tensor]]:
-    """∇ℓ_i of the model applied to each part alone, whose losses may be other ones by the relative error `allowed`.
+    """∇ℓ_i of the model applied to each part alone; losses may differ by the relative error `allowed`.
 
     Each begins in `state`, that before the pass over the batch.
     """
@@ -108,7 +108,7 @@ def _gradients_alone(
 
 
 def _of_state(source: Contract, batch: Batch, state: State, refusal: UnsupportedModelError) -> UnsupportedModelError:
-    """Return what to say where a sample does not go through the model alone: `refusal`, or that it keeps a state.
+    """Return the error for a model that does not run on single samples: `refusal`, or that it keeps a state.
 
     Args:
         source: the backend.
@@ -122,9 +122,9 @@ def _of_state(source: Contract, batch: Batch, state: State, refusal: Unsupported
     kept = state.rows_kept(batch.size)
     if kept:
         return UnsupportedModelError(
-            f"The model keeps {', '.join(map(repr, kept))} from call to call, with an entry for each sample of the "
-            "batch, so that no sample can go through it alone: reset it before each call, give it to the model as an "
-            "argument, or use backend 'fused', which runs the batch as a whole."
+            f"The model keeps {', '.join(map(repr, kept))} between calls, with an entry for each sample of the batch, "
+            "so it cannot run on single samples: reset it before each call, pass it to the model as an argument, or "
+            "use backend 'fused', which runs the batch as a whole."
         )
     with state_restored(source.state()):
         state.put_back()
@@ -133,7 +133,7 @@ def _of_state(source: Contract, batch: Batch, state: State, refusal: Unsupported
 
 
 def require_repeatable(source: Contract, batch: Batch, before: RandomState) -> None:
-    """Raise if the forward pass gives other losses when it is repeated from the same state and random numbers.
+    """Raise if the forward pass, repeated from the same state and random numbers, gives different losses.
 
     Raises:
         UnsupportedModelError: it does.
@@ -142,8 +142,8 @@ def require_repeatable(source: Contract, batch: Batch, before: RandomState) -> N
     allowed = tolerance(first)
     if not torch.allclose(first, again, rtol=allowed, atol=allowed):
         raise UnsupportedModelError(
-            "The losses of the same batch are others when the forward pass is repeated: the model or the loss keeps a "
-            "state, or a generator of random numbers, where it is not restored (in an object that is no module, in a "
+            "The losses of the same batch change when the forward pass is repeated: the model or the loss keeps a "
+            "state or a random number generator where it cannot be restored (in an object that is not a module, a "
             "closure or a global variable), so single samples cannot be compared with the batch. Keep it in a buffer "
             "or an attribute of a module, or use check='never' with backend 'fused', which runs the batch once."
         )
@@ -164,7 +164,7 @@ REENTRANT = (
 
 @contextmanager
 def reentrant_refused() -> Iterator[None]:
-    """Say what to do where PyTorch says that reentrant checkpointing has no `autograd.grad`."""
+    """Add advice to PyTorch's error that reentrant checkpointing does not support `autograd.grad`."""
     try:
         yield
     except RuntimeError as error:
@@ -174,7 +174,7 @@ def reentrant_refused() -> Iterator[None]:
 
 
 def losses_of_part(source: Contract, part: Batch) -> Tensor:
-    """Return the losses of some samples of a batch on which the model ran.
+    """Return the losses of some samples of a batch that the model ran on.
 
     Raises:
         UnsupportedModelError: the model does not run on these samples without the others.
@@ -192,9 +192,9 @@ def losses_of_part(source: Contract, part: Batch) -> Tensor:
 def runs_in_batches_only(size: int, error: Exception) -> UnsupportedModelError:
     """The refusal of a model that ran on the batch, but raised `error` on `size` of its samples."""
     return UnsupportedModelError(
-        f"The model runs on the batch, but not on {size} of its samples by themselves ({error}): it mixes the "
-        "samples (statistics over the batch) or is written for one batch size. Make every sample's loss depend on "
-        "that sample alone."
+        f"The model runs on the batch, but not on {size} of its samples alone ({error}): it mixes the samples "
+        "(statistics over the batch) or works for one batch size only. Make every sample's loss depend on that "
+        "sample alone."
     )
 
 
@@ -230,7 +230,7 @@ def other_leaves(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
 def gradients_at(
     targets: Sequence[Any], losses: Tensor, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of `losses` at tensors and edges of its graph, None where it has none.
+    """Return the gradients of the sum of `losses` at tensors and edges of its graph, None where there are none.
 
     Raises:
         UnsupportedModelError: the backward pass gives gradients to `parameters` by itself.
@@ -244,23 +244,23 @@ def gradients_at(
 
 
 def refuse_accumulated(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise if the backward pass that just ended gave a parameter its gradient itself."""
+    """Raise if the backward pass that just ended wrote to a parameter's `.grad`."""
     for name, parameter in parameters.items():
         if parameter.grad is not None:
             raise inner_backward_pass(name)
 
 
 def inner_backward_pass(name: str) -> UnsupportedModelError:
-    """The refusal of a parameter whose gradient comes from a backward pass inside of the backward pass."""
+    """The refusal of a parameter whose gradient comes from a nested backward pass."""
     return UnsupportedModelError(
-        f"Parameter {name!r} gets its gradient from a backward pass inside of the backward pass (a custom "
-        "torch.autograd.Function that calls .backward(), as reversible layers do), which gives the sum over "
-        "the samples only: replace that by ordinary operations, or freeze the parameter."
+        f"Parameter {name!r} gets its gradient from a backward pass inside the backward pass (a custom "
+        "torch.autograd.Function that calls .backward(), as reversible layers do), which gives the sum over the "
+        "samples only: replace that by ordinary operations, or freeze the parameter."
     )
 
 
 def refuse_hidden_uses(source: Contract, batch: Batch) -> None:
-    """Raise if custom functions of autograd use parameters in other ways than the graph shows.
+    """Raise if custom autograd functions use parameters in ways that the graph does not show.
 
     Raises:
         UnsupportedModelError: it names the parameter.

@@ -1,4 +1,4 @@
-"""What rounding leaves of gradients that vanish in exact arithmetic.
+"""How large rounding makes gradients that are zero in exact arithmetic.
 
 In front of a norm over a single number, say, everything cancels: one computation of the gradient gives 1e-13, another
 one 0, and neither is wrong. Such a gradient has no size of its own to measure differences by, and that of the loss says
@@ -29,7 +29,7 @@ _TIMES = 10
 def rounding_left(
     model: nn.Module, inputs: Any, gradients: Callable[[nn.Module, Any], Mapping[str, Tensor]], dtype: torch.dtype
 ) -> dict[str, float]:
-    """Return how large the rounding is that gradients consist of, by name; zero for those that do not vanish.
+    """Return the size of gradients that consist of rounding only, by name; zero for all others.
 
     Args:
         model: the network; copies of it are used.
@@ -52,13 +52,13 @@ def rounding_left(
 
 
 def _moved(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return `values` with other last bits in `dtype`."""
+    """Return `values` with their last bits in `dtype` changed."""
     units = torch.randint(-_UNITS, _UNITS + 1, values.shape, device=generator.device, generator=generator).to(values)
     return values * (1 + units * torch.finfo(dtype).eps)
 
 
 def _moved_input(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """The same for real numbers; whole ones stay, which may be masks or indices."""
+    """The same for real numbers; integers, which may be masks or indices, stay."""
     if not values.is_floating_point():
         return values
     return torch.where(values == values.round(), values, _moved(values, dtype, generator))

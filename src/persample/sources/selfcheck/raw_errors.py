@@ -1,4 +1,4 @@
-"""The last resort: no raw error leaves a backend on a model that PyTorch itself runs."""
+"""The last resort: turning raw errors inside a backend into errors of the package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from persample.sources.selfcheck.returned import ADVICE, name_of
 
 @contextmanager
 def in_words(source: Contract, batch: Batch, state: State) -> Iterator[None]:
-    """Say what failed, and where, if an error of Python's or PyTorch's classes comes out of the context.
+    """Turn an error of Python or PyTorch into one that says what failed, and where.
 
     The model is then run as PyTorch runs it without any backend. What fails there, too, is the user's own: an error in
     the forward pass is raised as it is, as are all of other classes. A refusal whose true reason is a loss that is not
@@ -82,7 +82,7 @@ def _not_finite(source: Contract, batch: Batch) -> NonFiniteLossError | None:
 
 @contextmanager
 def _without_trace(model: nn.Module) -> Iterator[None]:
-    """Draw no random numbers, as it seems, and leave the parameters as they are."""
+    """Restore random number generators and parameters afterwards."""
     with random_state_restored(model, random_state(model)), parameters_guarded(model):
         yield
 
@@ -93,7 +93,7 @@ def _described(error: Exception) -> str:
 
 
 def _where(traceback: TracebackType | None, model: nn.Module) -> str:
-    """Return in which operation of which module an error came up, as far as its traceback tells."""
+    """Return the operation and module where an error arose, as far as its traceback tells."""
     paths = modules_of(model)
     module = operation = None
     for frame, _ in walk_tb(traceback):

@@ -1,4 +1,4 @@
-"""What the methods of a backend return, held against the contract of `Contract`, in words.
+"""Checking a backend's return values against its contract.
 
 Whoever needs a result of a backend asks here. The checks look at kinds, shapes and dtypes only; whether the numbers
 are right, the self-check asks.
@@ -29,11 +29,11 @@ def moments_of(source: Contract, batch: Batch) -> Moments:
     """Return what `source.compute_moments` returns for `batch`.
 
     Raises:
-        ContractError: that is not what is due.
+        ContractError: that breaks the contract.
     """
     found: Any = source.compute_moments(batch)
     if not isinstance(found, Moments):
-        raise _broken(source, f"{_kind(found)} from compute_moments", "persample.Moments are due")
+        raise _broken(source, f"{_kind(found)} from compute_moments", "persample.Moments")
     parameters = source.parameters()
     require_losses(source, found.losses, batch.size)
     _require_gradients(source, "mean gradient", found.mean, parameters)
@@ -45,12 +45,12 @@ def per_sample_of(source: Contract, batch: Batch) -> tuple[Tensor, dict[str, Ten
     """Return what `source.compute_per_sample` returns for `batch`: the losses and the per-sample gradients.
 
     Raises:
-        ContractError: that is not what is due.
+        ContractError: that breaks the contract.
     """
     found: Any = source.compute_per_sample(batch)
     if not isinstance(found, tuple) or len(found) != 2:
         kind = f"{len(found)} values" if isinstance(found, tuple) else _kind(found)
-        raise _broken(source, f"{kind} from compute_per_sample", "the losses and the per-sample gradients are due")
+        raise _broken(source, f"{kind} from compute_per_sample", "the losses and the per-sample gradients")
     losses, gradients = found
     require_losses(source, losses, batch.size)
     _require_gradients(source, "per-sample gradient", gradients, source.parameters(), batch.size)
@@ -61,23 +61,23 @@ def uses_of(source: Contract, batch: Batch | None) -> Iterator[Use]:
     """Yield what `source.find_uses` returns for `batch`.
 
     Raises:
-        ContractError: that is not what is due.
+        ContractError: that breaks the contract.
     """
     found: Any = source.find_uses(batch)
     if not isinstance(found, Iterable):
-        raise _broken(source, f"{_kind(found)} from find_uses", "an iterable of Use is due")
+        raise _broken(source, f"{_kind(found)} from find_uses", "an iterable of Use")
     for use in found:
         if not isinstance(use, Use):
-            raise _broken(source, f"{_kind(use)} among what find_uses found", "an iterable of Use is due")
+            raise _broken(source, f"{_kind(use)} among what find_uses found", "an iterable of Use")
         yield use
 
 
 def require_losses(source: Contract, losses: Any, size: int) -> None:
     """Raise `ContractError` unless `losses` are `size` real numbers without a graph."""
     if not isinstance(losses, Tensor) or losses.shape != (size,) or not losses.is_floating_point():
-        raise _broken(source, f"{_kind(losses)} as losses", f"{size} real numbers are due, of shape {(size,)}")
+        raise _broken(source, f"{_kind(losses)} as losses", f"{size} real numbers, of shape {(size,)}")
     if losses.requires_grad:
-        raise _broken(source, "losses with their graph", "detached ones are due")
+        raise _broken(source, "losses with their graph", "detached ones")
 
 
 def _require_gradients(
@@ -85,25 +85,24 @@ def _require_gradients(
 ) -> None:
     """Raise unless `found` has a tensor like each of `parameters`, with `size` rows if a size is given."""
     if not isinstance(found, Mapping):
-        raise _broken(source, f"{_kind(found)} as {what}", "a dict by the names of the parameters is due")
+        raise _broken(source, f"{_kind(found)} as {what}", "a dict by the names of the parameters")
     if list(found) != list(parameters):
-        raise _broken(
-            source, f"a {what} for {_other_names(found, parameters)}", "one for each parameter is due, in order"
-        )
-    rows, are = ((), "is") if size is None else ((size,), "are")
+        raise _broken(source, f"a {what} for {_other_names(found, parameters)}", "one for each parameter, in order")
+    rows = () if size is None else (size,)
     for name, p in parameters.items():
         value = found[name]
         if not isinstance(value, Tensor) or value.shape != (*rows, *p.shape):
-            due = f"{'' if size is None else f'{size} samples of '}shape {tuple(p.shape)} {are} due as {what}"
-            raise _broken(source, f"{_kind(value)} for parameter {name!r}", due)
+            samples = "" if size is None else f"{size} samples of "
+            expected = f"{samples}shape {tuple(p.shape)} as {what}"
+            raise _broken(source, f"{_kind(value)} for parameter {name!r}", expected)
         if value.dtype != p.dtype or value.device != p.device or value.layout != torch.strided:
             raise _broken(
                 source,
                 f"{value.dtype} on {value.device} ({value.layout}) for parameter {name!r}",
-                f"{p.dtype} on {p.device} ({torch.strided}) is due as {what}, as the parameter's",
+                f"{p.dtype} on {p.device} ({torch.strided}) as {what}, as the parameter's",
             )
         if value.requires_grad:
-            raise _broken(source, f"a {what} of {name!r} with its graph", "a detached one is due")
+            raise _broken(source, f"a {what} of {name!r} with its graph", "a detached one")
 
 
 def _other_names(found: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
@@ -120,8 +119,8 @@ def name_of(source: Contract) -> str:
     return type(source).__name__
 
 
-def _broken(source: Contract, found: str, due: str) -> ContractError:
-    return ContractError(f"Backend {name_of(source)} returned {found}, but {due}. {ADVICE}")
+def _broken(source: Contract, found: str, expected: str) -> ContractError:
+    return ContractError(f"Backend {name_of(source)} returned {found}, but expected {expected}. {ADVICE}")
 
 
 def _kind(value: Any) -> str:

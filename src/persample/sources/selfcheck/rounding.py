@@ -1,4 +1,4 @@
-"""A second look at results that failed the self-check: may rounding alone explain that?"""
+"""A second look at results that failed the self-check: can rounding explain the difference?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def only_rounded(
     result: Result,
     before: RandomState,
 ) -> bool:
-    """Whether `result` failed `verify` for rounding alone.
+    """Whether `result` failed `verify` because of rounding alone.
 
     It must be right on a copy of the model and batch in float64, and what it returned may be off by `MOVED`; both but
     for gradients that vanish in exact arithmetic.
@@ -52,7 +52,7 @@ def only_rounded(
 
 
 def _rounding_left(source: Contract, batch: Batch, before: RandomState) -> dict[str, float]:
-    """What rounding leaves of the gradient of a sample, where it vanishes for all of those that are looked at."""
+    """The rounding in a sample's gradient, where it is zero for all compared samples."""
     few = some_samples(batch)
     with replayed(source, before):
         dtype = least_precise(source.losses(batch))

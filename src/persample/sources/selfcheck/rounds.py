@@ -1,4 +1,4 @@
-"""Quantities of one batch: the blocks of its gradients, read by all that want them, as often as they want them."""
+"""Quantities of one batch: rounds in which they read the blocks of its gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_BYTES = 2**28
 
 @dataclass(frozen=True)
 class QuantitiesOf:
-    """What `source.compute` asks for, as a function of source and batch.
+    """A request of `source.compute`, as a function of source and batch.
 
     Attributes:
         asked: the quantities.
@@ -41,7 +41,7 @@ class QuantitiesOf:
 
     @property
     def __name__(self) -> str:
-        """What tells one kind of request from another."""
+        """Identifies the kind of request."""
         return f"compute {[type(quantity).__qualname__ for quantity in self.asked]} {self.groups is not None}"
 
     def __call__(self, source: Contract, batch: Batch) -> Quantities:
@@ -143,7 +143,7 @@ class Reading:
 
 
 def formed_blocks(source: Contract, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
-    """Give `receive` the blocks of `batch` from per-sample gradients, of which no more are formed at once than allowed.
+    """Pass `receive` the blocks of `batch` from per-sample gradients, formed in chunks of at most `max_bytes`.
 
     Of a model that keeps a state, each part of the batch begins with the same, and that of one ordinary forward pass
     over the batch is left.
@@ -163,9 +163,8 @@ def formed_blocks(source: Contract, batch: Batch, receive: Receive, max_bytes: i
         if not same_random_state(before, random_state(source.model)):
             raise UnsupportedModelError(
                 f"The model draws random numbers (dropout), and the gradients of {batch.size} samples take more than "
-                f"max_bytes={max_bytes}, so that they are computed {rows} samples at a time, which would draw others "
-                "than the batch does: allow more bytes, use backend 'fused' or 'hooks', which need none of them, or "
-                "call model.eval()."
+                f"max_bytes={max_bytes}. Computing them {rows} samples at a time would draw different numbers: raise "
+                "max_bytes, use backend 'fused' or 'hooks', which do not need it, or call model.eval()."
             )
         changed |= source.state_changed(state)
         state.put_back()
@@ -178,7 +177,7 @@ def formed_blocks(source: Contract, batch: Batch, receive: Receive, max_bytes: i
 
 
 def samples_within(source: Contract, batch: Batch, max_bytes: int) -> int:
-    """Return how many samples of `batch` have per-sample gradients of no more than `max_bytes` together."""
+    """Return how many samples' gradients fit in `max_bytes`."""
     parameters = source.parameters().values()
     of_one = sum(p.numel() * max(4, p.element_size()) for p in parameters)
     return min(batch.size, max(1, max_bytes // max(1, of_one)))
@@ -190,7 +189,7 @@ def _receive_formed(gradients: dict[str, Tensor], start: int, receive: Receive) 
 
 
 def _blocks_of(source: Contract, batch: Batch, max_bytes: int, receive: Receive, index: Tensor | None) -> Tensor:
-    """Let the source give `receive` its blocks, added up within the groups whose numbers are in `index`."""
+    """Let the source pass its blocks to `receive`, summed within the groups numbered by `index`."""
     if index is not None:
         receive = _AddingUp(index, receive)
     losses = source.compute_blocks(batch, receive, max_bytes)
@@ -199,7 +198,7 @@ def _blocks_of(source: Contract, batch: Batch, max_bytes: int, receive: Receive,
 
 
 class _AddingUp:
-    """Adds gradients up within groups of samples that follow each other, and gives the sums on.
+    """Sums gradients within groups of consecutive samples, and passes the sums on.
 
     Args:
         index: the number of each sample's group, ascending from 0.

@@ -1,4 +1,4 @@
-"""How far two computations of the same number may lie apart before one of them is wrong."""
+"""How far two computations of the same number may differ before one of them is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOVED = 5e-2
 
 
 def largest_entry(values: Tensor) -> float:
-    """Return the largest size of an entry, where NaN counts as 0."""
+    """Return the largest absolute entry; NaN counts as 0."""
     return values.detach().abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0
 
 
@@ -66,7 +66,7 @@ class Allowance:
         return cls(max(rounding, _RELATIVE[dtype]), dtype, largest, left or {})
 
     def difference(self, name: str, size: float, largest: float, samples: int) -> float:
-        """Return how far two values may lie apart.
+        """Return how far two values may differ.
 
         Args:
             name: of the parameter.

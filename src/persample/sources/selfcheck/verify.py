@@ -1,4 +1,4 @@
-"""The self-check: what a backend claims, compared with ordinary gradients and with a loop over a few samples.
+"""The self-check: a backend's results, compared with ordinary gradients and a loop over a few samples.
 
 A backend that is silently wrong fails at least one of these comparisons:
 
@@ -97,7 +97,7 @@ def verify_unmixed(source: Contract, batch: Batch, before: RandomState) -> None:
 
 @contextmanager
 def _of_repeated_passes(source: Contract, batch: Batch, before: RandomState) -> Iterator[None]:
-    """Where something is found, make sure that it is not for a forward pass that cannot be repeated."""
+    """Before reporting a difference, make sure that the forward pass can be repeated."""
     try:
         yield
     except (DisagreementError, UnsupportedModelError):
@@ -113,7 +113,7 @@ def _verify_no_mixing(
     after: RandomState,
     rounding: float,
 ) -> None:
-    """Require that no sample's loss depends on the others, nor on how many there are.
+    """Require that no sample's loss depends on the others or on their number.
 
     Where `losses` drew random numbers, from the state `before` to the state `after`, a smaller batch draws others; so
     does another sample, where their count depends on values. But in eval mode there may be none left to draw.
@@ -164,7 +164,7 @@ def _verify_halves(source: Contract, batch: Batch, losses: Tensor, order: list[i
 
 @contextmanager
 def replayed(source: Contract, before: RandomState) -> Iterator[None]:
-    """Start from the random numbers of the call, and leave them and the state of the model as they are."""
+    """Start from the random numbers of the call; restore them and the state of the model afterwards."""
     with state_restored(source.state()), random_state_restored(source.model, before):
         yield
 
@@ -188,7 +188,7 @@ def _require_unmixed(values: Tensor, expected: Tensor, rounding: float, when: st
 
 
 def refuse_nonlinear_backward(source: Contract, batch: Batch, before: RandomState) -> None:
-    """Raise if four times the losses have another gradient than four times that of the losses.
+    """Raise if the gradient of four times the losses is not four times their gradient.
 
     Raises:
         UnsupportedModelError: they have.
@@ -203,14 +203,14 @@ def refuse_nonlinear_backward(source: Contract, batch: Batch, before: RandomStat
     except DisagreementError as difference:
         raise UnsupportedModelError(
             "Something in the backward pass (a hook, a custom torch.autograd.Function) clips, normalises or rounds "
-            "gradients, or changes them otherwise by a function that is not linear, so that the gradient of the batch "
-            "is not the sum of those of its samples. Remove it, or make it linear. If what it makes of each sample "
-            "alone is wanted, use backend 'vjp' with check='never'."
+            "gradients, or applies another nonlinear function, so the gradient of the batch is not the sum of those "
+            "of its samples. Remove it, or make it linear. If you want its effect on each sample alone, use backend "
+            "'vjp' with check='never'."
         ) from difference
 
 
 def refuse_slight_mixing(source: Contract, batch: Batch, before: RandomState) -> None:
-    """Raise if ordinary gradients of single losses tell that the samples mix, by less than the losses show.
+    """Raise if ordinary gradients of single losses show that the samples mix, even where the losses hardly change.
 
     Raises:
         UnsupportedModelError: a sample's loss has another gradient in the batch than alone.
@@ -250,9 +250,9 @@ def _require_same_alone(
     except DisagreementError as difference:
         raise UnsupportedModelError(
             f"The gradient of {what} in the batch differs from that alone by more than rounding: the model mixes the "
-            "samples by a little (a step size or a scale chosen for the whole batch, a tolerance that an inner solver "
-            "meets for all), so the gradient of a single sample is not exact. Choose such numbers for each sample, or "
-            "by settings."
+            "samples slightly (a step size or a scale chosen for the whole batch, an inner solver's tolerance over "
+            "all samples), so the gradient of a single sample is not exact. Choose such numbers per sample, or fix "
+            "them."
         ) from difference
 
 
@@ -309,7 +309,7 @@ def _verify_rows(
 
 
 def signed_root(second_moment: Tensor) -> Tensor:
-    """Return the square root, in which entries that are negative by mistake stay negative, and do not become NaN."""
+    """Return the square root; entries that are negative by mistake stay negative instead of NaN."""
     return second_moment.abs().sqrt().copysign(second_moment)
 
 
@@ -332,7 +332,7 @@ def require_close(
     allowance: Allowance,
     samples: int = 1,
 ) -> None:
-    """Raise `DisagreementError` unless what `source` claims is what is expected, but for rounding.
+    """Raise `DisagreementError` unless the claimed value equals the expected one up to rounding.
 
     Args:
         source: the backend.
@@ -354,10 +354,10 @@ def require_close(
 
 
 def _require_comparable(source: Contract, what: str, claimed: Tensor, expected: Tensor) -> None:
-    """Raise if the two are on different devices, or if other entries than those of `expected` are not numbers."""
+    """Raise if the two are on different devices, or have NaN in different entries."""
     if claimed.device != expected.device:
         raise ContractError(
-            f"Backend {name_of(source)} returned the {what} on {claimed.device}, but {expected.device} is due. {ADVICE}"
+            f"Backend {name_of(source)} returned the {what} on {claimed.device}, expected {expected.device}. {ADVICE}"
         )
     wrong = claimed.isnan() != expected.isnan()
     if bool(wrong.any()):

@@ -26,7 +26,7 @@ from persample.sources.selfcheck.tolerances import Allowance, largest_entry
 def verify_quantities(
     source: Contract, batch: Batch, few: Batch, claimed: Quantities, losses: Tensor, allowance: Allowance
 ) -> None:
-    """Raise if the gradients behind `claimed` are not the ordinary ones.
+    """Raise if `claimed` does not follow from ordinary gradients.
 
     Of the whole batch, a sum with random weights must be the ordinary gradient of that sum of the losses. Of a few
     samples, each quantity must be what it is of the gradients that the loop gives. Random numbers and state are those
@@ -57,7 +57,7 @@ def verify_quantities(
 
 
 def _of_rows(quantity: Quantity[Any], parameters: dict[str, Tensor], gradients: list[dict[str, Tensor]]) -> Any:
-    """Return a quantity of gradients that are there."""
+    """Return a quantity of given gradients."""
     accumulation = quantity.begin(Setting(len(gradients), parameters))
     blocks = [
         Formed(name, 0, len(gradients), at_least_float32(torch.stack([row[name] for row in gradients])))
@@ -72,7 +72,7 @@ def _of_rows(quantity: Quantity[Any], parameters: dict[str, Tensor], gradients: 
 
 
 def _of_size(quantity: Quantity[Any], size: int) -> Quantity[Any]:
-    """Return a quantity as for a batch of `size`: one that holds something for each sample says how."""
+    """Return a quantity for a batch of `size`; quantities with values per sample say how."""
     changed: Any = getattr(quantity, "of_size", None)
     fitting: Quantity[Any] = quantity if changed is None else changed(size)
     return fitting

@@ -1,1 +1,1 @@
-"""How the parts of a batch are split into samples, where they are no tensors whose dim 0 is the sample."""
+"""Splitting parts of a batch that are not tensors with the sample in dim 0."""

@@ -1,4 +1,4 @@
-"""Finding the parts of a batch that are split otherwise than along dim 0: lists of samples, packed ones, objects."""
+"""Finding the parts of a batch that are not split along dim 0: lists of samples, packed sequences, objects."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def with_splits(inputs: Any, targets: Any) -> tuple[Any, Any]:
 
 
 def is_of_samples(entries: list[Any], size: int) -> bool:
-    """Whether a list in a batch of `size` samples has an entry for each of them, or can be nothing else."""
+    """Whether a list in a batch of `size` samples has an entry for each of them, or cannot be anything else."""
     if size == len(entries) and all(isinstance(entry, dict) for entry in entries):
         return True
     lengths = [tensor.shape[:1] for tensor in tensors_in(entries)]
@@ -78,7 +78,7 @@ def _opened(tree: Any) -> Any:
 
 
 def unwrapped(tree: Any) -> Any:
-    """Return `tree` without what `persample.shared` and the like say of it; None if they say nothing."""
+    """Return `tree` without `persample.shared` and the like; None if it has none."""
     found = False
 
     def of_leaf(leaf: Any) -> Any:
@@ -98,7 +98,7 @@ def unwrapped(tree: Any) -> Any:
 
 
 def _likely_size(tree: Any) -> int | None:
-    """Return B: of what says itself how it is split, else of the first tensor, else of the first list."""
+    """Return B, from parts that declare their split, else the first tensor, else the first list."""
     leaves = list(_without_lists(tree))
     splits = [leaf for leaf in leaves if isinstance(leaf, Split)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
@@ -113,7 +113,7 @@ def _likely_size(tree: Any) -> int | None:
 
 
 def _without_lists(tree: Any) -> Iterator[Any]:
-    """Yield the leaves of `tree`, its lists as a whole, and what objects hold."""
+    """Yield the leaves of `tree`, lists as a whole, and the contents of objects."""
     for leaf in pytree.tree_leaves(tree, is_leaf=is_list):
         if isinstance(leaf, Fields):
             yield from _without_lists(leaf.fields)

@@ -17,7 +17,7 @@ from persample.sources.splits.tree import Split
 
 
 def fields_of(leaf: Any) -> dict[str, Any] | None:
-    """Return what a dataclass, or a mapping that is no dict, holds by name; None for any other leaf."""
+    """Return the fields of a dataclass or of a mapping other than dict, by name; None for any other leaf."""
     if isinstance(leaf, MutableMapping):
         return dict(leaf)
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type | Split):
@@ -27,7 +27,7 @@ def fields_of(leaf: Any) -> dict[str, Any] | None:
 
 
 def with_fields(original: Any, fields: Mapping[str, Any]) -> Any:
-    """Return a copy of what `fields_of` was asked, with other fields."""
+    """Return a copy of the object with other fields; inverse of `fields_of`."""
     twin = copy.copy(original)
     for name, value in fields.items():
         if isinstance(twin, MutableMapping):
@@ -52,7 +52,7 @@ def holds_tensors(leaf: Any) -> bool:
 
 
 def tensors_held(leaf: Any) -> Iterator[Tensor]:
-    """Yield the tensors that any object holds in its attributes, and what these hold; modules are not looked into."""
+    """Yield the tensors that an object holds in its attributes, recursively; modules are skipped."""
     pending = deque([leaf])
     for _ in range(_MOST):
         if not pending:

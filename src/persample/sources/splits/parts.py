@@ -1,4 +1,4 @@
-"""The ways in which a part of a batch may be split into samples."""
+"""The ways to split a part of a batch into samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from persample.sources.splits.tree import (
 
 @dataclass(frozen=True, eq=False)
 class Shared(Split):
-    """A part that all samples share: see `shared`."""
+    """A part shared by all samples: see `shared`."""
 
     tree: Any
 
@@ -140,7 +140,7 @@ class Entries(Split):
         first, structure = entries[0]
         if any(_alike(leaves) != _alike(first) or spec != structure for leaves, spec in entries):
             raise UnsupportedModelError(
-                f"The entries of the list {where} have different shapes, or hold other things than tensors, so that "
+                f"The entries of the list {where} have different shapes, or hold other things than tensors, so "
                 f"torch.func cannot map over them: pad them to one length, or {FUSED_OR_VJP}."
             )
         same = zip(*(leaves for leaves, _ in entries), strict=True)
@@ -150,7 +150,7 @@ class Entries(Split):
 
 @dataclass(frozen=True, eq=False)
 class Packed(Split):
-    """A packed batch of sequences, or a tensor that has an entry for each of its steps, in the same order.
+    """A packed batch of sequences, or a tensor with an entry for each of its steps, in the same order.
 
     Attributes:
         packed: the sequences.
@@ -187,13 +187,13 @@ class Packed(Split):
 
     def columns(self, where: str) -> Columns:
         raise UnsupportedModelError(
-            f"{where} is a PackedSequence, over which torch.func cannot map: pass padded tensors, or {FUSED_OR_VJP}."
+            f"{where} is a PackedSequence, which torch.func cannot map over: pass padded tensors, or {FUSED_OR_VJP}."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Fields(Split):
-    """A dataclass, or a mapping that is no dict (UserDict, BatchFeature), with all that it holds.
+    """A dataclass, or a mapping other than dict (UserDict, BatchFeature).
 
     Attributes:
         original: the object.
@@ -229,13 +229,13 @@ class Fields(Split):
 
 
 def _with_tensors(tree: Any, tensors: list[Tensor]) -> Any:
-    """Return `tree` with these tensors in place of its own."""
+    """Return `tree` with its tensors replaced."""
     left = iter(tensors)
     return map_tensors(lambda _: next(left), tree)
 
 
 def _alike(leaves: list[Any]) -> list[Any]:
-    """What is the same of leaves that can be stacked, or left as they are."""
+    """A key that is equal for leaves that can be stacked, or shared."""
     settings = bool | int | float | str | None
     return [
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, settings) else object()

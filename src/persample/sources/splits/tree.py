@@ -1,4 +1,4 @@
-"""Trees (tuples, lists, dicts) of tensors, of parts that are split otherwise than along dim 0, and of anything else."""
+"""Trees (tuples, lists, dicts) of tensors, of parts that are not split along dim 0, and of anything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TensorFunction = Callable[[Tensor], Tensor]
 
 
 class Followed(NamedTuple):
-    """Whose the entries of a tensor of the batch are.
+    """Which sample each entry of a tensor of the batch belongs to.
 
     Attributes:
         tensor: the tensor.
@@ -39,7 +39,7 @@ Take = Callable[[Tensor, int], Tensor]
 
 
 class Column(NamedTuple):
-    """What `torch.func.vmap` maps over: one entry for each sample.
+    """A tensor for `torch.func.vmap` to map over: one entry for each sample.
 
     Attributes:
         tensor: a tensor of the batch, to which the entry is like.
@@ -57,36 +57,36 @@ Columns = tuple[list[Column], Callable[[list[Tensor]], Any]]
 
 
 class Split(ABC):
-    """A part of a batch that knows how it is split into samples."""
+    """A part of a batch that defines how it is split into samples."""
 
     @property
     @abstractmethod
     def value(self) -> Any:
-        """The part as the model or the loss gets it."""
+        """The part as passed to the model or the loss."""
 
     @abstractmethod
     def sizes(self, where: str) -> Iterator[tuple[str, int]]:
-        """Yield how many samples it has, with the name of what says so."""
+        """Yield the number of samples, with the name of the part that defines it."""
 
     @abstractmethod
     def take(self, index: Index, take: Take) -> Split:
-        """Return the same part of the samples at `index`, which `take` gives."""
+        """Return the part for the samples at `index`, taken by `take`."""
 
     @abstractmethod
     def map(self, function: TensorFunction) -> Split:
-        """Return the part with every tensor replaced by the function of it."""
+        """Return the part with a function applied to every tensor."""
 
     @abstractmethod
     def followed(self) -> Iterator[Followed]:
-        """Yield its tensors, and whose they are."""
+        """Yield its tensors, and their owners."""
 
     @abstractmethod
     def kind(self) -> Hashable:
-        """Return what parts of the same kind have in common."""
+        """Return a key that parts of the same kind share."""
 
     @abstractmethod
     def columns(self, where: str) -> Columns:
-        """Return it as tensors with one entry for each sample.
+        """Return tensors with one entry for each sample.
 
         Raises:
             UnsupportedModelError: the samples have different shapes.
@@ -97,7 +97,7 @@ class Split(ABC):
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return all tensors in `tree`, also those in parts that are split in another way."""
+    """Return all tensors in `tree`, including those inside `Split`s."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def map_tensors(function: TensorFunction, tree: Any) -> Any:
-    """Return `tree` with every tensor replaced by the function of it."""
+    """Return `tree` with a function applied to every tensor."""
     if isinstance(tree, Tensor):
         return function(tree)
     if type(tree) is tuple:
@@ -126,7 +126,7 @@ def map_tensors(function: TensorFunction, tree: Any) -> Any:
 
 
 def samples_at(index: Index) -> Take:
-    """Return what gives the samples at `index`; of one tensor in two arguments, the same object."""
+    """Return a function that takes the samples at `index`; a tensor passed twice stays one object."""
     along: dict[int, TensorFunction] = {}
 
     def take(tensor: Tensor, dim: int) -> Tensor:
@@ -138,7 +138,7 @@ def samples_at(index: Index) -> Take:
 
 
 def take_samples(tree: Any, index: Index, take: Take) -> Any:
-    """Return `tree` with the samples at `index` alone; what is neither a tensor nor a `Split` stays as it is."""
+    """Return `tree` with only the samples at `index`; other leaves are unchanged."""
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -149,17 +149,17 @@ def take_samples(tree: Any, index: Index, take: Take) -> Any:
 
 
 def plain(tree: Any) -> Any:
-    """Return `tree` as the model or the loss gets it."""
+    """Return `tree` as passed to the model or the loss."""
     return pytree.tree_map(lambda leaf: leaf.value if isinstance(leaf, Split) else leaf, tree)
 
 
 def leaves_of(where: str, tree: Any) -> list[tuple[str, Any]]:
-    """Return the leaves of `tree`, each with its name, of which `where` is the first part."""
+    """Return the leaves of `tree`, each with its name, which begins with `where`."""
     return [(where + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
 def sizes_of(where: str, leaf: Any) -> Iterator[tuple[str, int]]:
-    """Yield how many samples a leaf has, with its name; nothing if it has none."""
+    """Yield the number of samples of a leaf, with its name; nothing if it has none."""
     if isinstance(leaf, Tensor):
         yield where, len(leaf)
     elif isinstance(leaf, Split):
@@ -167,7 +167,7 @@ def sizes_of(where: str, leaf: Any) -> Iterator[tuple[str, int]]:
 
 
 def followed_in(tree: Any) -> Iterator[Followed]:
-    """Yield the tensors in `tree`, and whose they are."""
+    """Yield the tensors in `tree`, and their owners."""
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             yield Followed(leaf)
@@ -183,7 +183,7 @@ def columns_of(where: str, tree: Any) -> Columns:
 
 
 def joined(parts: list[Columns]) -> Columns:
-    """Return the columns of several parts, of which a sample is a list."""
+    """Return the columns of several parts whose samples are lists."""
 
     def sample(entries: list[Tensor]) -> list[Any]:
         left = iter(entries)
@@ -204,7 +204,7 @@ def _columns_of_leaf(where: str, leaf: Any) -> Columns:
 
 
 def kind_of(tree: Any, other: Callable[[Any], Hashable] = repr) -> Hashable:
-    """Return what trees of the same kind have in common; `other` says it of leaves without tensors."""
+    """Return a key that trees of the same kind share; `other` gives it for leaves without tensors."""
     leaves, structure = pytree.tree_flatten(tree)
 
     def of_leaf(leaf: Any) -> Hashable:
@@ -216,5 +216,5 @@ def kind_of(tree: Any, other: Callable[[Any], Hashable] = repr) -> Hashable:
 
 
 def kind_of_tensor(tensor: Tensor) -> Hashable:
-    """Return what tensors of batches of the same kind have in common."""
+    """Return a key that tensors of batches of the same kind share."""
     return tensor.dtype, tensor.dim(), tensor.requires_grad

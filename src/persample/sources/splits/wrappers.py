@@ -1,4 +1,4 @@
-"""What users say of an argument or a target: that all samples share it, or where its samples are."""
+"""`shared`, `batched`, `one_per_sample`: declaring how an argument or a target is split into samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from persample.sources.splits.tree import Split, tensors_in
 
 
 def shared(value: Any) -> Shared:
-    """Say that all samples share an argument of the model, or a target: a mask `(T, T)`, an adjacency, positions.
+    """Declare that all samples share an argument of the model, or a target: a mask `(T, T)`, an adjacency, positions.
 
     Args:
         value: a tensor, or anything else, which the model gets as it is, for one sample as for all.
@@ -26,7 +26,7 @@ def shared(value: Any) -> Shared:
 
 
 def batched(value: Any, dim: int) -> Batched:
-    """Say that the samples of an argument of the model, or of a target, are not in dim 0.
+    """Declare which dimension of an argument of the model, or of a target, holds the samples.
 
     Args:
         value: a tensor, or tensors in tuples, lists and dicts, all with their samples in the same dimension.
@@ -53,7 +53,7 @@ def batched(value: Any, dim: int) -> Batched:
 
 
 def one_per_sample(entries: list[Any]) -> Entries:
-    """Say that a list has one entry for each sample: sets, sequences of different lengths, targets of a detector.
+    """Declare that a list has one entry for each sample: sets, sequences of different lengths, targets of a detector.
 
     A list of B entries is taken for that anyway, unless all tensors in it have B entries in dim 0.
 

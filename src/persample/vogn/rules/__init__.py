@@ -1,1 +1,1 @@
-"""The update rules, one in each file: how a posterior follows from the gradients that were observed."""
+"""The update rules, one per file: from observed gradients to the new posterior."""

@@ -133,7 +133,7 @@ def _scale(part: Part) -> Tensors:
 
 
 def _mean_products(part: Part, observed: list[Observed]) -> Tensors:
-    """ĝ ∘ ε of each draw, averaged over the draws by the numbers of their samples."""
+    """ĝ ∘ ε of each draw, averaged over draws, weighted by their numbers of samples."""
     total = sum(draw.moments.batch_size for draw in observed)
     products = [torch.zeros_like(m) for m in part.mean]
     for draw in observed:

@@ -125,7 +125,7 @@ class Vadam(VariationalOptimizer):
 
 
 def _mean_squares(part: Part, observed: list[Observed]) -> Tensors:
-    """The square of the gradient of each draw, averaged over the draws by the numbers of their samples."""
+    """The squared gradient of each draw, averaged over draws, weighted by their numbers of samples."""
     total = sum(draw.moments.batch_size for draw in observed)
     squares = [torch.zeros_like(m) for m in part.mean]
     for draw in observed:

@@ -1,1 +1,1 @@
-"""What an optimizer and a posterior save, and the way back."""
+"""Saving and loading optimizers and posteriors."""

@@ -1,4 +1,4 @@
-"""What the optimizers save beside PyTorch's own entries, as plain tensors and numbers, and the way back.
+"""Saving and loading the optimizers' state beyond PyTorch's own entries, as plain tensors and numbers.
 
 `torch.optim` knows two entries, `state` and `param_groups`. All that is not of a parameter or of a group, the *run*,
 stands beside them. Tools that keep those two alone, such as `torch.distributed.checkpoint.state_dict`, find the run
@@ -30,7 +30,7 @@ COUNTS = ("steps", "skipped_steps", "skipped_in_a_row")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A saved state, checked, and in the order of an optimizer.
+    """A saved state, checked and in the order of an optimizer.
 
     Attributes:
         groups: the settings of each group, without its parameters.
@@ -64,7 +64,7 @@ def checked(
     draws_apart: bool,
     products: bool,
 ) -> Loaded:
-    """Return a saved state, if it is one of such an optimizer with parameters like those of `groups`.
+    """Check that a saved state belongs to such an optimizer with parameters like those of `groups`, and return it.
 
     Args:
         saved: what `state_dict()` returned.
@@ -81,7 +81,10 @@ def checked(
     saved_groups, saved_states = _entries(saved, rule)
     run = _run_of(saved, saved_groups, rule)
     if run["rule"] != rule:
-        raise OptionError(f"This is the state of a {run['rule']}, which means other things than that of a {rule}.")
+        raise OptionError(
+            f"This is the state of a {run['rule']}, which a {rule} cannot load: create a {run['rule']}, or load a "
+            f"state of {rule}."
+        )
     settings = settings_of_run(run)
     counts = {name: _count(name, run[name]) for name in COUNTS}
     if counts["skipped_in_a_row"] > counts["skipped_steps"]:
@@ -119,7 +122,7 @@ def _entries(saved: Any, rule: str) -> tuple[list[Mapping[str, Any]], Mapping[An
 
 
 def _run_of(saved: Mapping[str, Any], groups: list[Mapping[str, Any]], rule: str) -> Mapping[str, Any]:
-    """Return the run, from beside the groups, or from inside of them."""
+    """Return the run, from beside the groups or inside them."""
     wanted = ("rule", *OF_RUN, *COUNTS, "observations", "generator")
     run: Any = saved
     packed = {group[RUN] for group in groups if isinstance(group.get(RUN), bytes)}
@@ -154,7 +157,7 @@ def _count(name: str, value: Any) -> int:
 def _settings(
     saved: Mapping[str, Any], group: Mapping[str, Any], position: Position, known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a group, those of single weights in the order of the optimizer."""
+    """The settings of a group; those by weight are in the order of the optimizer."""
     refuse_unknown_settings({name: value for name, value in saved.items() if name not in group}, known)
     if missing := [name for name in known if name not in saved]:
         raise OptionError(f"The saved state is damaged: a parameter group lacks the setting {missing[0]!r}.")

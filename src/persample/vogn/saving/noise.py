@@ -1,4 +1,4 @@
-"""The state of the noise, as it is saved, and the way back."""
+"""Saving and loading the state of the noise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def require_packed_generator(packed: Any) -> None:
 
 
 def require_noise_state(device: Any, state: Any) -> None:
-    """Raise unless a generator on `device` can be in `state`; where there is none to try, unless that is of bytes.
+    """Raise unless `state` fits a generator on `device`; without such a device, unless it is a tensor of bytes.
 
     Raises:
         OptionError: it cannot.
@@ -53,7 +53,7 @@ def require_noise_state(device: Any, state: Any) -> None:
 def generator_setter(
     packed: Mapping[str, Any] | None, generator: torch.Generator | None
 ) -> Callable[[], torch.Generator | None]:
-    """Return a function that sets `generator`, or a new one if it is None, to what `pack_generator` returned.
+    """Return a function that restores `generator`, or a new one if it is None, from what `pack_generator` returned.
 
     Raises:
         OptionError: they are of different kinds of device, whose states mean different numbers, or there is no such

@@ -1,4 +1,4 @@
-"""What waits for the next step, as it is saved, checked before it is taken over."""
+"""Saving and loading pending observations, checked before they are loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persample.vogn.saving.state_schema import require_values
 def checked_observations(
     packed: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bool, products: bool, generator: Any
 ) -> Observations:
-    """Return what was observed, by the names and on the devices of the optimizer.
+    """Return the observations, by the optimizer's names and on its devices.
 
     Args:
         packed: what `Observations.packed` returned.

@@ -1,4 +1,4 @@
-"""Which saved parameter is which one of an optimizer: by their names where both have the same, else by position."""
+"""Matching saved parameters to those of an optimizer: by name if all names agree, otherwise by position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Position:
-    """Where the parameters of a group are in a saved state.
+    """The positions of a group's parameters in a saved state.
 
     Attributes:
         group: the number of the saved group.
@@ -30,7 +30,7 @@ class Position:
 
 
 def positions(saved: Groups, own: Groups) -> list[Position]:
-    """Return where the parameters of each group of `own` are in `saved`.
+    """Return the positions in `saved` of the parameters of each group of `own`.
 
     Names are compared without what `torch.compile` and wrappers put before them.
 
@@ -47,7 +47,7 @@ def positions(saved: Groups, own: Groups) -> list[Position]:
             "the same groups."
         )
     if sizes != [len(names) for names in listed]:
-        raise OptionError("The saved state is damaged: a group has another number of names than of parameters.")
+        raise OptionError("The saved state is damaged: a group has different numbers of names and parameters.")
     # Tools that save parameters under their names bring those into the order of the optimizer, but not other lists.
     names = [keys if _are_names(keys) else there for keys, there in zip(ids, listed, strict=True)]
     own_names = [group["param_names"] for group in own]
@@ -83,7 +83,7 @@ def _by_names(group: list[str], saved: list[list[str]]) -> tuple[int, list[int]]
 
 
 def _require_other_names(saved: list[list[str]], own: list[list[str]]) -> None:
-    """Raise if a name of both is in another place, so that to go by places would be wrong."""
+    """Raise if a common name is at another position, so that matching by position would be wrong."""
     if [len(names) for names in saved] != [len(names) for names in own]:
         raise OptionError("The saved state has its parameter groups in another order: build them in the same order.")
     there, here = list(chain.from_iterable(saved)), list(chain.from_iterable(own))

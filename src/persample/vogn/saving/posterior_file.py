@@ -1,4 +1,4 @@
-"""A posterior as a file in the format safetensors: tensors and a header of text, nothing that could run."""
+"""A posterior as a safetensors file: tensors and a text header, nothing executable."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dic
     except ImportError as error:
         raise MissingPackageError(_missing(error)) from error
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} cannot be read: it is a folder, a pipe or a device; name what Posterior.save wrote.")
+        raise DataError(
+            f"{path} cannot be read: it is a folder, a pipe or a device; pass a file that Posterior.save wrote."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             names = _names(path, file.metadata() or {}, set(file.keys()))
@@ -64,7 +66,7 @@ def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dic
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path} does not exist: save a posterior there first, or correct the path.") from error
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read ({error}): it is damaged, or no file of safetensors.") from error
+        raise DataError(f"{path} cannot be read ({error}): it is damaged, or not a safetensors file.") from error
     for name in names:
         _require_values(path, name, mean[name], precision[name])
     return (
@@ -84,7 +86,7 @@ def _require_device(device: torch.device | str) -> None:
 def _names(path: Path, header: Mapping[str, str], keys: set[str]) -> list[str]:
     """The names of the parameters, in order."""
     if header.get("format") != _FORMAT:
-        raise DataError(f"{path} holds tensors, but no posterior: its header does not say format={_FORMAT!r}.")
+        raise DataError(f"{path} holds tensors, but not a posterior: its header lacks format={_FORMAT!r}.")
     if header.get("version") != _VERSION:
         raise DataError(
             f"{path} is a posterior in version {header.get('version')!r} of the format, and this version of persample "
@@ -100,7 +102,7 @@ def _names(path: Path, header: Mapping[str, str], keys: set[str]) -> list[str]:
 
 
 def _require_values(path: Path, name: str, mean: Tensor, precision: Tensor) -> None:
-    """Check what no posterior lacks: real numbers, of one shape, finite means, precisions above 0."""
+    """Check for real numbers of matching shapes, finite means and positive precisions."""
     if not mean.is_floating_point() or mean.dtype != precision.dtype or mean.shape != precision.shape:
         raise DataError(f"{path} is a damaged posterior: mean and precision of {name!r} have other types or shapes.")
     if not bool((mean.isfinite() & (precision > 0)).all()):
@@ -108,7 +110,7 @@ def _require_values(path: Path, name: str, mean: Tensor, precision: Tensor) -> N
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A copy that shares no memory with others, as the format wants it."""
+    """A copy that shares no memory with others, as the format requires."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 

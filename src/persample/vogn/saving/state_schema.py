@@ -1,4 +1,4 @@
-"""What the state of a parameter may hold, so that a saved one can be checked before it is loaded."""
+"""A schema of a parameter's state, to check a saved one before it is loaded."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def require_values(what: str, value: Any, param: Tensor) -> None:
         )
     if not value.is_floating_point() or torch.promote_types(value.dtype, torch.float32) != value.dtype:
         raise OptionError(
-            f"The saved {what} is of {value.dtype}, but it is kept in at least float32: it was cast after it was "
-            "saved, and what was lost by that does not come back. Load what state_dict() returned."
+            f"The saved {what} is of {value.dtype}, but it is kept in at least float32: it was cast after saving, and "
+            "the lost precision cannot be recovered. Load what state_dict() returned."
         )
 
 

@@ -226,7 +226,7 @@ class _Bare(nn.Module):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (_with_overridden_forward, "'0' has a forward of its own"),
+        (_with_overridden_forward, "'0' has its own forward"),
         (lambda: _Scaled(4, 4), "_Scaled '0' is a subclass"),
         (_Bare, "_Bare '0' has parameters"),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "ParametrizedLinear '0'"),

@@ -128,7 +128,7 @@ def test_equal_entries_of_other_samples_are_refused_as_such() -> None:
     def loss_fn(outputs: Tensor, targets: Any) -> Tensor:
         return outputs.flatten(1).sin().sum(1)
 
-    with pytest.raises(UnsupportedModelError, match=r"same for all of them.*'vmap', 'vjp' or 'loop'"):
+    with pytest.raises(UnsupportedModelError, match=r"same for all samples.*'vmap', 'vjp' or 'loop'"):
         persample.make_source("fused", model, loss_fn, check="never").moments(x, None)
     losses = torch.stack([loss_fn(model(x[i : i + 1]), None)[0] for i in range(3)])
     for backend in ("vmap", "vjp", "loop"):

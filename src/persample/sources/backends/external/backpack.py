@@ -24,7 +24,7 @@ _SUM_GRAD_SQUARED = SumGradSquared()
 
 
 class BackpackRules(PeerRulesSource):
-    """Per-sample gradients by the extensions of BackPACK, applied to single layers.
+    """Per-sample gradients by BackPACK's extensions, applied layer by layer.
 
     `per_sample` is `BatchGrad`, `moments` is `SumGradSquared` beside the ordinary gradient of the same backward pass,
     both with the sum of the losses, so that nothing has to be scaled. The extensions are called for each layer once

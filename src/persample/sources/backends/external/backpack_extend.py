@@ -57,7 +57,10 @@ class BackpackExtend(PeerMachinerySource):
         for module, path in modules_of(self.model).items():
             for name in _ATTRIBUTES_OF_MODULES:
                 if hasattr(module, name):
-                    yield f"{describe(path, module)} has an attribute {name!r}, which BackPACK overwrites: rename it."
+                    yield (
+                        f"{describe(path, module)} has an attribute {name!r}, which BackPACK would overwrite: rename "
+                        "it."
+                    )
         yield from super().known_reasons()
 
     def reasons_against_calls(self, calls: list[ModuleCall], reached: set[Node]) -> Iterator[str]:
@@ -74,8 +77,8 @@ class BackpackExtend(PeerMachinerySource):
         inputs = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in inputs):
             raise UnfitError(
-                "An input of the model requires a gradient. Behind the hook that BackPACK puts on the model it is no "
-                "leaf any more, and the other inputs require one, too."
+                "An input of the model requires a gradient. BackPACK's hook on the model turns it into a non-leaf, "
+                "and makes all other inputs require gradients."
             )
         with super().forward(batch) as found:
             yield found
@@ -117,7 +120,7 @@ class BackpackExtend(PeerMachinerySource):
 
 @contextmanager
 def _backpack(extension: BatchGrad | SumGradSquared) -> Iterator[None]:
-    """`with backpack(extension)`, unless somebody else is inside of one."""
+    """`with backpack(extension)`, refused while another such block is active."""
     _refuse_if_busy()
     with backpack(extension):
         yield
@@ -126,6 +129,6 @@ def _backpack(extension: BatchGrad | SumGradSquared) -> Iterator[None]:
 def _refuse_if_busy() -> None:
     if CTX.get_active_exts() or not disable.should_store_io():
         raise BusyError(
-            "BackPACK's settings, of which there is one set for all threads, are in use: call this outside of "
-            "`with backpack(...)` and `with backpack.disable()`."
+            "BackPACK's settings are global, and a block that changes them is active: call this outside `with "
+            "backpack(...)` and `with backpack.disable()`."
         )

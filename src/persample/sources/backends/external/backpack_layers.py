@@ -1,4 +1,4 @@
-"""What BackPACK knows of single layers, and what it gets wrong of them."""
+"""The layers that BackPACK supports, and where its results are wrong."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.Batch
 
 
 def reason_against(layer: nn.Module) -> str | None:
-    """Return why BackPACK has no right rule for `layer`, as a sentence without its subject; None if it has."""
+    """Return why BackPACK has no exact rule for `layer`, as a sentence without its subject; None if it has one."""
     if type(layer) not in _KINDS:
         if isinstance(layer, _KINDS):
-            return "is a subclass of a layer that BackPACK knows, and may compute something else than that."
-        return "has parameters, and BackPACK has no rule for it, or none that holds in all its uses."
+            return "is a subclass of a layer that BackPACK supports, and may compute something different."
+        return "has parameters, and BackPACK has no rule that is exact for it in every use."
     if isinstance(layer, _CONVOLUTIONS):
         if layer.padding == "same":
             return "has padding='same', which BackPACK computes incorrectly: pass numbers."
         if layer.padding_mode != "zeros":
             return f"has padding_mode={layer.padding_mode!r}, but BackPACK pads with zeros: pad before the layer."
     if isinstance(layer, _TRANSPOSED) and any(layer.output_padding):
-        return f"has output_padding={layer.output_padding}, which BackPACK does not know."
+        return f"has output_padding={layer.output_padding}, which BackPACK ignores."
     if isinstance(layer, nn.Embedding):
         return _reason_against_embedding(layer) or alteration(layer)
     return alteration(layer)
@@ -46,13 +46,13 @@ def reason_against(layer: nn.Module) -> str | None:
 
 def _reason_against_embedding(layer: nn.Embedding) -> str | None:
     if layer.padding_idx is not None:
-        return f"has padding_idx={layer.padding_idx}, which BackPACK does not know."
+        return f"has padding_idx={layer.padding_idx}, which BackPACK ignores."
     if layer.sparse:
-        return "has sparse=True, which BackPACK does not know: set sparse=False."
+        return "has sparse=True, which BackPACK does not support: set sparse=False."
     precise = torch.promote_types(layer.weight.dtype, torch.float32)
     if precise != torch.get_default_dtype():
         return (
-            f"has a weight of {layer.weight.dtype}, but BackPACK computes embeddings in the default dtype only, which "
-            f"is {torch.get_default_dtype()}: change one of the two (torch.set_default_dtype)."
+            f"has a weight of {layer.weight.dtype}, but BackPACK computes embeddings in the default dtype, "
+            f"{torch.get_default_dtype()}: cast the weight, or call torch.set_default_dtype."
         )
     return None

@@ -1,4 +1,4 @@
-"""What the adapters of BackPACK and Opacus share: their rules for single layers, applied to the calls of one pass.
+"""Rules for single layers, applied to the recorded calls of one pass: shared by the adapters of BackPACK and Opacus.
 
 Both packages know, for a layer with input a and the gradient δ of the summed loss at its output, the gradients of the
 single samples. Their machinery around these rules (hooks in both directions, attributes, counters, a global context)
@@ -31,7 +31,7 @@ from persample.sources.model.module_calls import (
     refuse_unseen_uses,
     require_batch_first,
 )
-from persample.sources.model.refusals import FUSED_OR_VJP, describe
+from persample.sources.model.refusals import FUSED_OR_VJP, describe, foreign_parameters
 from persample.sources.model.usage import Use
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
@@ -74,11 +74,11 @@ class PeerRulesSource(PerSampleGradSource):
 
     @abstractmethod
     def reason_against(self, layer: nn.Module) -> str | None:
-        """Return why the package has no right rule for `layer`, as a sentence without its subject; None if it has."""
+        """Return why the package has no exact rule for `layer`, a sentence without its subject; None if it has one."""
 
     @abstractmethod
     def rows(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
-        """Return what the package gives as per-sample gradients, `(B, *p.shape)`, for the layer's parameters."""
+        """Return the package's per-sample gradients, `(B, *p.shape)`, of the layer's parameters."""
 
     def refuse_unsupported(self) -> None:
         self.layers()
@@ -157,7 +157,7 @@ class PeerRulesSource(PerSampleGradSource):
         return {p: g.square().sum(0) for p, g in self.summed_rows(uses).items()}
 
     def summed_rows(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
-        """Return the per-sample gradients, each the sum over all uses of its parameter."""
+        """Return the per-sample gradients, summed over all uses of each parameter."""
         total: dict[nn.Parameter, Tensor] = {}
         for use in uses:
             for p, g in self.by_rule(self.rows, use).items():
@@ -214,20 +214,16 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def alteration(layer: nn.Module) -> str | None:
-    """Return in what `layer`, of a class of `torch.nn` with weight and bias, is not what its class says."""
+    """Return how `layer`, of a class of `torch.nn`, differs from what its class says; None if it does not."""
     if name := own_callable(layer):
-        return f"has a {name} of its own, set on the instance, which no rule knows."
-    parameters = layer._parameters
-    if parameters.keys() - {"weight", "bias"} or not isinstance(parameters.get("weight"), nn.Parameter):
-        return (
-            f"holds other parameters than its class says ({', '.join(sorted(parameters))}), as after weight_norm, "
-            "spectral_norm or pruning."
-        )
+        return f"has its own {name}, set on the instance, which the rule for its class ignores."
+    if reason := foreign_parameters(layer):
+        return f"{reason}."
     return None
 
 
 def own_callable(layer: nn.Module) -> str | None:
-    """Return the name of a method that was put on `layer` itself in place of that of its class, if any."""
+    """Return the name of a method that was set on the instance `layer` and hides that of its class, if any."""
     return next((name for name in vars(layer) if callable(getattr(type(layer), name, None))), None)
 
 

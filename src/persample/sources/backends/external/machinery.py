@@ -1,4 +1,4 @@
-"""What the adapters of BackPACK and Opacus share: the packages' own machinery, run on a stand-in of the model.
+"""A package's own machinery, run on a stand-in of the model: shared by the adapters of BackPACK and Opacus.
 
 Both packages put hooks on the modules of a model, and what they find on its parameters. Here they put the hooks on a
 stand-in, and what they leave on the parameters is taken off again. One forward and one backward pass are run; whatever
@@ -55,11 +55,11 @@ _OF_PACKAGES = re.compile(r"activations|max_batch_len|ft_compute_sample_grad|inp
 
 
 class UnfitError(UnsupportedModelError):
-    """A package's machinery does not fit a model; the message says why, but not what to do."""
+    """A package's machinery does not support a model; the message says why, but not yet what to do."""
 
 
 class BusyError(UnfitError):
-    """A package's machinery does not fit at this moment, whatever the model."""
+    """A package's machinery cannot be used at this moment, whatever the model."""
 
 
 class PeerMachinerySource(PerSampleGradSource):
@@ -83,7 +83,7 @@ class PeerMachinerySource(PerSampleGradSource):
     @cached_property
     @abstractmethod
     def layers(self) -> dict[str, nn.Module]:
-        """The modules by path that the machinery gives results of: of their parameters, or of all inside."""
+        """The modules, by path, that the machinery returns results for: for their own parameters, or for all inside."""
 
     @abstractmethod
     def reason_against(self, layer: nn.Module) -> str | None:
@@ -91,11 +91,11 @@ class PeerMachinerySource(PerSampleGradSource):
 
     @abstractmethod
     def reasons_against_calls(self, calls: list[ModuleCall], reached: set[Node]) -> Iterator[str]:
-        """Yield what makes the machinery wrong on these calls of layers; the losses depend on the nodes `reached`."""
+        """Yield why the machinery is wrong on these calls of layers; the losses depend on the nodes `reached`."""
 
     @abstractmethod
     def prepared(self, copies: Copies) -> AbstractContextManager[Callable[..., Any]]:
-        """Let the machinery prepare the stand-in of the model, and yield what is to be called in place of the model."""
+        """Let the machinery prepare the stand-in of the model, and yield the module to call in place of the model."""
 
     # What a package can use.
 
@@ -167,7 +167,7 @@ class PeerMachinerySource(PerSampleGradSource):
     # What the rest of the package calls.
 
     def known_reasons(self) -> Iterator[str]:
-        """Yield what is known to make the machinery wrong before the model is run, as sentences."""
+        """Yield the known reasons why the machinery is wrong, before the model runs, as sentences."""
         for module, path in modules_of(self.model).items():
             if reason := _reason_against_copy(module):
                 yield f"{describe(path, module)} {reason}"
@@ -177,7 +177,10 @@ class PeerMachinerySource(PerSampleGradSource):
         for name, p in self.parameters().items():
             dtype = torch.get_autocast_dtype(p.device.type) if torch.is_autocast_enabled(p.device.type) else p.dtype
             if dtype in (torch.bfloat16, torch.float16):
-                yield f"{self.title} takes the sums for parameter {name!r} in {dtype}, where float32 is due."
+                yield (
+                    f"{self.title} sums the gradients of parameter {name!r} in {dtype}, which is less precise than "
+                    "float32."
+                )
 
     def refuse_unsupported(self) -> None:
         for reason in self.known_reasons():
@@ -205,7 +208,7 @@ class PeerMachinerySource(PerSampleGradSource):
             self.compute_moments(batch.take(slice(0, 2)))
 
     def attempt(self, batch: Batch, compute: Callable[[PerSampleGradSource], Result]) -> Result:
-        """Return what `compute` returns for this source, which it asks about `batch`; if it fails, go back.
+        """Return the result of `compute` for this source and `batch`; restore the model's state if it fails.
 
         Raises:
             UnsupportedModelError: the machinery does not fit the model.
@@ -235,8 +238,8 @@ class PeerMachinerySource(PerSampleGradSource):
         what = f"{type(error).__name__}: {str(error).split(chr(10))[0]}".rstrip(".")
         if "modified inplace" in what:
             return (
-                f"The model changes the input or output of a module in place, which PyTorch forbids where {self.title} "
-                "has its hooks: make that operation not in place (inplace=False)."
+                "The model changes the input or output of a module in place, which PyTorch forbids on modules with "
+                f"{self.title}'s hooks: pass inplace=False there."
             )
         return f"{self.title} cannot run this model ({what})."
 
@@ -248,7 +251,7 @@ class PeerMachinerySource(PerSampleGradSource):
 
 
 def _has_moved(module: nn.Module, before: Mapping[str, Any]) -> bool:
-    """Whether an attribute of a module of the stand-in is another one, other than what packages keep there."""
+    """Whether an attribute of a module of the stand-in was replaced, other than those that packages set."""
     return any(
         value is not before.get(name, before) and not _OF_PACKAGES.fullmatch(name)
         for name, value in vars(module).items()
@@ -256,17 +259,17 @@ def _has_moved(module: nn.Module, before: Mapping[str, Any]) -> bool:
 
 
 def _reason_against_copy(module: nn.Module) -> str | None:
-    """Return why a copy of `module` cannot stand for it, as a sentence without its subject."""
+    """Return why a copy cannot replace `module`, as a sentence without its subject."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "is compiled by TorchScript, so that no other hooks can be put on a copy of it."
+        return "is compiled by TorchScript, so no hooks can be put on a copy of it."
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(not isinstance(getattr(hook, "__self__", None), Recorder) for table in tables for hook in table.values()):
-        return "has hooks, which may change what passes through it, and would run on a copy of it."
+        return "has hooks, which may change its inputs or outputs, and would run on a copy of it."
     return None
 
 
 def _watched(layers: Mapping[str, nn.Module]) -> list[str]:
-    """Refuse calls of `layers` that the machinery would get wrong; return a list that gets the reasons, too.
+    """Refuse calls of `layers` that the machinery would get wrong; the returned list collects the reasons.
 
     The list is for models that catch what is raised in their forward pass.
     """
@@ -281,9 +284,9 @@ def _watched(layers: Mapping[str, nn.Module]) -> list[str]:
             if not torch.is_grad_enabled():
                 return
             if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-                refuse(f"{name} was called with other arguments than one tensor by its position.")
+                refuse(f"{name} was called with anything but one positional tensor.")
             if not isinstance(output, Tensor):
-                refuse(f"{name} returned no tensor, but {type(output).__name__}.")
+                refuse(f"{name} returned {type(output).__name__}, not a tensor.")
 
         def on_gradient(layer: nn.Module, deltas: Any) -> None:
             found.append(f"The model runs a backward pass in its forward pass, through {name}.")
@@ -297,8 +300,8 @@ def _watched(layers: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _refuse_repeated(module: nn.Module, args: Any) -> None:
-    """A hook on layers, for the time of the backward pass."""
+    """A hook on layers while the backward pass runs."""
     raise UnfitError(
-        f"A layer ({type(module).__name__}) is run again in the backward pass (activation checkpointing), where the "
-        "machinery would take it for another use."
+        f"A layer ({type(module).__name__}) runs again in the backward pass (activation checkpointing), which the "
+        "machinery would count as another use."
     )

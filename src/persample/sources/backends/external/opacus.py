@@ -25,7 +25,7 @@ from persample.sources.backends.external.source import PeerSource
 
 
 class OpacusRules(PeerRulesSource):
-    """Per-sample gradients by the grad samplers of Opacus for single layers.
+    """Per-sample gradients by Opacus's grad samplers, applied layer by layer.
 
     These are the rules that `GradSampleModule` looks up by the exact class of a layer, and its use of `torch.func` for
     transposed convolutions and PReLU. They are called for each layer once its input and the gradient at its output are
@@ -59,7 +59,7 @@ class OpacusRules(PeerRulesSource):
         if kind in GradSampleModule.GRAD_SAMPLERS:
             return None
         if isinstance(layer, KNOWN):
-            return "is a subclass of a layer that Opacus knows, and may compute something else than that."
+            return "is a subclass of a layer that Opacus supports, and may compute something different."
         return "has parameters, and Opacus has no rule for it (opacus.grad_sample.register_grad_sampler adds one)."
 
 
@@ -85,7 +85,7 @@ class OpacusSource(PeerSource):
 
 
 def _without_hooks(layer: nn.Module) -> nn.Module:
-    """A copy with the same parameters: Opacus runs the layer once more, which the hooks of the user must not see."""
+    """A copy with the same parameters: Opacus runs the layer once more, without the user's hooks."""
     bare = copy.copy(layer)
     vars(bare).update({name: OrderedDict() for name in vars(bare) if name.endswith("_hooks")})
     return bare

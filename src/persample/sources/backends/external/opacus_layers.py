@@ -1,4 +1,4 @@
-"""What Opacus knows of single layers, and what it gets wrong of them."""
+"""The layers that Opacus supports, and where its results are wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persample.sources.model.refusals import FUSED_OR_VJP
 
 @contextmanager
 def _logging_untouched() -> Iterator[None]:
-    """Take off the handler that Opacus puts on the root logger when it is imported: whether to log is the user's."""
+    """Remove the handler that importing Opacus adds to the root logger: logging is the user's choice."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -47,7 +47,7 @@ MADE_OF_LAYERS = (DPRNN, DPLSTM, DPGRU)
 #: Layers that compute the same in training mode and in eval mode.
 WITHOUT_MODE = (*KNOWN, RNNLinear, SequenceBias)
 
-EMBEDDING_BAG = "overwrites repeated indices in Opacus, and weights and maxima are overlooked."
+EMBEDDING_BAG = "gets wrong gradients in Opacus for repeated indices, per_sample_weights and mode='max'."
 
 
 def reason_against(layer: nn.Module) -> str | None:
@@ -55,7 +55,7 @@ def reason_against(layer: nn.Module) -> str | None:
     if isinstance(layer, CONVOLUTIONS) and layer.padding_mode != "zeros":
         return f"has padding_mode={layer.padding_mode!r}, but Opacus pads with zeros: pad before the layer."
     if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-        return f"has padding_idx={layer.padding_idx}, which Opacus overlooks."
+        return f"has padding_idx={layer.padding_idx}, which Opacus ignores."
     if isinstance(layer, nn.LayerNorm) and layer._parameters["bias"] is None:
         return "has bias=False, on which Opacus fails."
     if isinstance(layer, INSTANCE_NORMS) and layer.track_running_stats:
@@ -64,7 +64,7 @@ def reason_against(layer: nn.Module) -> str | None:
 
 
 def refuse_chosen_output_size(name: str, layer: _ConvTransposeNd, inputs: Tensor, output: Tensor) -> None:
-    """Raise if a call asked for another size than the layer's own, because Opacus runs it without `output_size`.
+    """Raise if a call passed an `output_size` that matters: Opacus runs the layer without it.
 
     Raises:
         UnsupportedModelError: it did.
@@ -74,8 +74,8 @@ def refuse_chosen_output_size(name: str, layer: _ConvTransposeNd, inputs: Tensor
         size = (positions - 1) * layer.stride[d] - 2 * int(layer.padding[d]) + window + layer.output_padding[d]
         if output.shape[2 + d] != size:
             raise UnsupportedModelError(
-                f"{name} was called with an output_size of its own, which Opacus does not pass on: set "
-                f"output_padding in the layer, or {FUSED_OR_VJP}."
+                f"{name} was called with output_size, which Opacus does not pass on: set output_padding in the layer, "
+                f"or {FUSED_OR_VJP}."
             )
 
 

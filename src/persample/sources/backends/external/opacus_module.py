@@ -59,28 +59,33 @@ class OpacusModule(PeerMachinerySource):
     def reason_against(self, layer: nn.Module) -> str | None:
         for name in _ATTRIBUTES_OF_LAYERS:
             if hasattr(layer, name):
-                return f"has an attribute {name!r}, which Opacus takes for its own: rename it."
+                return f"has an attribute {name!r}, which Opacus uses for itself: rename it."
         if type(layer) in KNOWN:
             return reason_against(layer)
         if isinstance(layer, nn.EmbeddingBag):
             return EMBEDDING_BAG
         if type(layer) not in GradSampleModule.GRAD_SAMPLERS:
             if isinstance(layer, nn.RNNBase):
-                return f"cannot be run by torch.func, as Opacus would: use opacus.layers.DP{type(layer).__name__}."
+                return (
+                    f"cannot be run by torch.func, which Opacus would need: use opacus.layers.DP{type(layer).__name__}."
+                )
             if any(True for _ in layer.buffers()):
                 return "has parameters and buffers, and Opacus has no grad sampler for it."
             for module in layer.modules():
                 if method := own_callable(module):
-                    return f"has a {method} of its own, set on an instance, which Opacus cannot run again."
+                    return f"has its own {method}, set on an instance, which Opacus cannot run again."
         if not layer.training and type(layer) not in WITHOUT_MODE:
-            return "is in eval mode, in which GradSampleModule passes it over: call .train() on it."
+            return "is in eval mode, where GradSampleModule skips it: call .train() on it."
         return None
 
     def known_reasons(self) -> Iterator[str]:
         for module, times in Counter(_hooked(self.model)).items():
             if times > 1:
                 path = modules_of(self.model)[module]
-                yield f"{describe(path, module)} is in {times} modules, and GradSampleModule counts it {times} times."
+                yield (
+                    f"{describe(path, module)} belongs to {times} modules, and GradSampleModule counts it {times} "
+                    "times."
+                )
         yield from super().known_reasons()
 
     def reasons_against_calls(self, calls: list[ModuleCall], reached: set[Node]) -> Iterator[str]:
@@ -88,19 +93,22 @@ class OpacusModule(PeerMachinerySource):
         for call in calls:
             if call.edge.node not in reached and not used.isdisjoint(call.module.parameters()):
                 yield (
-                    f"{call.name} is called once more than the losses depend on, and Opacus would take the input of "
-                    "that call for another's."
+                    f"{call.name} has a call that the losses do not depend on, and Opacus would mix up the inputs of "
+                    "its calls."
                 )
             layer, inputs = call.module, call.inputs[0]
             if isinstance(layer, nn.Conv2d) and not _in_order(inputs):
-                yield f"{call.name} was called with an image that is not contiguous, which Opacus reads wrongly."
+                yield (
+                    f"{call.name} was called with an image that is not contiguous, which Opacus reads in the wrong "
+                    "order."
+                )
             if isinstance(layer, TRANSPOSED):
                 refuse_chosen_output_size(call.name, layer, inputs, call.output)
             if type(layer) not in GradSampleModule.GRAD_SAMPLERS:
                 inside = variables_of(nodes_from([call.edge.node], stop=call.input_nodes)) - set(layer.parameters())
                 for name, p in self.parameters().items():
                     if p in inside:
-                        yield f"{call.name} uses parameter {name!r}, which is not its own, and Opacus overlooks that."
+                        yield f"{call.name} uses parameter {name!r} of another module, which Opacus does not notice."
 
     @contextmanager
     def prepared(self, copies: Copies) -> Iterator[Callable[..., Any]]:
@@ -116,7 +124,7 @@ class OpacusModule(PeerMachinerySource):
         return losses.detach(), rows
 
     def _verify_run_again(self, losses: Tensor, ordinary: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
-        """Refuse modules that compute something else when torch.func runs them for single samples: nobody knows them.
+        """Refuse modules without a grad sampler that compute something different under torch.func.
 
         Raises:
             UnfitError: the gradients of the samples do not add up to the ordinary one.
@@ -132,13 +140,13 @@ class OpacusModule(PeerMachinerySource):
                 require_close(self, "sum", sums, {name: ordinary[name] for name in own}, allowance, len(losses))
             except DisagreementError as disagreement:
                 raise UnfitError(
-                    f"{describe(path, layer)} has no grad sampler, and torch.func, which Opacus lets run it again for "
-                    "each sample, computes something else than PyTorch."
+                    f"{describe(path, layer)} has no grad sampler, so Opacus runs it for each sample by torch.func, "
+                    "where it computes something different."
                 ) from disagreement
 
 
 def _hooked(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules on which `GradSampleModule` puts hooks, as often as it does."""
+    """Yield the modules that `GradSampleModule` puts hooks on, once for each hook."""
     if trainable(module) and type(module) not in MADE_OF_LAYERS:
         yield module
         if type(module) not in GradSampleModule.GRAD_SAMPLERS:

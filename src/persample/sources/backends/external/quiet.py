@@ -1,4 +1,4 @@
-"""Leaving out warnings that the user could do nothing about."""
+"""Suppressing warnings that the user cannot act on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def without_warnings(*beginnings: str) -> Iterator[None]:
-    """Leave out the warnings whose text begins with one of these, inside the context.
+    """Suppress, inside the context, warnings whose text begins with one of these.
 
     Unlike `warnings.catch_warnings` it does not make Python forget which warnings it has shown: those that a forward
     pass of the user gives are to be seen once, not once for each call.

@@ -1,4 +1,4 @@
-"""`PeerSource`: another package behind its name, by its own machinery or by its rules for single layers."""
+"""`PeerSource`: another package as a backend, by its own machinery or by its rules for single layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class PeerSource(PerSampleGradSource):
-    """Per-sample gradients by another package: by its own machinery, or by its rules for single layers.
+    """Per-sample gradients by another package, by its machinery or by its rules for single layers.
 
     Attributes:
         machinery: the option: the name of the machinery, `"rules"`, or `"auto"`.
@@ -94,7 +94,7 @@ class PeerSource(PerSampleGradSource):
     # Inner workings.
 
     def _served(self, batch: Batch | None, compute: Callable[[PerSampleGradSource], Result]) -> Result:
-        """Return what `compute` returns for the one of the two that is to serve `batch`."""
+        """Return the result of `compute` for the machinery or the rules, whichever serves `batch`."""
         self.ran_because = self._known_reason() or self._found_reason(batch)
         if self.machinery != "rules" and not self.ran_because:
             self.ran = self.own
@@ -113,7 +113,7 @@ class PeerSource(PerSampleGradSource):
         return compute(self._rules())
 
     def _known_reason(self) -> str:
-        """Return what is known against the machinery before the model is run; empty if it may serve.
+        """Return why the machinery cannot serve the model, as far as known before it runs; empty if it may.
 
         Raises:
             UnsupportedModelError: something is, and no other may serve.
@@ -124,11 +124,11 @@ class PeerSource(PerSampleGradSource):
         return reason
 
     def _found_reason(self, batch: Batch | None) -> str:
-        """Return what a forward pass on a batch of this kind has shown against it."""
+        """Return why it cannot, as a forward pass on a batch of this kind has shown."""
         return self._found.get(self.kind_of(batch, self.own), "") if self._found and batch is not None else ""
 
     def _advised(self, refusal: UnsupportedModelError) -> UnsupportedModelError:
-        """Return `refusal` with the advice that it lacks."""
+        """Return `refusal` with advice appended."""
         if not isinstance(refusal, UnfitError):
             return refusal
         rules = "use machinery='rules', or " if self._rules_serve() else ""

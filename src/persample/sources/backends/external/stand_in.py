@@ -1,4 +1,4 @@
-"""A stand-in for a model: modules of its own with the same parameters and buffers, for a package to prepare."""
+"""A stand-in for a model: copies of its modules with the same parameters and buffers, for a package to modify."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HOOKS = (
 
 @contextmanager
 def stand_in(model: nn.Module) -> Iterator[Copies]:
-    """Yield a copy of each module of `model`; that of `model` itself computes what `model` computes.
+    """Yield a copy of each module of `model`; the copy of `model` itself computes the same function.
 
     A copy has the parameters, the buffers and all else that the module holds, but no hooks; where the module holds
     other modules, also in lists, bound methods and the like, it holds their copies. Hooks, attributes and flags that
@@ -65,7 +65,7 @@ def _copies(model: nn.Module) -> Copies:
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` was given: what it returned runs that one, however it is copied."""
+    """Return the module inside one that `torch.compile` returned: its copies would still run the original."""
     while "dynamo_ctx" in vars(module) and "_orig_mod" in module._modules:
         module = module._modules["_orig_mod"]  # type: ignore[assignment]
     return module
@@ -76,7 +76,7 @@ def _without_hooks() -> dict[str, Any]:
 
 
 def _with_copies(value: Any, copies: Copies, depth: int = _DEPTH) -> Any:
-    """Return `value` with the copies in place of the modules in it; `value` itself if it holds none."""
+    """Return `value` with modules replaced by their copies; `value` itself if it holds none."""
     if isinstance(value, nn.Module):
         return copies.get(value, value)
     kind = type(value)

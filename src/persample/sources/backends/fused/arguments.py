@@ -1,4 +1,4 @@
-"""The tensors in the nested arguments of an operation: which they are, and the same arguments with others in place."""
+"""The tensors in the nested arguments of an operation: finding and replacing them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def substitute(tree: Any, replacements: Mapping[int, Tensor]) -> Any:
 
 
 def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
-    """Return where the memory begins that `tensor` shares with its views."""
+    """Return the address of the storage that `tensor` shares with its views."""
     storage = tensor.untyped_storage()
     # A tensor without values, as the one that a step is recorded with, has a storage, but no memory.
     return tensor.device, storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr()

@@ -1,4 +1,4 @@
-"""Custom functions of autograd that take samples and parameters, as fused kernels do.
+"""Custom autograd functions that take samples and parameters, such as fused kernels.
 
 Their forward pass was followed, so it is known where the samples are in their results. What autograd calls in the
 backward pass is linear in the gradient δ of the results, so it gives the gradient g_i of a parameter from the part of δ
@@ -28,12 +28,12 @@ Results = dict[int, Layout]
 
 
 def is_kernel(node: Any) -> bool:
-    """Whether a node of autograd's graph is that of somebody else's custom function."""
+    """Whether a node of autograd's graph belongs to a custom function that is not ours."""
     return isinstance(node, BackwardCFunction) and not isinstance(node, _OWN)
 
 
 class Kernel:
-    """Gives the contributions of the parameters that a custom function took, when its backward pass is due.
+    """Computes the contributions of a custom function's parameters when its backward pass runs.
 
     Args:
         trace: receives them.
@@ -47,12 +47,12 @@ class Kernel:
         self._handles = [node.register_prehook(self.receive), node.register_hook(self._withheld)]
 
     def remove(self) -> None:
-        """Leave the backward pass of the function to itself again."""
+        """Remove the hooks from the function's backward pass."""
         for handle in self._handles:
             handle.remove()
 
     def _withheld(self, gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
-        """Return the gradients of samples alone, so that a gradient that reaches a parameter was one of unseen use."""
+        """Return the gradients by samples only: a gradient that still reaches a parameter came from an unseen use."""
         return tuple(None if number in self.expressions else g for number, g in enumerate(gradients))
 
     def receive(self, deltas: Sequence[Any]) -> None:
@@ -82,22 +82,25 @@ class Kernel:
             for number, total in together.items():
                 rows = [g.get(number) for g in alone]
                 if any(row is None for row in rows):
-                    raise self._refusal("gives a gradient for the batch that it does not give for each sample")
+                    raise self._refusal("returns other gradients for the batch than for its samples")
                 stacked = torch.stack([row for row in rows if row is not None])
                 summed, allowed = stacked.sum(0), tolerance(total)
                 largest = float(stacked.abs().sum(0).nan_to_num().max()) if total.numel() else 0.0  # they may cancel
                 if not torch.allclose(summed, total, allowed, allowed * largest, equal_nan=True):
-                    raise self._refusal("is not linear in the gradient of its results, so it mixes the samples")
+                    raise self._refusal(
+                        "has a backward pass that is not linear in the gradients of its results, so it mixes the "
+                        "samples"
+                    )
                 if number in self.expressions:
                     self.trace.receive(self.expressions[number], Terms(precise(stacked).unsqueeze(1)))
 
     def _labels(self, number: int, delta: Tensor) -> Any:
         if number not in self.results:
-            raise self._refusal("has a result in which nobody saw where the samples are")
+            raise self._refusal("has a result whose samples cannot be told apart")
         return self.results[number].labels(delta.shape, delta.device)
 
     def _gradients(self, node: Any, deltas: list[Any]) -> dict[int, Tensor]:
-        """Return what the function's backward pass makes of the gradients of its results, by the edges they go to."""
+        """Return the results of the function's backward pass, by the edges that they go to."""
         found = node.apply(*deltas)
         found = found if isinstance(found, tuple) else (found,)
         wanted = [g for g, needed in zip(found, node.needs_input_grad, strict=False) if needed]
@@ -107,5 +110,6 @@ class Kernel:
     def _refusal(self, reason: str) -> UnsupportedModelError:
         names = [name for expression in self.expressions.values() for name in expression.names]
         return UnsupportedModelError(
-            f"A custom torch.autograd.Function of parameter {', '.join(map(repr, names))} {reason}: use backend 'loop'."
+            f"A custom torch.autograd.Function that uses parameter {', '.join(map(repr, names))} {reason}: use "
+            "backend 'loop'."
         )

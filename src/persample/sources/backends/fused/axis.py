@@ -1,4 +1,4 @@
-"""The dimension of a tensor in which the samples are, perhaps folded together with others, and how to take them out."""
+"""The dimension of a tensor that holds the samples, perhaps folded with others, and how to unfold it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class Axis(NamedTuple):
         return parts.flatten(self.dim + 1, self.dim + 2)
 
     def put_back(self, parts: Tensor) -> Tensor:
-        """Return what `sample_first` made `parts` of."""
+        """Undo `sample_first`."""
         folded: Tensor = parts.unflatten(self.dim + 1, (self.before, self.after)).movedim(0, self.dim + 1)
         return folded.flatten(self.dim, self.dim + 2)

@@ -1,4 +1,4 @@
-"""Seeing every use of a parameter: a `TorchFunctionMode` that sends each operation on one to a rule.
+"""Capturing every use of a parameter: a `TorchFunctionMode` that dispatches operations on parameters to rules.
 
 The mode is active during the forward pass of one call and sees the functions of `torch` by name, so modules need not be
 touched: tied weights, functional calls and modules called twice are simply further uses. An operation on a parameter
@@ -66,14 +66,14 @@ class Capture(Trace):
             along = dim, None if owners is None else owners.tolist()
             if held.setdefault(id(tensor), along) != along:
                 raise UnsupportedModelError(
-                    f"The same tensor, of shape {tuple(tensor.shape)}, stands for several samples, or for samples and "
-                    "for what all of them share, which backend 'fused' cannot tell apart: pass a .clone() for each."
+                    f"The same tensor, of shape {tuple(tensor.shape)}, is given for several samples, or both for "
+                    "samples and as shared, which backend 'fused' cannot tell apart: pass a .clone() for each."
                 )
             if along != SHARED:
                 self.layouts[tensor] = layout_of(tensor, dim, owners, self.batch_size)
 
     def finish(self, losses: Tensor) -> Tensor:
-        """Return the losses, of which those of a sample depend on this sample alone.
+        """Return the losses, checked that each depends on its own sample only.
 
         Raises:
             UnsupportedModelError: they do not.
@@ -85,9 +85,9 @@ class Capture(Trace):
         mixed = where.mixed if isinstance(where, Lost) else where not in (None, due)
         if isinstance(where, Lost) and where.picked and self.parameters_repeated:
             raise UnsupportedModelError(
-                f"The losses of a sample depend on rows of other samples ({where.reason}). If what is read there is "
-                "the same for all of them, as a class token is, backend 'fused' cannot see it: use backend 'vmap', "
-                "'vjp' or 'loop', or read it from the sample's own rows. Else the gradient of a single sample does not "
+                f"The loss of a sample depends on rows of other samples ({where.reason}). If those rows are the same "
+                "for all samples, as a class token is, backend 'fused' cannot see that: use backend 'vmap', 'vjp' or "
+                "'loop', or read them from the sample's own rows. Otherwise the gradient of a single sample does not "
                 "exist."
             )
         if mixed:
@@ -109,8 +109,8 @@ class Capture(Trace):
             if not used:
                 return func(*args, **kwargs)  # what leaves the transform is looked at then, see `_adopted`
             raise UnsupportedModelError(
-                f"{name_of(func)} was called with a parameter inside of a transform of torch.func (vmap, grad), which "
-                f"backend 'fused' cannot look into: {VMAP_OR_VJP}."
+                f"{name_of(func)} was called with a parameter inside a transform of torch.func (vmap, grad), which "
+                f"backend 'fused' cannot see into: {VMAP_OR_VJP}."
             )
         if self.without_gradient and self.forward_pass:
             self._note_kernels(followed)
@@ -128,7 +128,7 @@ class Capture(Trace):
     def _of_parameters(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor], followed: list[Tensor]
     ) -> Any:
-        """Run an operation on `tensors`, some of which are made of parameters, and those in `followed` of samples."""
+        """Run an operation on `tensors`; some are computed from parameters, those in `followed` hold samples."""
         if func is torch.autograd.grad and any(self.expression(t) is None for t in tensors_in(args[0])):
             raise second_derivatives()
         if func is Tensor.detach and not self.forward_pass and _asked_by_checkpoint():
@@ -153,7 +153,7 @@ class Capture(Trace):
         return self.express(func, args, kwargs)
 
     def _note_kernels(self, followed: list[Tensor]) -> None:
-        """Remember those of `followed` that custom functions returned."""
+        """Remember which of `followed` were returned by custom functions."""
         for t in followed:
             where = self.layouts.get(t)
             if not isinstance(where, Layout) or self.intercepted or not is_kernel(t.grad_fn):
@@ -168,7 +168,7 @@ class Capture(Trace):
 
     @contextmanager
     def _kernels_served(self) -> Iterator[None]:
-        """Let custom functions that took parameters give their contributions in the backward pass inside."""
+        """Collect contributions from custom functions that took parameters, in the backward pass inside the context."""
         served = []
         try:
             for node, results in self.kernels.items():
@@ -205,7 +205,7 @@ class Capture(Trace):
     # Inner workings.
 
     def _adopted(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Make expressions of those tensors that came into being unseen, if autograd knows how from parameters alone.
+        """Turn tensors of unseen origin into expressions, if autograd's graph shows that only parameters made them.
 
         A custom `torch.autograd.Function` gives such ones. Its backward pass then runs for each sample.
         """
@@ -228,14 +228,14 @@ class Capture(Trace):
         return found
 
     def _require_constants(self, func: Any, tensors: list[Tensor]) -> None:
-        """Raise unless `tensors`, which are not followed, depend on no sample and no parameter."""
+        """Raise if one of `tensors`, which are not followed, depends on a sample or a parameter."""
         if self.forward_pass and self.intercepted:
             self.constants.add(tensors)
         if any(t.grad_fn is not None or not (self.forward_pass or t in self.constants) for t in tensors):
             raise UnsupportedModelError(
-                f"{name_of(func)} was called with a parameter and with a tensor that backend 'fused' did not see come "
-                "into being (the result of a custom torch.autograd.Function, of torch.vmap or compiled code, or what "
-                f"hooks on autograd's saved tensors made of the input of an activation checkpoint): {VMAP_OR_VJP}."
+                f"{name_of(func)} was called with a parameter and a tensor of unseen origin (the result of a custom "
+                "torch.autograd.Function, of torch.vmap or of compiled code, or the input of an activation "
+                f"checkpoint changed by saved-tensor hooks), which backend 'fused' cannot follow: {VMAP_OR_VJP}."
             )
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -261,14 +261,14 @@ class Capture(Trace):
             raise no_rule(name_of(func), str(error)) from error
 
     def _mixture(self, followed: list[Tensor]) -> Lost | None:
-        """Return the reason if samples are mixed in one of the operands, or cannot be told apart in any; else None."""
+        """Return the reason why the samples in an operand are mixed or cannot be told apart; None if they are not."""
         layouts = [self.layouts.get(t) for t in followed]
         lost = [where for where in layouts if isinstance(where, Lost)]
         mixed = next((where for where in lost if where.mixed), None)
         return lost[0] if mixed is None and len(lost) == len(layouts) else mixed
 
     def _use_mixed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: Lost) -> Any:
-        """Run an operation on parameters and mixed samples, which is right as long as no gradient comes back."""
+        """Run an operation on parameters and mixed samples, which is exact as long as no gradient returns."""
         arguments = (args, dict(kwargs))
         operand = next(t for t in tensors_in(arguments) if self.layouts.get(t) == where)
         where = where._replace(pending=None)
@@ -284,7 +284,7 @@ class Capture(Trace):
 
 
 def _asked_by_checkpoint() -> bool:
-    """Whether activation checkpointing asked for the operation that the mode sees, for its own purposes."""
+    """Whether activation checkpointing itself called the operation."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals["__name__"].startswith("persample.sources.backends.fused."):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Running operations that use no parameter, and following the samples from their operands into their results."""
+"""Running operations without parameters, and following the samples from operands to results."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from persample.sources.selfcheck.raw_errors import is_raw
 
 
 def plain(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation that uses no parameter, and follow the samples in it."""
+    """Run an operation without parameters, and follow the samples through it."""
     followed = [t for t in tensors_in((args, dict(kwargs))) if t in trace.layouts]
     return carry(trace, func, args, kwargs, followed) if followed else func(*args, **kwargs)
 
 
 def carry(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor]) -> Any:
-    """Run an operation that uses no parameter, and follow the samples from its operands into its results."""
+    """Run an operation without parameters, and follow the samples from its operands to its results."""
     result = FASTER.get(func, func)(*args, **kwargs)
     if trace.parts:
         follow(trace, func, args, kwargs, result)
@@ -54,7 +54,7 @@ def carry(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _keeps_shape(
     trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], followed: list[Tensor], result: Any
 ) -> bool:
-    """Whether the samples are known to be where they were, by the operation's name; note so."""
+    """Whether the operation's name tells that the samples stay where they were; if so, record that."""
     if func in op_table.SAME or func in op_table.RESHAPES:
         where = trace.layouts.get(args[0]) if args else None
         if where is None:
@@ -71,7 +71,7 @@ def _keeps_shape(
 
 
 def _parts_read(trace: Trace, outputs: list[Tensor], layouts: Sequence[Where]) -> dict[int, Tensor]:
-    """Return what stands for those of `outputs` that are a part made of parameters, by their id."""
+    """Return the replacements, by id, of those `outputs` that are a part computed from parameters."""
     found = {}
     for output, where in zip(outputs, layouts, strict=True):
         if trace.beside_samples or not isinstance(where, Layout) or where.owners is not None:

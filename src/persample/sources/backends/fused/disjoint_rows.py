@@ -1,4 +1,4 @@
-"""What an operand contributes that was computed from parameters and has an entry of its own for each sample."""
+"""The contribution of an operand that was computed from parameters and has separate entries for each sample."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OwnRows:
 
 @dataclass(frozen=True)
 class PickedRows:
-    """The same where the samples' rows were picked or sorted.
+    """The same for rows that were selected or sorted.
 
     Attributes:
         delta: δ of the operand.

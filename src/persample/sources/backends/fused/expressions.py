@@ -71,7 +71,7 @@ class Expression:
 
     @property
     def reorders(self) -> bool:
-        """Whether f only moves entries of one parameter, each to one place at most."""
+        """Whether f only moves entries of one parameter, and repeats none."""
         return self.moves and not self.repeats
 
     @property
@@ -86,12 +86,12 @@ class Expression:
         return first, first + sum((size - 1) * step for size, step in steps)
 
     def entries(self, values: Tensor) -> Tensor:
-        """Return those entries of `values`, shaped as the parameter, that θ' is; it has a `span`."""
+        """Return the entries of `values`, shaped as the parameter, that θ' views; requires a `span`."""
         offset = self.value.storage_offset() - next(iter(self.parameters.values())).storage_offset()
         return values.as_strided(self.value.shape, self.value.stride(), values.storage_offset() + offset)
 
     def once(self, dim: int) -> Expression:
-        """Return what is repeated along `dim`."""
+        """Return one copy of what is repeated along `dim`."""
         length = self.repeats[dim]
         graph = self._before_repeated(dim)
         if graph is None or graph.shape[dim] != length or graph.dim() != self.value.dim():
@@ -100,7 +100,7 @@ class Expression:
         return Expression(graph.detach(), graph, self.parameters, self.moves, repeats, through=self.through)
 
     def _before_repeated(self, dim: int) -> Tensor | None:
-        """Return what is repeated along `dim` without a way back through all of the repetitions, if it can be had."""
+        """Return one copy of what is repeated along `dim`, by a graph without the repetitions if possible."""
         if self.made is None or len(self.made.sources) != 1 or self.value.numel() == 0:
             return None
         ((key, source),) = self.made.sources.items()
@@ -126,7 +126,7 @@ class Expression:
 
     @property
     def width(self) -> int:
-        """How many numbers one sample's gradients take."""
+        """Size of one sample's gradients, in numbers."""
         return self.value.numel() + sum(math.prod(p.shape) for p in self.parameters.values())
 
     def pull(self, gradient: Tensor) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ class Expression:
 
 
 def origins(sources: Collection[Expression]) -> tuple[dict[str, nn.Parameter], dict[Tensor, Expression]]:
-    """Return what a tensor made of `sources` is made of: `parameters` and `through` of its expression."""
+    """Return `parameters` and `through` for the expression of a tensor computed from `sources`."""
     parameters = {name: p for source in sources for name, p in source.parameters.items()}
     through = {leaf: inner for source in sources for leaf, inner in source.through.items()}
     return parameters, through
@@ -196,8 +196,8 @@ def express(
         result = func(*new_args, **new_kwargs)
     if [source.graph._version for source in sources.values()] != before:
         raise UnsupportedModelError(
-            f"{name} changes a parameter, or a tensor computed from parameters, in place, which backend 'fused' cannot "
-            "follow: use the operation that returns a new tensor."
+            f"{name} changes a parameter, or a tensor computed from parameters, in place, which backend 'fused' "
+            "cannot follow: use the out-of-place operation."
         )
     # `contiguous`, `to` and others return what they are given if that will do.
     unchanged = {id(source.graph): t for t in tensors_in((args, dict(kwargs))) if (source := sources.get(id(t)))}
@@ -222,7 +222,7 @@ def express(
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it was written into."""
+    """Version counter: how often the tensor was written to."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -247,7 +247,7 @@ _VIEWS = functions(
 
 
 def _repeats(func: Any, source: Expression, output: Tensor) -> Mapping[int, int]:
-    """Return the dimensions along which the result of an operation on `source` is the same over and over."""
+    """Return the dimensions along which the result of an operation on `source` repeats."""
     if func in _COPIES:
         return source.repeats
     missing = output.dim() - source.value.dim()
@@ -260,7 +260,7 @@ def _repeats(func: Any, source: Expression, output: Tensor) -> Mapping[int, int]
 
 
 def _moves(func: Any, source: Expression, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation on one parameter only moves its entries, and repeats them only as `_repeats` says."""
+    """Whether an operation on one parameter only moves its entries, with no repeats other than those of `_repeats`."""
     if func in _EXPANSIONS or func in _COPIES:
         return all(d not in source.repeats for d in range(source.value.dim())) or func in _COPIES
     # A view of entries repeated by a stride of zero shows that stride; other copies would not be noticed any more.

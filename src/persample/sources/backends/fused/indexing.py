@@ -1,4 +1,4 @@
-"""What the brackets of `x[index]` mean: one reading, for the rule of parameters and for where the samples are.
+"""Parsing the index of `x[index]`, for rules and for following the samples.
 
 PyTorch reads them in two steps. Integers, slices, None and an Ellipsis give a view, `x[basic]`. Tensors of numbers then
 look up in one dimension of it each, masks in as many as they have. Tensors of numbers without dimensions are integers.
@@ -34,7 +34,7 @@ class Lookup(NamedTuple):
 
 
 def read(index: Any, table: Tensor) -> Lookup:
-    """Return what `index` means for a tensor."""
+    """Parse `index` for a tensor."""
     parts = [_part(part, table.device) for part in _as_tuple(index)]
     missing = [slice(None)] * (table.dim() - sum(map(_covered, parts)))
     dots = next((number for number, part in enumerate(parts) if part is Ellipsis), len(parts))
@@ -61,7 +61,7 @@ def read(index: Any, table: Tensor) -> Lookup:
 
 
 def lookup_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lookup | None:
-    """Return what an operation looks up in its first operand; None if it does nothing of that kind."""
+    """Return the index of an operation that reads from its first operand; None for other operations."""
     if func is Tensor.__getitem__:
         return read(args[1], args[0])
     if func in _WHOLE:
@@ -74,7 +74,7 @@ def lookup_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lo
 
 
 def written_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lookup | None:
-    """Return where an operation writes into its first operand; None if it does nothing of that kind."""
+    """Return the index of an operation that writes to its first operand; None for other operations."""
     if func is Tensor.__setitem__:
         return read(args[1], args[0])
     if func in _PUT:
@@ -83,12 +83,12 @@ def written_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> L
 
 
 def selecting(dim: int, index: Tensor, dimensions: int) -> tuple[Any, ...]:
-    """Return the brackets that `index_select` stands for."""
+    """Return `index_select`'s arguments as an index."""
     return (*[slice(None)] * (dim % max(dimensions, 1)), index.reshape(1) if index.dim() == 0 else index)
 
 
 def is_mask(tensor: Tensor) -> bool:
-    """Whether a tensor in brackets says yes or no, rather than numbers."""
+    """Whether an index tensor is a mask, not numbers."""
     return tensor.dtype in _MASKS
 
 
@@ -99,7 +99,7 @@ _PUT = functions("index_put")
 
 
 def _as_tuple(index: Any) -> tuple[Any, ...]:
-    """Return the parts of an index; a list that holds anything but numbers is read as a tuple."""
+    """Return the parts of an index; a list of anything but numbers counts as a tuple."""
     if isinstance(index, tuple):
         return index
     if isinstance(index, Sequence) and len(index) < 32 and any(map(_is_no_number, index)):
@@ -126,7 +126,7 @@ def _part(part: Any, device: torch.device) -> Any:
 
 
 def _covered(part: Any) -> int:
-    """How many dimensions of x a part speaks of."""
+    """How many dimensions of x a part of the index consumes."""
     if part is None or part is Ellipsis:
         return 0
     return part.dim() if isinstance(part, Tensor) and is_mask(part) else 1

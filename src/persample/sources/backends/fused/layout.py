@@ -67,7 +67,7 @@ class Layout(NamedTuple):
         return parts if self.owners is None else self.owners.gather(parts)
 
     def require_features(self, *features: int) -> None:
-        """Raise `ValueError` unless the trailing entries can be taken together, so many at a time."""
+        """Raise `ValueError` unless trailing entries can be grouped by that number."""
         if 0 in features:
             raise ValueError("it has no features")
         if self.inner % features[0]:
@@ -107,11 +107,11 @@ class Layout(NamedTuple):
         return rows if self.owners is None else self.owners.gather(rows)
 
     def row_labels(self, device: torch.device) -> Tensor:
-        """Return whose each row is, shape `(rows,)`."""
+        """Return the sample that each row belongs to, shape `(rows,)`."""
         return torch.arange(self.batch, device=device) if self.owners is None else self.owners.labels
 
     def labels(self, shape: Sequence[int], device: torch.device, write: Write = lambda rows: rows) -> Tensor:
-        """Return whose each entry of a tensor of `shape` is, as a tensor of that shape, in the numbers of `write`."""
+        """Return the owner of each entry of a tensor of `shape`, as a tensor of that shape, coded as by `write`."""
         rows = write(self.row_labels(device))
         axis = self.axis(shape)
         if axis is None:
@@ -151,7 +151,7 @@ def rows_in(labels: Tensor) -> tuple[int, Tensor, int]:
 
 
 def without_gaps(labels: Tensor, likely: Sequence[int]) -> Tensor:
-    """Return `labels`, with entries of nobody given to the sample that all others at their place in a dimension have.
+    """Return `labels`, with unowned entries assigned to the sample that owns all others of their row.
 
     Strides of a transposed convolution, paddings and diagonals leave such gaps between the entries of a sample. Were a
     gap given to a sample whose loss does not depend on it, then the samples would meet later on, and be refused.
@@ -169,7 +169,7 @@ def without_gaps(labels: Tensor, likely: Sequence[int]) -> Tensor:
 
 
 def of_rows(outer: int, rows: Tensor, inner: int, batch: int) -> Layout:
-    """Return the layout of a tensor of outer · rows · inner entries, where `rows` says whose the rows are.
+    """Return the layout of a tensor of outer · rows · inner entries, whose rows have the owners `rows`.
 
     Rows that belong to nobody, such as padding, are given to the samples beside whose rows they are, if all other
     rows say that the samples come in turn.
@@ -181,7 +181,7 @@ def of_rows(outer: int, rows: Tensor, inner: int, batch: int) -> Layout:
 
 
 def _distances(rows: Tensor, batch: int) -> Iterator[int]:
-    """Yield how many rows of one sample may stand side by side."""
+    """Yield the candidate numbers of adjacent rows per sample."""
     if bool((rows != NOBODY).all()):
         changes = (rows[1:] != rows[:-1]).nonzero()
         yield int(changes[0]) + 1 if len(changes) else len(rows)

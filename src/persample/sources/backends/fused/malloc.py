@@ -1,4 +1,4 @@
-"""Memory that is taken and given back in every call, without asking the system for it each time."""
+"""Keeping freed memory in the process, so that each call need not request it from the system again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding out by trial whose the entries of an operation's result are.
+"""Finding by experiment which sample each entry of an operation's result depends on.
 
 There are two trials. An operation that only moves entries is run on tensors that hold the owner of each entry. All
 others are run on the samples with some of them replaced by NaN, which spreads to whatever depends on them: sample i has
@@ -32,7 +32,7 @@ _MARK = 2.0**45  # far from all values that paddings have, and exact in float64 
 
 
 def marked(owners: Tensor) -> Tensor:
-    """Return the numbers of samples as values that no other entry of a tensor has."""
+    """Return sample numbers coded as values that occur nowhere else in a tensor."""
     return owners.double() + _MARK
 
 
@@ -64,7 +64,7 @@ def on_copies(run: Run, arguments: Arguments) -> list[Tensor]:
 
 
 def touched(run: Run, arguments: Arguments, labels: Mapping[int, Tensor], batch: int) -> list[Tensor | None]:
-    """Return whose the entries of the results are, for any operation; None for results that cannot hold a NaN.
+    """Return the owners of the entries of the results of any operation; None for results that cannot hold a NaN.
 
     Args:
         run: the operation; it returns its results.
@@ -122,7 +122,7 @@ def _codes(batch: int) -> Tensor:
 
 @cache
 def _owners_of_codes(batch: int) -> Tensor:
-    """Return the sample that has a code, by the number that its bits are; `SEVERAL` where none has."""
+    """Return the sample that each code belongs to, by its bits; `SEVERAL` for invalid codes."""
     codes = _codes(batch)
     owners = torch.full((2 ** codes.shape[1],), SEVERAL, device="cpu")
     numbers = torch.arange(max(batch, codes.shape[1]), device="cpu")

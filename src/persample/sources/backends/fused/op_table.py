@@ -182,7 +182,7 @@ def index_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def gives_nothing_of_samples(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the result has no gradient and no trace of the samples: a shape or a type, or indices of entries."""
+    """Whether the result has no gradient and holds no samples: a shape, a type, or indices of entries."""
     one_operand = len(args) + len(kwargs) == 1
     return func in CONSTANTS or func in PLACES_OF_ENTRIES or (one_operand and func in _WHERE)
 
@@ -191,7 +191,7 @@ _WHERE = functions("where")
 
 
 def dims_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the dimensions along which an operation of `ALONG` acts: numbers, `ALL`, or None if nobody can tell."""
+    """Return the dimensions along which an operation of `ALONG` acts: numbers, `ALL`, or None if unknown."""
     position, default = ALONG[func]
     given = [kwargs[name] for name in ("dim", "dims", "axis") if name in kwargs] or [*args[position : position + 1]]
     if not given or given[0] is None:

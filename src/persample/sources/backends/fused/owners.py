@@ -1,4 +1,4 @@
-"""Whose the rows of a tensor are, where they are not the samples 0, 1, 2 … in turn: picked, sorted or packed rows."""
+"""Owners of rows that are not simply the samples 0, 1, 2, …: selected, sorted or packed rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Owners:
         self.batch = batch
 
     def __eq__(self, other: object) -> bool:
-        """Whether the rows are those of the same samples."""
+        """Whether the rows belong to the same samples."""
         if self is other or not isinstance(other, Owners):
             return self is other
         known = self.labels, other.labels
@@ -33,7 +33,7 @@ class Owners:
         return hash((self.batch, len(self.labels)))
 
     def bind(self, labels: Tensor) -> None:
-        """Let the rows belong to `labels`, with which those that belonged to a sample agree."""
+        """Assign the rows to `labels`, which must agree with the owners known so far."""
         self.labels = labels
         for name in ("complete", "one", "most", "slots"):
             self.__dict__.pop(name, None)
@@ -45,7 +45,7 @@ class Owners:
 
     @cached_property
     def one(self) -> Tensor:
-        """The samples that have rows, each once."""
+        """The samples that own rows, each once."""
         return self.labels if len(self.labels) == 1 else self.labels.unique()
 
     @cached_property
@@ -55,7 +55,7 @@ class Owners:
 
     @cached_property
     def slots(self) -> Tensor:
-        """The slot of each row among K slots for each sample, shape `(rows,)`."""
+        """The slot of each row among the K slots of its sample, shape `(rows,)`."""
         order = self.labels.argsort(stable=True)
         owner = self.labels[order]
         start = owner.bincount(minlength=self.batch).cumsum(0).roll(1)
@@ -65,6 +65,6 @@ class Owners:
         return slots
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return `(rows, L, *others)` as `(B, K·L, *others)`, filled up with zeros."""
+        """Return `(rows, L, *others)` as `(B, K·L, *others)`, padded with zeros."""
         slots = rows.new_zeros(self.batch * self.most, *rows.shape[1:]).index_copy(0, self.slots, rows)
         return slots.view(self.batch, self.most * rows.shape[1], *rows.shape[2:])

@@ -1,4 +1,4 @@
-"""Parts of tensors of samples that are made of parameters alone, such as a class token beside patches.
+"""Parts of sample tensors that come from parameters alone, such as a class token beside patches.
 
 Rows that are read from such a part are made of parameters again, whose samples' rows they may be: a model of frames
 takes the class token of all videos from the first B of its B·T frames. So what was put beside samples is remembered,
@@ -46,21 +46,21 @@ class PartTable:
         self._entries[id(tensor)] = weakref.ref(tensor), version_of(tensor), parts
 
     def get(self, tensor: Tensor) -> Parts | None:
-        """Return the parts of `tensor`; None if it has none, or was written into."""
+        """Return the parts of `tensor`; None if it has none, or was written to."""
         entry = self._entries.get(id(tensor))
         if entry is None or entry[0]() is not tensor or version_of(tensor) != entry[1]:
             return None
         return entry[2]
 
     def instead_of(self, view: Tensor, part: Tensor) -> None:
-        """Remember that `part` stands for a view; both must stay as they are."""
+        """Remember that a view is `part`; neither may be written to later."""
         self._read += [(t, version_of(t)) for t in (view, part)]
 
     def refuse_written(self) -> None:
-        """Raise if something was written into a tensor that expressions were read from."""
+        """Raise if a tensor was written to after expressions were read from it."""
         if any(version_of(view) != version for view, version in self._read):
             raise UnsupportedModelError(
-                "A tensor in which parameters stand beside samples (a class token), or a part of it, was changed in "
-                "place after rows had been read from it, which backend 'fused' cannot follow: read them later, or use "
-                "an operation that returns a new tensor."
+                "A tensor that holds parameters beside samples (a class token), or a part of it, was changed in place "
+                "after rows had been read from it, which backend 'fused' cannot follow: read them later, or use an "
+                "out-of-place operation."
             )

@@ -35,7 +35,7 @@ from persample.sources.backends.fused.owners import NOBODY, Owners
 
 
 class Lost(NamedTuple):
-    """Nobody can tell where the samples are in a tensor that depends on the batch.
+    """The tensor depends on the batch, but the position of the samples in it is unknown.
 
     Attributes:
         reason: why, for the error message.
@@ -67,7 +67,7 @@ _MOST_VALUES = 2**20
 
 
 class Unknown(Exception):  # noqa: N818 - no error, but the answer of one way, and the next is tried
-    """This way does not lead to the answer."""
+    """This method cannot answer the question; try the next one."""
 
 
 class Call(NamedTuple):
@@ -127,12 +127,14 @@ def after(call: Call) -> list[Where]:
 
 
 def without_owner(layout: Layout) -> Lost:
-    """Return where the samples are in what parameters made of rows of which some belong to no sample."""
-    return Lost("some rows were made of parameters alone and met those of no sample", mixed=True, pending=layout)
+    """Return the layout of a result computed from parameters and rows of which some have no owner."""
+    return Lost(
+        "some rows come from parameters alone and were combined with rows of no sample", mixed=True, pending=layout
+    )
 
 
 def bound(call: Call, pending: Mapping[int, Layout | None]) -> list[Where]:
-    """Return where the samples are after `call`, in which rows that await an owner may meet those of samples.
+    """Return the layout after `call`, in which rows without an owner may be combined with those of samples.
 
     Args:
         call: the operation.
@@ -170,7 +172,7 @@ _PARTS = op_table.functions("chunk split split_with_sizes unsafe_chunk unsafe_sp
 
 
 def outputs_of(func: Any, args: tuple[Any, ...], result: Any) -> list[Tensor]:
-    """Return the tensors that an operation returned or wrote into."""
+    """Return the tensors that an operation returned or wrote to."""
     return [args[0]] if func is Tensor.__setitem__ else tensors_in(result)
 
 
@@ -189,7 +191,7 @@ def _find(call: Call) -> tuple[list[Where], Dependence]:
 
 
 def _dependence(call: Call, way: Callable[[Call], list[Where]]) -> Dependence:
-    """Return what an answer found in this way depends on."""
+    """Return what the answer of this method depends on."""
     deciding = _deciding(call, way)
     constants = [t for t in deciding if id(t) not in call.samples]
     if way is _by_nan:
@@ -203,7 +205,7 @@ def _dependence(call: Call, way: Callable[[Call], list[Where]]) -> Dependence:
 
 
 def _deciding(call: Call, way: Callable[[Call], list[Where]]) -> list[Tensor]:
-    """Return the operands whose values may say which entries go where."""
+    """Return the operands whose values may decide where entries go."""
     operands = tensors_in((call.args, dict(call.kwargs)))
     if way in (_by_labels, _by_places):
         return tensors_in(op_table.index_arguments(call.func, call.args, call.kwargs))
@@ -211,7 +213,7 @@ def _deciding(call: Call, way: Callable[[Call], list[Where]]) -> list[Tensor]:
 
 
 def _may_decide(call: Call, tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers, a mask or positions, or has entries that are left out."""
+    """Whether a tensor holds integers (a mask, positions), or has entries that are left out."""
     real = tensor.is_floating_point() or tensor.is_complex()
     return not real or tensor.layout is not torch.strided or call.func in op_table.POSITIONS
 
@@ -260,7 +262,7 @@ _OF_ALL_ENTRIES = (op_table.POINTWISE, op_table.COMPARISONS, op_table.PRODUCTS, 
 
 
 def _only_owner(call: Call) -> Owners | None:
-    """Return to whom all operands that hold samples belong as a whole, if that is one sample."""
+    """Return the owner of all operands that hold samples, if that is a single sample."""
     owners = [layout.owners for layout in call.samples.values()]
     first = owners[0]
     if first is None or any(owner is None or not torch.equal(owner.one, first.one) for owner in owners):
@@ -298,7 +300,7 @@ def agreed(samples: Mapping[int, Layout], operands: list[Tensor], shape: Sequenc
 
 
 def aligned(operand: Tensor, dim: int, ndim: int) -> int:
-    """Operands are broadcast to each other, last dimension to last dimension."""
+    """Operands are broadcast against each other, aligned at the last dimension."""
     return dim + ndim - operand.dim()
 
 
@@ -354,7 +356,7 @@ def _joined(call: Call) -> DimAfter:
 
 
 def _unobserved(call: Call) -> list[Where]:
-    """Values are rounded to a grid, entry by entry, where the grid is not fitted to the samples before."""
+    """Values are rounded to a grid entry by entry; the grid itself must not depend on the samples."""
     observes = call.args[1] if len(call.args) > 1 else call.kwargs.get("observer_on")
     if call.func not in op_table.OBSERVING or observes is None or bool(observes.any()):
         raise Unknown
@@ -364,13 +366,11 @@ def _unobserved(call: Call) -> list[Where]:
 # By indices, by labels, and by trial.
 
 _BY_MEMORY = op_table.functions("as_strided")
-_BETWEEN_ENTRIES = Lost(
-    "as_strided may read memory that is not the tensor's own: call .contiguous() before", mixed=True
-)
+_BETWEEN_ENTRIES = Lost("as_strided may read memory outside the tensor: call .contiguous() first", mixed=True)
 
 
 def _by_indices(call: Call) -> list[Where]:
-    """Constants are looked up by the numbers of samples: an entry of the result belongs to whom its index belongs."""
+    """Constants are looked up by indices of samples: an entry of the result belongs to the owner of its index."""
     lookup = _read(lookup_of, call)
     if id(call.args[0]) in call.samples:
         raise Unknown
@@ -381,7 +381,7 @@ def _by_indices(call: Call) -> list[Where]:
 
 
 def _by_places(call: Call) -> list[Where]:
-    """Constants are written where samples say: an entry belongs to whom the index belongs that says so."""
+    """Constants are written at indices of samples: an entry belongs to the owner of its index."""
     lookup = _read(written_of, call)
     index = op_table.index_arguments(call.func, call.args, call.kwargs)[0]
     content = {id(t) for t in call.operands()} - {id(t) for t in tensors_in(index)}
@@ -411,7 +411,7 @@ def _read(reading: Callable[..., Lookup | None], call: Call) -> Lookup:
 
 
 def _owner_of_numbers(call: Call, numbers: Iterable[Tensor]) -> Tensor:
-    """Return whose the numbers and masks are that stand in brackets, broadcast to each other.
+    """Return the owners of the index tensors and masks, broadcast against each other.
 
     Raises:
         Unknown: none is of a sample.
@@ -450,12 +450,12 @@ def _by_labels(call: Call) -> list[Where]:
 
 
 def _adds(call: Call) -> bool:
-    """Whether entries are added to others, not put in their place."""
+    """Whether entries are accumulated, not overwritten."""
     return bool(call.kwargs.get("accumulate", call.kwargs.get("reduce"))) or any(item is True for item in call.args[3:])
 
 
 def _by_sums(call: Call) -> list[Where]:
-    """Entries are added to others where constants say: a sum belongs to whom all of its terms belong."""
+    """Entries are accumulated at constant indices: a sum belongs to the common owner of its terms."""
     if call.func not in op_table.ADDITIONS or len(call.args) + len(call.kwargs.keys() & _ADDED) != 4:
         raise Unknown
     target, dim, index, added = (*call.args, *(call.kwargs[name] for name in _ADDED if name in call.kwargs))
@@ -488,7 +488,7 @@ def _by_sums(call: Call) -> list[Where]:
 
 
 def _along_dim(call: Call, tensor: Tensor, dim: int) -> Tensor | None:
-    """Return whose the entries of `tensor` along a dimension are, if they are the same along all others."""
+    """Return the owners along one dimension of `tensor`, if they are the same along all others."""
     layout = call.samples.get(id(tensor))
     axis = None if layout is None else layout.axis(tensor.shape)
     if layout is None or axis is None or axis.dim != dim:
@@ -505,7 +505,7 @@ _ADDED = ("input", "dim", "index", "source")
 
 
 def _reduced(labels: Tensor, dim: int, index: Tensor, added: Tensor, reduction: str, nobody: int) -> Tensor:
-    """Return the smallest or largest label of what is added up, with `nobody` for that of nobody."""
+    """Return the smallest or largest label among the terms of each sum, with `nobody` for unowned terms."""
     known, others = (torch.where(t == NOBODY, nobody, t) for t in (labels, added))
     places = index.reshape([-1 if d == dim else 1 for d in range(labels.dim())]).expand(others.shape)
     return known.scatter_reduce(dim, places.long(), others, reduction)
@@ -530,7 +530,7 @@ def _labels(call: Call, write: Write = lambda rows: rows, leave: Collection[int]
 
 
 def _of_all(call: Call, shape: torch.Size) -> Lost:
-    return Lost(f"{call.name} makes an entry of its result from all of them", mixed=shape.numel() > 1)
+    return Lost(f"{call.name} computes an entry of its result from all of them", mixed=shape.numel() > 1)
 
 
 def _where(
@@ -546,7 +546,7 @@ def _where(
     rows = read(rows)
     picked = any(layout.owners is not None for layout in call.samples.values())
     if bool((rows == SEVERAL).any()) or (bool((rows == ALL).any()) and (picked or len(call.operands()) > 1)):
-        return Lost(f"{call.name} makes an entry of its result from several of them", mixed=True, picked=picked)
+        return Lost(f"{call.name} computes an entry of its result from several of them", mixed=True, picked=picked)
     if bool((rows == ALL).any()):
         return _of_all(call, labels.shape)
     if not bool((rows != NOBODY).any()):
@@ -566,7 +566,7 @@ def _axes(call: Call) -> Iterable[Axis]:
 
 
 def _key(call: Call) -> Hashable | None:
-    """What the answer depends on, but for the values of tensors; None where whose single rows are matters."""
+    """What the answer depends on, other than values of tensors; None if owners of single rows matter."""
     if any(layout.owners is not None for layout in call.samples.values()):
         return None
     key: list[Any] = [call.func, call.batch, call.outputs and tuple([output.shape for output in call.outputs])]
@@ -583,7 +583,7 @@ def _key(call: Call) -> Hashable | None:
 
 
 def _describe(items: Iterable[Any], samples: Mapping[int, Layout], key: list[Any]) -> None:
-    """Append what is to be known of `items` to `key`; the numbers of items say how they are nested."""
+    """Append a description of `items` to `key`; counts encode the nesting."""
     for item in items:
         if isinstance(item, Tensor):
             key += (item.shape, item.dtype, item.device, samples.get(id(item)))
@@ -609,7 +609,7 @@ def _is_number(tensor: Tensor) -> bool:
 
 
 def _values(call: Call) -> bytes:
-    """Return a fingerprint of the values of those constants that may decide which entries go where."""
+    """Return a fingerprint of the values of constants that may decide where entries go."""
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors_in((call.args, dict(call.kwargs))):
         if id(tensor) not in call.samples and _may_decide(call, tensor):

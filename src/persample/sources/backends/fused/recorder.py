@@ -1,4 +1,4 @@
-"""Recording what the user runs: the same capture of operations, in his own forward and backward passes."""
+"""Recording the user's own forward and backward passes, by the same capture of operations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _backward: Callable[..., None] = opened(torch.autograd.backward) or torch.autogr
 
 
 class FusedRecorder(Recorder):
-    """Sends the operations of a user's forward pass to the rules of this backend, and leaves the gradient in `p.grad`.
+    """Dispatches the operations of a user's forward pass to the rules, and leaves the gradient in `p.grad`.
 
     Autograd never computes the gradient of a parameter that is used in the forward pass. So if it accumulates one all
     the same, the parameter was used by something unseen.
@@ -197,20 +197,20 @@ class FusedRecorder(Recorder):
         return axis is None or axis.dim == 0
 
     def _refuse_parameters_alone(self, losses: Iterable[Tensor]) -> None:
-        """Raise if a loss is made of parameters alone, as far as was seen."""
+        """Raise if a loss was computed from parameters alone, as far as the capture saw."""
         for loss in losses:
             expression = self.capture.expression(loss) if self.capture is not None else None
             if expression is not None and self._unseen_outputs:
                 raise UnsupportedModelError(
-                    "The model's outputs depend on the samples by an operation that backend 'fused' does not see while "
+                    "The model's outputs depend on the samples by an operation that backend 'fused' cannot see while "
                     f"recording (a transform of torch.func such as vmap, or compiled code): {VMAP_OR_VJP}; or call "
-                    "moments() or observe(), where 'fused' may serve it."
+                    "moments() or observe(), where 'fused' may support it."
                 )
             if expression is not None:
                 raise UnsupportedModelError(used_outside(expression.names[0]))
 
     def _refuse_mixing(self, losses: Iterable[Tensor]) -> None:
-        """Raise if samples met in a tensor that the loss was computed from, before the losses were added up."""
+        """Raise if samples were mixed in a tensor that the loss depends on, before the losses were summed."""
         for node in (node for loss in losses for node in nodes_behind(loss)) if self._mixed else ():
             if node in self._mixed:
                 raise mixing(self._mixed[node])

@@ -38,7 +38,7 @@ def _each(rules: Mapping[str, Rule]) -> dict[Any, Rule]:
 
 
 def _general(functions: Iterable[Any], rule: Rule) -> dict[Any, Rule]:
-    """A rule for many operations, which is told which one it is."""
+    """A rule for several operations; its first argument says which."""
 
     def rule_for(func: Any) -> Rule:
         return lambda trace, *args, **kwargs: rule(trace, func, args, kwargs)

@@ -190,19 +190,19 @@ def _way(compile: object) -> Way | None:
 
 @contextmanager
 def _failed_repetition_refused() -> Iterator[None]:
-    """Say what to do where activation checkpointing did not repeat what it did before."""
+    """Add advice to the error if activation checkpointing did not repeat the same operations."""
     try:
         yield
     except CheckpointError as error:
         raise UnsupportedModelError(
-            "Activation checkpointing did not repeat the same operations in the backward pass: give parameters to no "
-            "checkpoint inside another one as arguments (use them inside), change no saved tensors by hooks, or use "
-            f"backend 'vjp'. {str(error).splitlines()[0]}"
+            "Activation checkpointing did not repeat the same operations in the backward pass: do not pass "
+            "parameters as arguments to a nested checkpoint (use them inside), do not change saved tensors by hooks, "
+            f"or use backend 'vjp'. {str(error).splitlines()[0]}"
         ) from error
 
 
 def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
-    """What was found for each parameter in its own dtype, and zeros for those that the batch does not reach."""
+    """Return what was found in each parameter's dtype, and zeros for those that the batch does not reach."""
     complete = {}
     for name, p in parameters.items():
         value = found.get(name)
@@ -213,7 +213,7 @@ def _complete(parameters: dict[str, nn.Parameter], found: dict[str, Tensor], *le
 
 
 def _in_own_memory(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in place of those that share memory, as what autograd gives the operands of a sum does."""
+    """Replace tensors that share memory by copies; autograd gives the operands of a sum the same tensor."""
     separate, taken = {}, set()
     for name, g in gradients.items():
         memory = memory_of(g)

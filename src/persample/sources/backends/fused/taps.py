@@ -1,4 +1,4 @@
-"""Where gradients are taken from autograd's backward pass and given to the contributions of parameters."""
+"""Taps: autograd functions that pass gradients of the backward pass on to the contributions of parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Build = Callable[..., Contribution]
 
 
 class Receiver(Protocol):
-    """What taps need of the trace that made them."""
+    """What taps need from the trace."""
 
     forward_pass: bool
     passed_by: str
@@ -56,7 +56,7 @@ def _in_words(backward: Backward) -> Backward:
 
 
 class Tap(torch.autograd.Function):
-    """The identity, which gives the gradient of its argument to the contributions of the uses."""
+    """The identity; passes its gradient on to the contributions of the uses."""
 
     @staticmethod
     def forward(
@@ -91,7 +91,7 @@ class Tap(torch.autograd.Function):
 
 
 class Operation(torch.autograd.Function):
-    """An operation with its own backward pass, which gives the contributions of the uses, too."""
+    """An operation with its own backward pass, which also computes the contributions of the uses."""
 
     @staticmethod
     def forward(
@@ -145,7 +145,7 @@ class Copies(torch.autograd.Function):
 
 
 class Mixed(torch.autograd.Function):
-    """The identity, for what was made of parameters and of several samples at once: a gradient is refused."""
+    """The identity, for tensors computed from parameters and several samples at once: refuses a gradient."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, anchor: Tensor, refusal: UnsupportedModelError) -> Tensor:
@@ -158,7 +158,7 @@ class Mixed(torch.autograd.Function):
 
 
 def _is_for_parameters(ctx: Any) -> bool:
-    """Whether the gradient that arrives is that of the losses, not one that the model computes for itself.
+    """Whether the arriving gradient is that of the losses, not of a derivative inside the model.
 
     Raises:
         UnsupportedModelError: it is computed in the forward pass, where it could be differentiated once more; or the
@@ -178,8 +178,8 @@ def _is_for_parameters(ctx: Any) -> bool:
 def second_derivatives() -> UnsupportedModelError:
     """Return the refusal of a model that differentiates in its forward pass."""
     return UnsupportedModelError(
-        "The model or the loss computes gradients itself (torch.autograd.grad: derivatives by inputs or by parameters, "
-        f"a gradient penalty), and backend 'fused' has no second derivatives: {VMAP_OR_VJP}."
+        "The model or the loss computes gradients itself (torch.autograd.grad: derivatives by inputs or parameters, "
+        f"a gradient penalty), and backend 'fused' does not support second derivatives: {VMAP_OR_VJP}."
     )
 
 
@@ -190,7 +190,7 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise UnsupportedModelError(
-            "The input of an operation with parameters was changed in place after the operation, so what it saw is "
-            f"lost: make that change not in place (inplace=False). {error}"
+            "The input of an operation with parameters was changed in place after the operation, so its value is "
+            f"lost: make that change out of place (inplace=False). {error}"
         ) from error
     return saved

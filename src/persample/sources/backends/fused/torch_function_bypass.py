@@ -1,4 +1,4 @@
-"""Functions of `torch.nn.functional` opened, so that the operations inside are seen."""
+"""Calling functions of `torch.nn.functional` so that the capture sees the operations inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @cache
 def opened(func: Any) -> Callable[..., Any] | None:
-    """Return a function of `torch.nn.functional` so that its body, not its call, meets the mode; None for others.
+    """Return a function of `torch.nn.functional` whose body, not whose call, is seen by the mode; None for others.
 
     Such a function begins by asking whether anybody overrides it and hands itself over if so. The copy returned here
     looks that question up in its own globals, where the answer is no, so the operations inside are seen.

@@ -1,4 +1,4 @@
-"""What the rules of operations know of the forward pass under capture, and what they give to it.
+"""`Trace`: the state of a captured forward pass, and the interface that rules use.
 
 Expressions of parameters, and where the samples are in tensors, are found by the tensors' identity. The mode that sends
 operations to rules is built on top, in `capture`; rules, and what follows samples, need this much only.
@@ -30,13 +30,13 @@ from persample.sources.model.refusals import VMAP_OR_VJP, hooked_parameter
 
 
 class Sink(Protocol):
-    """What the uses of parameters are told to."""
+    """Receives the uses of parameters."""
 
     def expect(self, expression: Expression) -> None:
         """An operation of the forward pass uses `expression`."""
 
     def receive(self, expression: Expression, contribution: Contribution) -> None:
-        """Take what one use contributes to the gradients of single samples."""
+        """Receive the contribution of one use."""
 
 
 class Trace(TorchFunctionMode):
@@ -74,7 +74,7 @@ class Trace(TorchFunctionMode):
             self.expressions[id(p)] = (p, Expression(p.detach(), p, {name: p}, moves=True, is_parameter=True))
 
     def inner_gradient(self) -> Tensor:
-        """Return the anchor's gradient in a backward pass inside of the backward pass.
+        """Return the anchor's gradient in a backward pass inside the backward pass.
 
         It goes nowhere where that is `torch.autograd.grad` by something between. It stays in the anchor where that is
         `.backward()`, which would give the parameters their gradients beside those of the losses.
@@ -84,22 +84,22 @@ class Trace(TorchFunctionMode):
     # What rules use: operands.
 
     def expression(self, tensor: Any) -> Expression | None:
-        """Return the expression that `tensor` is, or None if it is not made of parameters."""
+        """Return the expression of `tensor`; None if it was not computed from parameters."""
         entry = self.expressions.get(id(tensor))
         return entry[1] if entry is not None else None
 
     def leaves(self) -> dict[Tensor, Expression]:
-        """Return what the model sees of the expressions, and has no history there; parameters are left out."""
+        """Return the detached tensors that the model sees in place of the expressions, without parameters."""
         seen = self.expressions.values()
         return {t: e for t, e in seen if t.requires_grad and t.is_leaf and not e.is_parameter}
 
     def value(self, tensor: Any) -> Any:
-        """Return `tensor` without its way back to the parameters."""
+        """Return `tensor` detached from the parameters."""
         expression = self.expression(tensor)
         return tensor if expression is None else expression.value
 
     def values(self, tree: Any) -> Any:
-        """Return nested arguments without their ways back to the parameters."""
+        """Return nested arguments detached from the parameters."""
         return substitute(tree, {id(t): self.value(t) for t in tensors_in(tree)})
 
     # What rules use: samples.
@@ -113,7 +113,7 @@ class Trace(TorchFunctionMode):
         return self.known(self.layouts.get(tensor), operation, tensor.shape)
 
     def layout_of_rows(self, tensor: Tensor, operation: str) -> Layout:
-        """Return the same for operations on single rows; some may have no owner until the result meets samples.
+        """Return the same for operations on single rows; some rows may have no owner yet.
 
         States that a step begins with are zeros of nobody beside those of sequences that began before.
         """
@@ -123,7 +123,7 @@ class Trace(TorchFunctionMode):
         return self.layout(tensor, operation)
 
     def rows_in(self, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Layout]:
-        """Return the same as `samples_in` for operations entry by entry; rows may have no owner, as `layout_of_rows`.
+        """As `samples_in`, for operations entry by entry; rows may have no owner, as with `layout_of_rows`.
 
         Raises:
             UnsupportedModelError: it is unknown.
@@ -144,7 +144,7 @@ class Trace(TorchFunctionMode):
         Raises:
             UnsupportedModelError: it is none, or some entries belong to no sample.
         """
-        reason = "which backend 'fused' did not see come into being"
+        reason = "whose origin backend 'fused' did not see"
         if isinstance(where, Layout):
             if where.complete:
                 return where
@@ -181,26 +181,26 @@ class Trace(TorchFunctionMode):
         axis = layout.axis(tensor.shape)
         if axis is None or axis[:2] != (0, 1) or layout.owners is not None:
             raise UnsupportedModelError(
-                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} whose dim 0 is not the sample: "
-                f"backend 'fused' needs the samples there for this operation: {VMAP_OR_VJP}."
+                f"{operation} was called with a tensor of shape {tuple(tensor.shape)} whose dim 0 is not the sample, "
+                f"but backend 'fused' needs it to be for this operation: {VMAP_OR_VJP}."
             )
         return axis.after
 
     def follow_as(self, tensor: Tensor, layout: Layout) -> Tensor:
-        """Follow `tensor`, which may be made of parameters, with the given layout, and return it."""
+        """Follow `tensor`, which may come from parameters, with the given layout, and return it."""
         self.layouts[tensor] = layout if layout.complete else without_owner(layout)
         return tensor
 
     # What rules use: running operations.
 
     def again(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], others: Mapping[int, Tensor]) -> Any:
-        """Run an operation from the beginning, with `others` in place of the operands that have these ids."""
+        """Run an operation again, with the operands of these ids replaced by `others`."""
         new_args, new_kwargs = substitute((args, dict(kwargs)), others)
         with self:
             return func(*new_args, **new_kwargs)
 
     def express(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation on parameters and what else is constant, and remember what its result is made of."""
+        """Run an operation on parameters and constants, and record its result as an expression."""
 
         def remember(expression: Expression) -> Tensor:
             # What the model sees is a leaf of its own, so that autograd tells of a use that is not seen here.
@@ -216,7 +216,7 @@ class Trace(TorchFunctionMode):
 
     @abstractmethod
     def fall_back(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run `func` as if it had no rule."""
+        """Run `func` by the fallback, without a rule."""
 
     def tap(
         self,
@@ -254,7 +254,7 @@ class Trace(TorchFunctionMode):
         layout: Layout,
         operands: Sequence[Tensor | None],
     ) -> Tensor:
-        """Return the result of an operation whose own backward pass is the cheapest way to the contributions.
+        """Return the result of an operation whose own backward pass computes the contributions most cheaply.
 
         Args:
             forward: returns the result and what is to be saved, from `x`.
@@ -272,13 +272,13 @@ class Trace(TorchFunctionMode):
         return self.follow_as(result, layout)
 
     def mixed(self, result: Tensor, where: Lost, expressions: Sequence[Expression], refusal: PersampleError) -> Tensor:
-        """Return `result`, made of `expressions` and of mixed samples, so that `refusal` is raised if δ reaches it."""
+        """Return `result`, computed from `expressions` and mixed samples; raises `refusal` if δ reaches it."""
         mixed: Tensor = Mixed.apply(result, self.anchor, refusal)  # type: ignore[no-untyped-call]
         self.layouts[mixed] = where
         return mixed
 
     def of_nobody(self, operand: Tensor, func: Any) -> Tensor:
-        """Return `operand`, which is made of parameters, for a place beside whole samples, where nobody's rows are.
+        """Return `operand`, computed from parameters, for rows beside those of samples, without an owner.
 
         It may be read from there, by itself. A gradient that comes back in another way is refused.
         """
@@ -302,13 +302,13 @@ class Trace(TorchFunctionMode):
         return self.follow_as(copies, layout)
 
     def receive(self, expression: Expression, contribution: Contribution) -> None:
-        """Give a contribution to the sink; taps call it in the backward pass."""
+        """Pass a contribution on to the sink; taps call this in the backward pass."""
         self.sink.receive(expression, contribution)
 
     # Inner workings.
 
     def aliased(self, used: list[Tensor], result: Any) -> Any:
-        """Return `result`, and remember what in it shares memory with expressions but is none: what `detach` gives."""
+        """Return `result`, and remember tensors that share memory with expressions, such as detached ones."""
         memories = {memory_of(self.value(t)) for t in used}
         for tensor in tensors_in((result,)):
             if id(tensor) not in self.expressions and tensor.layout is torch.strided and memory_of(tensor) in memories:
@@ -321,13 +321,14 @@ class Trace(TorchFunctionMode):
                 self.sink.expect(expression)
 
     def _expect_hook(self, hooked: Expression) -> None:
-        """Pull gradients back one by one from now on, as a hook may change each of them."""
+        """Pull gradients back one by one from now on, because a hook may change each of them."""
         if hooked.is_parameter:
             raise hooked_parameter(hooked.names[0])
         if hooked in self.bypassed:
             raise UnsupportedModelError(
-                f"A hook was put on a tensor made of {', '.join(map(repr, hooked.names))} after samples had met it, "
-                "which backend 'fused' cannot follow: put the hook on it before, or use backend 'loop'."
+                f"A hook was put on a tensor computed from {', '.join(map(repr, hooked.names))} after it was combined "
+                "with samples, which backend 'fused' cannot follow: register the hook before that, or use backend "
+                "'loop'."
             )
         for _, expression in self.expressions.values():
             if expression.parameters.keys() & hooked.parameters.keys():
@@ -335,7 +336,7 @@ class Trace(TorchFunctionMode):
 
 
 def not_known(operation: str, shape: torch.Size, reason: str) -> UnsupportedModelError:
-    """Return the refusal of an operation with a parameter and a tensor in which it is not known where samples are."""
+    """Return the refusal of an operation with a parameter and a tensor whose samples cannot be told apart."""
     return UnsupportedModelError(
         f"{operation} was called with a tensor of shape {tuple(shape)} {reason}: {VMAP_OR_VJP}."
     )
@@ -350,5 +351,5 @@ def mixing(reason: str) -> UnsupportedModelError:
 
 
 def lost_track(where: Lost) -> str:
-    """Return what errors say of a tensor in which the samples cannot be told apart."""
+    """Return how errors describe a tensor whose samples cannot be told apart."""
     return f"in which backend 'fused' lost track of the samples ({where.reason})"

@@ -1,4 +1,4 @@
-"""The tensors that are followed, and where the samples are in each."""
+"""The followed tensors, each with the layout of its samples."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Layouts:
 
 
 class Seen:
-    """Tensors that have been seen, found by their identity."""
+    """A set of tensors, by identity."""
 
     def __init__(self) -> None:
         self._entries: dict[int, weakref.ref[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The forward pass under capture, written down: which operation uses which parameter, and what would serve it."""
+"""For `explain`: the forward pass under capture, recorded: each use of a parameter, and what would serve it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Tapped:
 
 
 class _Sink:
-    """Keeps what it is told, until the next operation."""
+    """Keeps what it receives until the next operation."""
 
     def __init__(self) -> None:
         self.expected: list[Expression] = []
@@ -58,7 +58,7 @@ class _Sink:
 
 
 class UsageRecorder(Capture):
-    """A capture that goes on where an operation is refused, and needs no backward pass.
+    """A capture that continues where an operation is refused, and needs no backward pass.
 
     Args:
         parameters: the parameters to follow, by name.
@@ -112,7 +112,7 @@ class UsageRecorder(Capture):
         return result
 
     def uses(self, losses: Tensor) -> Iterator[Use]:
-        """Yield the uses that `losses`, those of this forward pass, depend on.
+        """Yield the uses that the `losses` of this forward pass depend on.
 
         Raises:
             UnsupportedModelError: the model is refused as a whole.
@@ -143,7 +143,7 @@ class UsageRecorder(Capture):
                 yield Use(name, "refused", "an operation that is not seen", "", unseen_use(name))
 
     def _noted(self, result: Tensor) -> Tensor:
-        """Keep the node of `result`, whose operation has just told the sink what it uses."""
+        """Keep the node of `result`, whose operation has just told the sink its uses."""
         expected, self._sink.expected = self._sink.expected, []
         node = result.grad_fn
         while expected and node is not None and getattr(node, "trace", None) is not self:
@@ -157,7 +157,7 @@ class UsageRecorder(Capture):
         self._taps[node] = _Tapped(names, self._by(), self._current_module())
 
     def _by(self) -> str:
-        """The operation that the model calls, and the one inside of it that is served, if that is another."""
+        """The operation that the model calls, and the one inside it that is served, if different."""
         if not self._running:  # the losses are made of parameters and of what was not seen to be samples
             return "the losses"
         outer, inner = self._running[0], self._running[-1]
@@ -181,7 +181,7 @@ class UsageRecorder(Capture):
             yield from (Use(name, kind, tapped.by, tapped.module) for name in expression.names)
 
     def _tried_kernel(self, kernel: Kernel, used: Collection[int]) -> Iterator[Use]:
-        """Apply the backward pass of a custom function of autograd to some δ of those of its results that are used."""
+        """Apply the backward pass of a custom autograd function to some δ at its used results."""
         kernel.remove()
         names = dict.fromkeys(name for expression in kernel.expressions.values() for name in expression.names)
         by = kernel.node.name().removesuffix("Backward")
@@ -195,14 +195,14 @@ class UsageRecorder(Capture):
 
 
 def _numbers(like: Any) -> Tensor | None:
-    """Return a gradient for a result of that shape, dtype and device, with entries that are all different."""
+    """Return a gradient for a result of that shape, dtype and device, with distinct entries."""
     if not (like.dtype.is_floating_point or like.dtype.is_complex):
         return None
     return torch.linspace(1, 2, math.prod(like.shape), dtype=like.dtype, device=like.device).view(tuple(like.shape))
 
 
 def unseen_use(name: str) -> str:
-    """The refusal of a parameter that reaches the losses past the capture."""
+    """The refusal of a parameter that reaches the losses without being captured."""
     return (
         f"Parameter {name!r} is used by an operation that backend 'fused' cannot see (a custom "
         f"torch.autograd.Function, or compiled code): {VMAP_OR_VJP}."

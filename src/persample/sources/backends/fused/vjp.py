@@ -1,4 +1,4 @@
-"""What an operand of an operation without a rule contributes: the vector-Jacobian product, mapped over the samples."""
+"""The contribution of an operand without a rule: the vector-Jacobian product, mapped over the samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from persample.sources.model.refusals import VMAP_OR_VJP
 def no_rule(name: str, reason: str) -> UnsupportedModelError:
     """The refusal of an operation."""
     return UnsupportedModelError(
-        f"{name} uses a parameter, backend 'fused' has no rule for it, and it cannot be mapped over single samples "
+        f"{name} uses a parameter, has no rule in backend 'fused', and cannot be mapped over single samples "
         f"({reason.splitlines()[0] if reason else 'no reason given'}): {VMAP_OR_VJP}."
     )
 
@@ -62,7 +62,7 @@ class Mapped:
 
 @dataclass(frozen=True)
 class MappedRows:
-    """The same where the samples' rows were picked or sorted: g_i is the sum over the rows of sample i.
+    """The same for rows that were selected or sorted: g_i is the sum over the rows of sample i.
 
     Attributes:
         mapped: of each row, as if it was a sample.

@@ -1,4 +1,4 @@
-"""How often each parameter is used in one forward pass, and what each use contributes in the backward pass."""
+"""Counting the uses of each parameter in a forward pass, and forwarding their contributions in the backward pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class UseCounter:
         self._count.update(self._used(call.module).values())
 
     def give(self, call: ModuleCall, delta: Tensor, receive: Receive) -> None:
-        """Give `receive` the contributions of a call, with the gradient δ at its output."""
+        """Pass the contributions of a call, with gradient δ at its output, to `receive`."""
         refuse_changed_inputs(call)
         with without_autocast(delta.device):
             contributions = contributions_of(call, delta)
@@ -47,6 +47,6 @@ class UseCounter:
 
 
 def contributions_of(call: ModuleCall, delta: Tensor, rows: slice = slice(None)) -> dict[str, Contribution]:
-    """Return what the rule for a layer gives for its parameters, by their names in it, from some of the samples."""
+    """Return a layer's contributions by its rule, by parameter name in the layer, from some of the samples."""
     a = precise(call.inputs[0])
     return RULES[type(call.module)](call.module, a[rows], precise(delta)[rows])

@@ -1,4 +1,4 @@
-"""The curvature as printed in the paper, ([[A]])² × G²: the terms of a gradient are squared before they are added up.
+"""The curvature as printed in the paper, ([[A]])² × G²: the terms of a gradient are squared before they are summed.
 
 It drops the cross terms of the positions of a sample, and so is often several times too small.
 """

@@ -19,7 +19,7 @@ from persample.sources.source import PerSampleGradSource
 
 
 class HooksRecorder(CallRecorder):
-    """Adds up the contributions of the layers as soon as the gradients at their outputs arrive."""
+    """Sums the contributions of the layers as the gradients at their outputs arrive."""
 
     def __init__(
         self, source: PerSampleGradSource, modules: Mapping[str, nn.Module], reduction: LossReduction, wanted: Wanted

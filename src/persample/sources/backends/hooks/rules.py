@@ -19,7 +19,7 @@ from persample.sources.backends.hooks.convolution import (
 from persample.sources.backends.hooks.embedding import embedding
 from persample.sources.backends.hooks.linear import linear
 from persample.sources.backends.hooks.normalization import batch_or_instance_norm, group_norm, layer_norm, rms_norm
-from persample.sources.model.refusals import FUSED_OR_VJP, describe
+from persample.sources.model.refusals import FUSED_OR_VJP, describe, foreign_parameters
 
 #: `rule(module, input, delta)` with δ the gradient of the summed loss at the module's output.
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
@@ -71,11 +71,7 @@ def reason_against(module: nn.Module) -> str | None:
             )
         return "has parameters of its own, and backend 'hooks' has no rule for it."
     if "forward" in vars(module):
-        return "has its own forward, set on the instance, which the rule does not know."
-    unknown = module._parameters.keys() - {"weight", "bias"}
-    if unknown or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return (
-            f"holds other parameters than its class says ({', '.join(sorted(module._parameters))}), as after "
-            "weight_norm, spectral_norm or pruning."
-        )
+        return "has its own forward, set on the instance, which the rule for its class ignores."
+    if reason := foreign_parameters(module):
+        return f"{reason}."
     return None

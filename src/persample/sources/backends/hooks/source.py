@@ -131,7 +131,7 @@ class HooksSource(PerSampleGradSource):
             yield recorder.recorded
 
     def _backward(self, batch: Batch, receive: Receive) -> Tensor:
-        """Run forward and backward once; give `receive` each contribution with its parameter's name and number of uses.
+        """Run forward and backward once; pass contributions to `receive`, with parameter name and number of uses.
 
         Returns:
             The detached losses.
@@ -175,5 +175,5 @@ class HooksSource(PerSampleGradSource):
 def _inner_gradient() -> UnsupportedModelError:
     return UnsupportedModelError(
         "The model or the loss computes gradients itself (torch.autograd.grad in the forward pass), which backend "
-        f"'hooks' would take for those of the losses: {VMAP_OR_VJP}."
+        f"'hooks' would mistake for those of the losses: {VMAP_OR_VJP}."
     )

@@ -1,4 +1,4 @@
-"""Adding up what the uses of parameters contribute: Σ_i g_i and Σ_i g_i² over a batch."""
+"""Summing contributions: Σ_i g_i and Σ_i g_i² over a batch."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class HookSums:
             self._shared[name] = self._shared.get(name, 0) + contribution.per_sample()
 
     def finish(self) -> None:
-        """Square what had to be added up first."""
+        """Square the sums over several uses."""
         for name, g in self._shared.items():
             self.total[name], self.squares[name] = g.sum(0), g.square().sum(0)
         self._shared.clear()
 
 
 class HookBlocks:
-    """Receives the contributions of all uses, and gives blocks of them on.
+    """Receives the contributions of all uses, and passes them on as blocks.
 
     Args:
         parameters: by name.
@@ -61,7 +61,7 @@ class HookBlocks:
         self._shared: dict[str, list[tuple[Origin, Contribution]]] = {}
 
     def receive(self, name: str, contribution: Contribution, uses: int) -> None:
-        """Give a block on, or keep the contribution until all `uses` of the parameter have contributed."""
+        """Pass on a block, or keep the contribution until all `uses` of the parameter have contributed."""
         width = self._parameters[name].numel()
         if uses == 1:
             self._give(SingleUse(name, 0, self._size, contribution, Itself(name), width))
@@ -69,7 +69,7 @@ class HookBlocks:
             self._shared.setdefault(name, []).append((Itself(name), contribution))
 
     def finish(self) -> None:
-        """Give the blocks of what had to be kept."""
+        """Pass on the blocks that had to be kept."""
         for name, uses in self._shared.items():
             p = self._parameters[name]
             self._give(SeveralUses(name, 0, self._size, uses, 2 * p.numel(), p.detach()))

@@ -193,5 +193,5 @@ def test_a_hook_put_on_it_too_late_is_refused(made: Callable[[Net, int], Tensor]
             return out
 
     source = make_source("fused", Late(table), losses.cross_entropy, check="never")
-    with pytest.raises(UnsupportedModelError, match=r"'table.weight' after samples had met it"):
+    with pytest.raises(UnsupportedModelError, match=r"'table.weight' after it was combined with samples"):
         source.per_sample(torch.randn(7, LENGTH, WIDTH), torch.arange(7) % 3)

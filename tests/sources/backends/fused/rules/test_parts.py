@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[Frames, Tensor, int, int], Tensor], str]] = {
     "a patch, too": (lambda model, h, b, k: h[:b, : k + 1], "rows of other samples"),
     "another dropout for each row": (lambda model, h, b, k: F.dropout(h, 0.5)[:b, :k], "rows of other samples"),
     "changed in place behind": (changed_behind, "changed in place after rows"),
-    "changed in place itself": (changed_itself, "changes a tensor in place"),
+    "changed in place itself": (changed_itself, "changes in place a tensor"),
     "changed in place before": (changed_before, "mixes the samples|rows of other samples"),
 }
 

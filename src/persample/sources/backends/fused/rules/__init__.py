@@ -1,1 +1,1 @@
-"""Rules: how the contribution to the per-sample gradients of its parameters follows, for one operation each."""
+"""Rules: for each operation, the contribution of its parameters to the per-sample gradients."""

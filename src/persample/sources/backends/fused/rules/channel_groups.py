@@ -1,4 +1,4 @@
-"""Convolutions of a single image, of which each group of channels is a sample, with its own copy of the weight."""
+"""Convolutions of a single image whose groups of channels are the samples, each with its own copy of the weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rule = Callable[..., Any]
 
 
 def in_groups(function: Callable[..., Tensor], rule: Rule) -> Rule:
-    """Return `rule`, which serves `function` for samples in dim 0, for samples in the channels, too.
+    """Extend `rule`, which expects samples in dim 0, to samples in the channels.
 
     There the rows of weight and bias, `(B·O, …)`, are those of the samples, so that these operands are samples.
     """

@@ -25,7 +25,7 @@ Copied = Callable[[Trace, Tensor, int, Layout, Axis], Tensor]
 
 
 def as_samples(trace: Trace, operand: Tensor, where: Layout, axis: Axis, copied: Copied) -> Tensor | None:
-    """Return `operand`, an expression with an entry for each sample, made of samples; None if it cannot be.
+    """Return `operand`, an expression with an entry for each sample, as a tensor of samples; None if impossible.
 
     Args:
         trace: sees the operation.
@@ -78,7 +78,7 @@ def _remade(trace: Trace, made: Made, operand: Tensor, where: Layout, axis: Axis
 
 
 def _axes(trace: Trace, made: Made, ndim: int, where: Layout, axis: Axis) -> dict[int, Axis]:
-    """Return where the operands have entries for the samples, by their id; none if one is not what it was any more."""
+    """Return where the operands have entries for the samples, by id; empty if one of them has changed."""
     axes = {}
     for t in tensors_in((made.args, dict(made.kwargs))):
         source = made.sources.get(id(t))
@@ -95,7 +95,7 @@ def _axes(trace: Trace, made: Made, ndim: int, where: Layout, axis: Axis) -> dic
 
 
 def _axis(t: Tensor, ndim: int, where: Layout, axis: Axis) -> Axis | None:
-    """Return the likely dimension with entries for the samples: that of the result, counted from behind or before."""
+    """Return the likely dimension of the samples: that of the result, counted from the end or the start."""
     likely = (axis.dim - ndim + t.dim(), axis.dim, *range(t.dim()))
     for parts in (axis, Axis(0)):
         for dim in likely:

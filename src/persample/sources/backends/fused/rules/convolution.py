@@ -96,8 +96,8 @@ def _transposed(function: Callable[..., Tensor], dimensions: int) -> Callable[..
 def _layout(trace: Trace, name: str, x: Tensor, dimensions: int) -> tuple[int, Layout]:
     if x.dim() != dimensions + 2:
         raise UnsupportedModelError(
-            f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 are channels: put the samples "
-            f"there, as one more dimension, or {VMAP_OR_VJP}."
+            f"{name} was called with a tensor of {x.dim()} dimensions, whose dim 0 is the channels: add a leading "
+            f"dimension for the samples, or {VMAP_OR_VJP}."
         )
     return trace.rows_of_sample(x, name), trace.layout(x, name)
 

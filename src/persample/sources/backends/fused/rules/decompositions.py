@@ -1,4 +1,4 @@
-"""Operations that are others in disguise: they are written out, and the rules of those do the work."""
+"""Operations that are rewritten as others, whose rules then do the work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def bilinear(trace: Trace, input1: Tensor, input2: Tensor, weight: Tensor, bias:
 
 
 def matmul(trace: Trace, first: Tensor, second: Tensor) -> Any:
-    """Products with a vector or a matrix in front are products with a matrix behind: P x = (xᵀ Pᵀ)ᵀ."""
+    """Products with a vector or a matrix on the left, as products with a matrix on the right: P x = (xᵀ Pᵀ)ᵀ."""
     in_front = trace.expression(first) is not None
     with trace:
         if in_front and first.dim() == 1:
@@ -86,7 +86,7 @@ def looked_up(trace: Trace, table: Tensor, index: Any) -> Any:
 
 
 def _linear(numbers: Iterable[Tensor], sizes: Iterable[int]) -> Any:
-    """The number i · size + j, and so on, of indices that may count from behind."""
+    """The number i · size + j, and so on, of indices that may be negative."""
     number: Any = 0
     for n, size in zip(numbers, sizes, strict=True):
         if bool(((n < -size) | (n >= size)).any()):
@@ -96,7 +96,7 @@ def _linear(numbers: Iterable[Tensor], sizes: Iterable[int]) -> Any:
 
 
 def _numbers(given: Tensor) -> list[Tensor]:
-    """The numbers of what a mask shows, one tensor for each of its dimensions; numbers as they are."""
+    """The indices that a mask selects, one tensor for each of its dimensions; index tensors stay as they are."""
     if not is_mask(given):
         return [given.long()]
     mask = given.bool() if given.dim() > 0 else given.bool().unsqueeze(0)
@@ -113,7 +113,7 @@ def take(trace: Trace, input: Tensor, index: Tensor) -> Any:
 
 
 def index_select(trace: Trace, input: Tensor, dim: int, index: Tensor) -> Any:
-    """The same by another name."""
+    """An alias."""
     if trace.expression(input) is None:
         return trace.fall_back(torch.index_select, (input, dim, index), {})
     with trace:
@@ -159,6 +159,6 @@ def solve(trace: Trace, A: Tensor, B: Tensor, *, left: bool = True) -> Any:  # n
 
 
 def linear_cross_entropy(trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """Without the chunks in which PyTorch hides the parameters from autograd."""
+    """Without PyTorch's chunks, which hide the parameters from autograd."""
     function: Any = F.linear_cross_entropy
     return trace.again(opened(function), args, kwargs | {"options": None}, {})

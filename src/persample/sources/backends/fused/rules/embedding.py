@@ -53,7 +53,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """`F.embedding_bag`: an embedding, of which the rows of each bag are reduced to one."""
+    """`F.embedding_bag`: an embedding whose rows are reduced bag by bag."""
     _refuse("F.embedding_bag", max_norm, scale_grad_by_freq)
     with trace:
         rows = F.embedding(input, weight)

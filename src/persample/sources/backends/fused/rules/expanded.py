@@ -1,4 +1,4 @@
-"""A copy of a parameter for each sample, for operations that combine it with samples entry by entry, and for others.
+"""Expanding a parameter to one copy per sample, for operations that combine it with samples.
 
 Where an operation takes θ for all samples, it may as well take θ_1, …, θ_B, one for each, all equal to θ. Then autograd
 gives δ_i, the gradient of θ_i, and g_i = δ_i. The copies are expanded, so they take no memory.
@@ -27,7 +27,7 @@ from persample.sources.backends.fused.trace import Trace
 
 
 def entry_by_entry(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Operations entry by entry on operands that are broadcast to each other."""
+    """Operations entry by entry, on operands that are broadcast against each other."""
     operands = tensors_in((args, dict(kwargs)))
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
     samples = trace.rows_in(args, kwargs)
@@ -81,7 +81,7 @@ def batched(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def own_of_one_sample(trace: Trace, args: Any, kwargs: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Return copies of the operands made of parameters, if all other operands are of one and the same sample.
+    """Return copies of the operands computed from parameters, if all other operands belong to one sample.
 
     Then the operation needs no rule: the copies are that sample's own.
     """
@@ -101,7 +101,7 @@ def own_of_one_sample(trace: Trace, args: Any, kwargs: Mapping[str, Any]) -> dic
 
 
 def copied(trace: Trace, operand: Tensor, ndim: int, layout: Layout, axis: Axis) -> Tensor:
-    """Return `operand`, which is made of parameters, with an entry for each sample, followed.
+    """Return `operand`, computed from parameters, expanded to an entry per sample and followed.
 
     Args:
         trace: sees the operation.

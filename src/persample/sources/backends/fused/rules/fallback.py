@@ -55,7 +55,7 @@ def _rows(
     kwargs: Mapping[str, Any],
     wanted: Callable[[Expression, int], bool],
 ) -> dict[int, Tensor]:
-    """Return, as samples, the operands made of parameters that have entries for the samples where others have them.
+    """Return, as samples, the operands computed from parameters with entries for the samples where others have them.
 
     None if the operation would mix the samples then: those entries are as many as the samples by chance.
     """
@@ -93,14 +93,14 @@ def _mapped(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
     at = layout.axis(result.shape)
     if at is None or not operation.is_of_single_rows(result, layout, at):
         raise no_rule(
-            operation.name, "its result for a sample alone is not that sample's part of its result for the batch"
+            operation.name, "its result for one sample differs from that sample's part of its result for the batch"
         )
     uses = [(expression, operation.contribution_of(key, at)) for key, expression in operation.expressions.items()]
     return trace.tap(result.clone(), layout, uses, operation.samples())
 
 
 class _Operation:
-    """An operation without a rule, on operands made of parameters and on samples.
+    """An operation without a rule, on parameters and samples.
 
     Args:
         trace: sees it.
@@ -134,7 +134,7 @@ class _Operation:
         return tuple(self.operands[key] for key in self.axes)
 
     def run(self, given: dict[int, Tensor]) -> Any:
-        """Run the operation with the values of parameters, and what is `given`, in place of the operands."""
+        """Run the operation on the values of parameters, with the operands in `given` replaced."""
         args, kwargs = substitute(self.arguments, self.values | given)
         return self.func(*args, **kwargs)
 
@@ -144,7 +144,7 @@ class _Operation:
         return Call(self.func, args, kwargs, self.layouts, self.batch_size, [result])
 
     def is_of_single_rows(self, result: Tensor, layout: Layout, at: Axis) -> bool:
-        """Whether `result` holds for each row what the operation gives for that row alone."""
+        """Whether each row of `result` is the operation's result for that row alone."""
         # Rows that were picked may be several of one sample, which must not meet either.
         tried = (-1,) if self.labels is None else (0, -1)
         return _same(_labels(self.name, [layout]), self.labels) and all(self._is_part(result, at, row) for row in tried)
@@ -161,7 +161,7 @@ class _Operation:
         return alone.shape == part.shape and torch.allclose(alone, part, rtol=allowed, atol=allowed, equal_nan=True)
 
     def contribution_of(self, key: int, at: Axis) -> Callable[..., Contribution]:
-        """Return what makes the contribution of the operand `key` from δ, which is at the result's axis `at`."""
+        """Return a function from δ, with samples at axis `at`, to the contribution of operand `key`."""
 
         def of_one(theta: Tensor, *parts: Tensor) -> Any:
             return self.run({key: theta} | dict(zip(self.axes, parts, strict=True)))
@@ -175,10 +175,10 @@ class _Operation:
 
 
 def _labels(name: str, layouts: Iterable[Layout]) -> Tensor | None:
-    """Return whose the rows are in all of `layouts`; None where row i is sample i."""
+    """Return the owners of the rows in all of `layouts`; None if row i is sample i."""
     first, *others = [None if layout.owners is None else layout.owners.labels for layout in layouts]
     if not all(_same(first, labels) for labels in others):
-        raise no_rule(name, "the samples are in different orders in its operands")
+        raise no_rule(name, "its operands hold the samples in different orders")
     return first
 
 

@@ -67,7 +67,7 @@ class Group:
     products: LinearProducts
 
     def take(self, start: int, stop: int) -> Group:
-        """Return the part of the samples `start` ≤ i < `stop`, counted from `start`."""
+        """Return the rows of the samples `start` ≤ i < `stop`, renumbered from 0."""
         first, last = (int((self.samples < end).sum()) for end in (start, stop))
         return Group(self.index, self.samples[first:last] - start, self.products.take(slice(first, last)))
 

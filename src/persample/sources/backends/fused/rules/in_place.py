@@ -1,4 +1,4 @@
-"""Operations in place where parameters take part.
+"""In-place operations that involve parameters.
 
 Constants, or an expression, into which parameters are written are an expression from then on. An expression into which
 samples are written becomes samples. Where parameters change samples, an operation that returns a new tensor does the
@@ -32,7 +32,7 @@ _LEAVE_ENTRIES = RESHAPES_IN_PLACE | functions("requires_grad_ detach_")
 
 
 def write_parameters(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation in place on parameters and constants alone.
+    """Run an in-place operation on parameters and constants alone.
 
     Raises:
         UnsupportedModelError: other tensors share the memory of the one that is changed.
@@ -87,8 +87,8 @@ def change_samples(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mappi
     new = next((found for space in (Tensor, torch, F) if callable(found := getattr(space, name, None))), None)
     if new is None:
         raise UnsupportedModelError(
-            f"{name_of(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use an "
-            "operation that returns a new tensor, or backend 'vjp'."
+            f"{name_of(func)} changes samples in place by a parameter, which backend 'fused' cannot follow: use the "
+            "out-of-place operation, or backend 'vjp'."
         )
     with trace:
         return args[0].copy_(new(args[0].clone(), *args[1:], **kwargs))
@@ -105,7 +105,7 @@ def written_into(trace: Trace, x: Tensor, index: Any, value: Tensor) -> None:
 
 
 def index_put(trace: Trace, input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
-    """A copy of x into which the parameter is written, or to which it is added."""
+    """A copy of x with the parameter written or added to it."""
     if trace.expression(input) is not None:
         return trace.fall_back(torch.index_put, (input, indices, values), {"accumulate": accumulate})
     copies = _for_places(trace, input, tuple(indices), values)
@@ -113,7 +113,7 @@ def index_put(trace: Trace, input: Tensor, indices: Any, values: Tensor, accumul
 
 
 def _for_places(trace: Trace, x: Tensor, index: Any, value: Tensor) -> Tensor:
-    """Return `value`, which is made of parameters, with an entry for each sample that `x[index]` has entries of."""
+    """Return `value`, computed from parameters, expanded to the samples that own entries of `x[index]`."""
     shape = x.detach()[index].shape
     samples = trace.samples_in((x, index), {})
     where = after(Call(Tensor.__getitem__, (x, index), {}, samples, trace.batch_size))[0]
@@ -135,7 +135,7 @@ def _require_own_memory(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: 
 
 def _sharing(func: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{name_of(func)} changes a tensor in place that shares its memory with others (a part of a tensor, a view), "
-        "and parameters take part, which backend 'fused' cannot follow: call .clone() first, give the whole tensor its "
-        "new entries by index (x[...] = values), or use an operation that returns a new tensor."
+        f"{name_of(func)} changes in place a tensor that shares memory with others (a slice, a view), with parameters "
+        "involved, which backend 'fused' cannot follow: call .clone() first, assign to the whole tensor by index "
+        "(x[...] = values), or use the out-of-place operation."
     )

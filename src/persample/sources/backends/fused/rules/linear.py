@@ -58,7 +58,7 @@ def _autocast(x: Tensor) -> bool:
 
 
 def matmul(trace: Trace, x: Tensor, other: Tensor) -> Any:
-    """`x @ P` with samples in x and a matrix P made of parameters: a linear layer with the weight Pᵀ."""
+    """`x @ P` with samples in x and a matrix P of parameters: a linear layer with the weight Pᵀ."""
     of_matrix = other.dim() == 2 and x.dim() >= 2 and other.numel() > 0
     if trace.expression(other) is None or trace.expression(x) is not None or not of_matrix:
         return decompositions.matmul(trace, x, other)

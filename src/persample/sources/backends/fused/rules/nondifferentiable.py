@@ -1,4 +1,4 @@
-"""Operations that take from a parameter its value only, or only its shape or type."""
+"""Operations that use a parameter's value, shape or type, but have no gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def values_alone(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping
 
 
 def as_told(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Conversions of the first operand to the shape or type of another, of which nothing else is taken."""
+    """Conversions of the first operand to the shape or type of another."""
     first, *others = args
     if trace.expression(first) is None:
         values, named = trace.values((tuple(others), dict(kwargs)))

@@ -1,4 +1,4 @@
-"""y = γ ∘ x̂ + β: g_i = Σ_l δ_il ∘ x̂_il for the scale, Σ_l δ_il for the shift; x̂ is computed once more from x."""
+"""y = γ ∘ x̂ + β: g_i = Σ_l δ_il ∘ x̂_il for the scale, Σ_l δ_il for the shift; x̂ is recomputed from x."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def group_norm(
 
 
 def _by_kernel(trace: Trace, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm by its kernels, whose backward pass sums the gradients of scale and shift over the batch.
+    """Group norm by PyTorch's kernels, whose backward pass sums the gradients of scale and shift over the batch.
 
     With the channels of all images side by side, (1, B·C, …) in B·G groups, that sum is over one image, so the
     gradients of scale and shift that come with the gradient of x are those of the single images.

@@ -1,4 +1,4 @@
-"""Parameters beside samples in one tensor, such as a class token beside patches: how they are found again."""
+"""Parameters beside samples in one tensor, such as a class token beside patches: tracking where they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persample.sources.backends.fused.trace import Trace
 def put_beside(
     trace: Trace, func: Any, tensors: Sequence[Tensor], dim: int, joined: Tensor, samples: bool = False
 ) -> None:
-    """Remember which of `tensors`, which `func` put beside each other along `dim`, are made of parameters.
+    """Remember which of `tensors`, concatenated along `dim` by `func`, are computed from parameters.
 
     Args:
         trace: sees the operation.
@@ -52,7 +52,7 @@ def _repeated(part: Tensor, new: bool, dim: int, start: int, shape: torch.Size) 
 
 
 def follow(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-    """Remember that an operation made the parts of its result from those of one operand."""
+    """Carry the parts of one operand over to the result of an operation."""
     if func in JOINING or is_in_place(func):
         return
     tensors = tensors_in((args, dict(kwargs)))
@@ -82,7 +82,7 @@ def follow(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def read(trace: Trace, result: Tensor) -> Tensor | None:
-    """Return the part that `result` is, rows that were picked; None if they are more than a part.
+    """Return the part that the selected rows `result` come from; None if they span more than one.
 
     Nothing may be written into it, as it is no view.
     """

@@ -42,7 +42,7 @@ State = tuple[Tensor, ...]
 
 @dataclass
 class Steps:
-    """What contributions need of the steps of one direction of a layer.
+    """What the contributions of one direction of a layer need from its steps.
 
     Attributes:
         before: h_{t−1}.
@@ -177,7 +177,7 @@ def recurrent(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _sequences(layers: _Layers, layout: Layout) -> tuple[Sequences, Layout, Axis]:
-    """Return the sequences step by step, and the layout and the axis of what has an entry for each sequence.
+    """Return the sequences step by step, and layout and axis of tensors with an entry for each sequence.
 
     Raises:
         ValueError: the samples are not the sequences.
@@ -187,7 +187,7 @@ def _sequences(layers: _Layers, layout: Layout) -> tuple[Sequences, Layout, Axis
     time_first = layers.x.transpose(0, 1) if layers.batch_first else layers.x
     at = layout.axis(layers.x.shape)
     if at is None or at.dim != (0 if layers.batch_first else 1):
-        raise ValueError("the samples are not where the layer has its sequences, so that it mixes them")
+        raise ValueError("the samples are not in the dimension of the sequences, so the layer mixes them")
     axis = at._replace(dim=1)
     layout = layout.at(axis, time_first.shape)
     return Sequences(time_first.flatten(0, 1), [time_first.shape[1]] * len(time_first), layout), layout, axis
@@ -218,12 +218,12 @@ def _state(trace: Trace, state: Tensor, layout: Layout, axis: Axis) -> Tensor:
         own = trace.layout(state, "A recurrent layer")
         due = layout.at(axis, state.shape)
         if not torch.equal(own.labels(state.shape, state.device), due.labels(state.shape, state.device)):
-            raise ValueError("its initial states are not those of the same samples as its sequences")
+            raise ValueError("its initial states and its sequences belong to different samples")
     return state
 
 
 def _of_first_rows(layout: Layout, rows: int) -> Layout:
-    """The layout of something with an entry for each packed sequence."""
+    """The layout of a tensor with an entry for each packed sequence."""
     if layout.owners is None:
         return layout._replace(outer=1)
     return layout._replace(outer=1, owners=Owners(layout.owners.labels[:rows], layout.batch))

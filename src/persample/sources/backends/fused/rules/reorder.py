@@ -1,4 +1,4 @@
-"""Rules that need the samples in dim 0, one after the other, for tensors that hold them otherwise there.
+"""Rules that need the samples in order in dim 0, for tensors that hold them in another order.
 
 The rows of time-first frames, (T·B, C, …), or of frames that were picked or packed, are put in the order of the samples
 before the operation, and back into their own order after it.
@@ -20,7 +20,7 @@ Rule = Callable[..., Any]
 
 
 def in_order(rule: Rule) -> Rule:
-    """Return `rule`, whose first operand needs the samples in dim 0, for all tensors that hold them there."""
+    """Extend `rule`, whose first operand needs the samples in order in dim 0, to any order."""
 
     def for_any_order(trace: Trace, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = trace.layout(input, getattr(rule, "__name__", "An operation"))
@@ -37,7 +37,7 @@ def in_order(rule: Rule) -> Rule:
 
 
 def _as(given: Tensor, x: Tensor) -> Tensor:
-    """Return `x` with its channels where they are in the memory of `given`."""
+    """Return `x` in the memory format of `given`."""
     return x.contiguous(memory_format=suggest_memory_format(given))
 
 
