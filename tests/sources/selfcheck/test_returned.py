@@ -117,11 +117,11 @@ MOMENTS: dict[str, tuple[Callable[[Moments], Any], str]] = {
     "an empty second moment": (lambda m: dataclasses.replace(m, second_moment={}), "model's: weight, bias"),
     "rows": (
         lambda m: dataclasses.replace(m, mean=changed(m.mean, lambda w: w.expand(5, 2, 3))),
-        r"shape \(5, 2, 3\) for parameter 'weight', but shape \(2, 3\) as mean gradient",
+        r"shape \(5, 2, 3\) for parameter 'weight', but expected shape \(2, 3\) as mean gradient",
     ),
     "float64": (
         lambda m: dataclasses.replace(m, second_moment=changed(m.second_moment, Tensor.double)),
-        r"float64 .* 'weight', but torch.float32 .* as second moment",
+        r"float64 .* 'weight', but expected torch.float32 .* as second moment",
     ),
     "attached": (
         lambda m: dataclasses.replace(m, mean=changed(m.mean, lambda w: w.clone().requires_grad_())),
@@ -199,7 +199,7 @@ def test_explain(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("found", "message"),
-    [(None, "None from find_uses, but an iterable of Use is due"), (["weight"], "type str among what find_uses found")],
+    [(None, "None from find_uses, but expected an iterable of Use"), (["weight"], "type str among what find_uses found")],
 )
 def test_uses(found: Any, message: str) -> None:
     use_backend(find_uses=lambda self, batch: found)
