@@ -287,7 +287,7 @@ def test_options_that_are_passed_on(importable: Path) -> None:
     source = persample.make_source("Named", *arguments, depth=2, deterministic=True, check="never")
     assert (source.depth, source.deterministic, source.check) == (2, True, "never")  # type: ignore[attr-defined]
     assert persample.make_source("All", *arguments, check="always").check == "always"
-    for name, known in (("Named", "'depth', 'deterministic', 'check'"), ("All", "'deterministic', 'check'")):
+    for name, known in (("Named", "'depth', 'deterministic', 'compile', 'check'"), ("All", "'deterministic', 'check'")):
         with pytest.raises(OptionError, match=f"'{name}' has no option 'modus': it takes {known}"):
             persample.make_source(name, *arguments, modus=1)
     del sys.modules["passing_on"]

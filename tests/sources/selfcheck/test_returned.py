@@ -199,7 +199,10 @@ def test_explain(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("found", "message"),
-    [(None, "None from find_uses, but expected an iterable of Use"), (["weight"], "type str among what find_uses found")],
+    [
+        (None, "None from find_uses, but expected an iterable of Use"),
+        (["weight"], "type str among what find_uses found"),
+    ],
 )
 def test_uses(found: Any, message: str) -> None:
     use_backend(find_uses=lambda self, batch: found)
