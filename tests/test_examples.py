@@ -97,3 +97,18 @@ def test_auroc_counts_pairs(inside: list[float], outside: list[float]) -> None:
     area: Callable[[Tensor, Tensor], Any] = load("out_of_distribution").auroc
     pairs = [1.0 * (o > i) + 0.5 * (o == i) for i in inside for o in outside]
     assert area(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_tuning(tmp_path: Path) -> None:
+    load("tuning").main(["--epochs", "1", "--out", str(tmp_path)])
+    pictures = list(tmp_path.glob("tuning-*.png"))
+    assert len(pictures) == 6
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+
+
+def test_tuning_shows_what_it_says() -> None:
+    tuning = load("tuning")
+    good, *bad = (
+        tuning.train(6, **settings) for settings in ({}, {"data_size": 32}, {"lr": 1e-4}, {"temperature": 20.0})
+    )
+    assert all(course.test[-1] > good.test[-1] + 0.1 for course in bad)
