@@ -73,7 +73,17 @@ def clipping(max_norm: float) -> Callable[[Tensor], Tensor]:
     """
     if not max_norm > 0:
         raise OptionError(f"max_norm={max_norm!r} must be positive.")
-    return lambda norms: (max_norm / norms).clamp(max=1.0)
+    return Clipping(max_norm)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """The function that `clipping` returns; it says of itself what it is made of."""
+
+    max_norm: float
+
+    def __call__(self, norms: Tensor) -> Tensor:
+        return (self.max_norm / norms).clamp(max=1.0)
 
 
 class _WeightedSum(Accumulation[Weighted]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -15,6 +15,7 @@ from persample.errors import OptionError
 from persample.losses import as_per_sample
 from persample.moments import Moments
 from persample.quantities.block import Block
+from persample.quantities.protocol import Quantity
 from persample.sources.batch import Batch
 from persample.sources.lock import Lock
 from persample.sources.model.batch_norm_nodes import read_right
@@ -27,6 +28,9 @@ from persample.sources.model.usage import Use
 
 #: Takes a block of gradients.
 Receive = Callable[[Block], None]
+
+#: Takes quantities from the blocks of a source, for a batch: returns its losses, and the quantities.
+Read = Callable[["Contract", Batch, Sequence[Quantity[Any]]], tuple[Tensor, list[Any]]]
 
 Check = Literal["first", "always", "never"]
 
@@ -92,6 +96,10 @@ class Contract(ABC):
     @abstractmethod
     def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
         """Return how many samples a block of `compute_blocks` has; B if all parameters come as one block each."""
+
+    def compute_quantities(self, batch: Batch, asked: Sequence[Quantity[Any]], read: Read) -> tuple[Tensor, list[Any]]:
+        """Return the losses of `batch` and all that is `asked`, as `read` takes it from the blocks of a source."""
+        return read(self, batch, asked)
 
     def reading_blocks(self) -> AbstractContextManager[None]:
         """Return the context in which quantities read blocks of this source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,10 @@ class QuantitiesOf:
 
     def __call__(self, source: Contract, batch: Batch) -> Quantities:
         if self.groups is None:
-            losses, results = self._results(source, batch, batch.size)
+            if self.factor == 1:
+                losses, results = source.compute_quantities(batch, self.asked, self._of_blocks)
+            else:
+                losses, results = self._results(source, batch, batch.size)
             return Quantities(losses, self.asked, results)
         order = self.groups.argsort(stable=True)
         numbers, index = self.groups[order].unique_consecutive(return_inverse=True)
@@ -55,6 +58,9 @@ class QuantitiesOf:
         losses, results = self._results(source, ordered, len(numbers), index)
         back = torch.empty_like(order).scatter_(0, order, in_order)
         return Quantities(losses[back.to(losses.device)], self.asked, results, numbers)
+
+    def _of_blocks(self, source: Contract, batch: Batch, asked: Sequence[Quantity[Any]]) -> tuple[Tensor, list[Any]]:
+        return replace(self, asked=asked)._results(source, batch, batch.size)
 
     def _results(
         self, source: Contract, batch: Batch, size: int, index: Tensor | None = None

@@ -22,6 +22,18 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import PersampleError
+from persample.quantities import (
+    Gram,
+    Mean,
+    Norms,
+    PerSample,
+    Projection,
+    SecondMoment,
+    Variance,
+    WeightedSum,
+    clipping,
+)
+from persample.quantities.computed import numbers_in
 from persample.sources.backends.fused import FusedSource
 from persample.testing.zoo.case import Net
 
@@ -952,3 +964,61 @@ def test_explain_and_the_log_say_why(caplog: pytest.LogCaptureFixture) -> None:
     said = [record.getMessage() for record in caplog.records if record.name.startswith("persample")]
     assert len(said) == 1
     assert "ata-dependent" in said[0]
+
+
+# Quantities.
+
+ASKED: dict[str, Callable[[int], list[Any]]] = {
+    "norms": lambda call: [Norms()],
+    "norms by group": lambda call: [Norms(per={"a": ["first"], "b": ["last"]})],
+    "variance and mean": lambda call: [Variance(), Mean()],
+    "weights": lambda call: [WeightedSum(torch.linspace(-1, call, 6, dtype=torch.float64))],
+    "clipping": lambda call: [WeightedSum(clipping(0.1 * (1 + call // 2))), Norms()],
+    "other gradients": lambda call: [
+        Gram(other={n: torch.full((2, *p.shape), 1.0 + call) for n, p in scaled(lambda m: 1.0).named_parameters()}),
+    ],
+    "all": lambda call: [SecondMoment(), PerSample(), Gram(per="parameter")],
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_quantities_are_replayed_and_exact(name: str) -> None:
+    model = scaled(lambda m: 1.0).double()
+    source, expected = source_of(model), persample.make_source("loop", model, loss_fn)
+    for call in range(4):
+        x, y = data(seed=call)
+        found, due = source.compute(x, y, *ASKED[name](call)), expected.compute(x, y, *ASKED[name](call))
+        assert source.ran == "replayed", source.ran_because
+        for (_, _, a), (_, _, b) in zip(numbers_in(found.results), numbers_in(due.results), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.losses, due.losses)
+        model.first.weight.data *= 1.1  # type: ignore[operator,union-attr]
+
+
+def test_what_is_asked_for_by_a_function_of_the_user_is_asked_anew() -> None:
+    model = scaled(lambda m: 1.0).double()
+    source, expected = source_of(model), persample.make_source("loop", model, loss_fn)
+    x, y = data()
+    for power in (1.0, 2.0, 3.0):
+        asked = WeightedSum(lambda norms, power=power: norms**power)
+        found, due = source.compute(x, y, asked), expected.compute(x, y, asked)
+        torch.testing.assert_close(found.weighted_sum.gradient, due.weighted_sum.gradient)
+        assert source.ran == "eager"
+        assert "function" in source.ran_because
+
+
+def test_projections_draw_the_same_matrix_in_every_call() -> None:
+    model = scaled(lambda m: 1.0).double()
+    source, expected = source_of(model), persample.make_source("loop", model, loss_fn)
+    for call in range(3):
+        x, y = data(seed=call)
+        torch.testing.assert_close(source.project(x, y, Projection(3)), expected.project(x, y, Projection(3)))
+
+
+def test_groups_of_samples() -> None:
+    model = scaled(lambda m: 1.0).double()
+    source, expected = source_of(model), persample.make_source("loop", model, loss_fn)
+    x, y = data()
+    for groups in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [5, 5, 5, 5, 5, 5]):
+        found, due = (s.compute(x, y, Norms(), groups=groups) for s in (source, expected))
+        torch.testing.assert_close(found.norms, due.norms)

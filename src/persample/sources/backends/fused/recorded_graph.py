@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from persample.sources.backends.fused.accumulators import Moment
-from persample.sources.backends.fused.capture import Capture
-from persample.sources.backends.fused.layout import layout_of
 from persample.sources.model.batch_norm_nodes import read_right
 
 # What a graph may call: operations of PyTorch, and arithmetic on the sizes of tensors.
@@ -61,67 +58,51 @@ def _refuse_function(target: Any) -> None:
         raise NotReplayableError(f"the model calls {package}.{getattr(target, '__name__', target)}")
 
 
-def flat_graph(
-    graph: GraphModule, known: Mapping[int, str | int], examples: Sequence[Tensor], size: int
-) -> tuple[GraphModule, list[str]]:
-    """Return the operations of forward pass, backward pass and moments, and the names of what they return.
+#: Computes what is wanted, from losses and operands: the tensors of it.
+Compute = Callable[[Callable[[], Tensor], Sequence[Tensor]], Sequence[Tensor]]
+
+
+def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence[int], compute: Compute) -> GraphModule:
+    """Return the operations of a whole step, without autograd.
 
     Args:
-        graph: forward pass and loss.
-        known: for each operand that is a parameter or a tensor of the batch, its name or its number there.
-        examples: the operands.
-        size: B.
-
-    Returns:
-        Operations on the operands that return the losses, the mean gradients and the second moments, without autograd;
-        and the names of the parameters that have them.
+        graph: forward pass and loss, a function of the first operands.
+        examples: all operands.
+        trained: the numbers of those that are parameters of which gradients are wanted.
+        compute: computes what is wanted.
 
     Raises:
         NotReplayableError: the step depends on values, or on what is not in the graph.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    reached: list[str] = []
+    taken = sum(node.op == "placeholder" for node in graph.graph.nodes)
 
-    def moments(*inputs: Tensor) -> tuple[Tensor, ...]:
-        operands = [t.detach().requires_grad_() if isinstance(known.get(i), str) else t for i, t in enumerate(inputs)]
-        parameters: dict[str, Any] = {name: operands[i] for i, name in known.items() if isinstance(name, str)}
-        sink = Moment(size)
-        capture = Capture(parameters, size, sink)
-        for i, number in known.items():
-            if isinstance(number, int):
-                capture.layouts[operands[i]] = layout_of(operands[i], 0, None, size)
-        with capture:
-            (losses,) = graph(*operands)
-        losses = capture.finish(losses)
-        read_right([losses])
-        if losses.shape != (size,):
-            raise NotReplayableError("the losses are no vector of length B")
-        if losses.requires_grad:
-            total = losses.sum()
-            with capture.during_backward([total]):
-                leaves = [capture.anchor, *parameters.values(), *capture.leaves()]
-                _, *unseen = torch.autograd.grad(total, leaves, allow_unused=True)
-            if any(g is not None for g in unseen):
-                raise NotReplayableError("a parameter is used by an operation that is not seen")
-        sink.finish()
-        if capture.intercepted or capture.without_gradient or capture.rounds_otherwise:
-            raise NotReplayableError("the model uses parameters where autograd does not look")
-        reached.extend(sink.total)
-        if sink.total:
-            torch._foreach_div_([*sink.total.values(), *sink.squares.values()], size)
-        dtypes = {name: p.dtype for name, p in parameters.items()}
-        results = [value.to(dtypes[n]) for sums in (sink.total, sink.squares) for n, value in sums.items()]
-        return losses.detach(), *results
+    def step(*inputs: Tensor) -> list[Tensor]:
+        operands = list(inputs)
+        for i in trained:
+            operands[i] = inputs[i].detach().requires_grad_()
 
-    recorded = make_fx(moments, tracing_mode="fake")(*[t.detach() for t in examples])
+        def losses() -> Tensor:
+            (found,) = graph(*operands[:taken])
+            read_right([found])
+            return found  # type: ignore[no-any-return]
+
+        return list(compute(losses, operands))
+
+    recorded = make_fx(step, tracing_mode="fake")(*[t.detach() for t in examples])
     for node in recorded.graph.nodes:
-        if node.op == "call_function":
-            _refuse_operation(node)
-    return recorded, reached
+        _refuse_operation(node)
+    return recorded
 
 
 def _refuse_operation(node: torch.fx.Node) -> None:
+    if node.op == "get_attr":
+        raise NotReplayableError("a tensor that was made while the step was recorded is a part of it")
+    if node.op != "call_function":
+        return
+    if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
+        raise NotReplayableError("it draws from a generator of its own")
     by_values = _BY_VALUES & set(getattr(node.target, "tags", ()))
     if node.target is torch.ops.aten.index.Tensor:
         indices = [i.meta["val"].dtype for i in node.args[1] if i is not None]  # type: ignore[union-attr]

@@ -15,17 +15,20 @@ from persample.errors import OptionError, UnsupportedModelError
 from persample.kernels.autotune import deterministic_choice
 from persample.moments import Moments
 from persample.quantities.protocol import Quantity
+from persample.sources.backends.fused import wanted
 from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
 from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.malloc import keep_freed_memory
+from persample.sources.backends.fused.recorded_graph import NotReplayableError
 from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.replay import Replay
 from persample.sources.backends.fused.runners import Way
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
+from persample.sources.backends.fused.wanted import Wanted as Request
 from persample.sources.batch import Batch
-from persample.sources.contract import Check, Receive
+from persample.sources.contract import Check, Read, Receive
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.usage import Use, current_module
 from persample.sources.recording.results import LossReduction, Recorded, Wanted
@@ -78,12 +81,46 @@ class FusedSource(PerSampleGradSource):
         if batch.size == 1:
             losses, alone = self._of_one(batch)
             return Moments(losses, alone, {name: g.square() for name, g in alone.items()})
-        replayed = None if self.replay is None else self.replay.moments(self, batch)
-        if self.replay is not None:
-            ran = self.replay.ran
-            self.ran = "eager" if ran is None else "replayed" if ran == "operations" else ran
-            self.ran_because = self.replay.reason
-        return replayed or self.ordinary_moments(batch)
+        if self.replay is None:
+            return self.ordinary_moments(batch)
+        found: Moments = self._by_replay(self.replay, batch, wanted.moments(FusedSource.ordinary_moments))
+        return found
+
+    def compute_quantities(self, batch: Batch, asked: Sequence[Quantity[Any]], read: Read) -> tuple[Tensor, list[Any]]:
+        if self.replay is None or batch.size == 1:
+            return read(self, batch, asked)
+        try:
+            what = wanted.quantities(asked, read)
+        except wanted.ChangingError as reason:
+            self.replay.leave(str(reason))
+            self._note(self.replay)
+            return read(self, batch, asked)
+        losses, results = self._by_replay(self.replay, batch, what)
+        return losses, results
+
+    def _by_replay(self, replay: Replay, batch: Batch, what: Request) -> Any:
+        found = replay.run(self, batch, what)
+        self._note(replay)
+        return found
+
+    def _note(self, replay: Replay) -> None:
+        self.ran = "eager" if replay.ran is None else "replayed" if replay.ran == "operations" else replay.ran
+        self.ran_because = replay.reason
+
+    def recorded_with(
+        self,
+        losses: Callable[[], Tensor],
+        parameters: dict[str, Any],
+        batch: Batch,
+        what: Request,
+        own: Sequence[Tensor],
+    ) -> Any:
+        """Return what is wanted of a batch, with other parameters and what else runs model and loss.
+
+        Raises:
+            NotReplayableError: not everything that the step does can be recorded.
+        """
+        return what.compute(_Recorded(self, losses, parameters), batch, own)
 
     def ordinary_moments(self, batch: Batch) -> Moments:
         """Return the moments of several samples, computed operation by operation."""
@@ -157,8 +194,11 @@ class FusedSource(PerSampleGradSource):
                 sink.finish()
             if capture.without_gradient:
                 refuse_accumulated(parameters)
-        self.ordinary_state = not capture.rounds_otherwise
+        self._done(capture)
         return losses.detach()
+
+    def _done(self, capture: Capture) -> None:
+        self.ordinary_state = not capture.rounds_otherwise
 
     def _run_backward(self, total: Tensor, capture: Capture, parameters: dict[str, nn.Parameter]) -> None:
         # The anchor makes every tap part of the graph; parameters are among the inputs so that an unseen use shows.
@@ -174,6 +214,27 @@ class FusedSource(PerSampleGradSource):
         for name, part in zip(names, unseen, strict=False):
             if part is not None:
                 raise UnsupportedModelError(unseen_use(name))
+
+
+class _Recorded(FusedSource):
+    """The source while a step is recorded: all is computed as ever, but something else runs model and loss."""
+
+    def __init__(self, source: FusedSource, losses: Callable[[], Tensor], parameters: dict[str, Any]) -> None:
+        vars(self).update(vars(source), replay=None)
+        self._losses, self._parameters = losses, parameters
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters
+
+    def losses(self, batch: Batch, model: Callable[..., Any] | None = None) -> Tensor:
+        losses = self._losses()
+        if losses.shape != (batch.size,):
+            raise NotReplayableError("the losses are no vector of length B")
+        return losses
+
+    def _done(self, capture: Capture) -> None:
+        if capture.intercepted or capture.without_gradient or capture.rounds_otherwise:
+            raise NotReplayableError("the model uses parameters where autograd does not look")
 
 
 def _way(compile: object) -> Way | None:
