@@ -137,13 +137,27 @@ def _unreduced(loss_module: Any) -> PerSampleLoss:
     name = type(loss_module).__name__
 
     def per_sample_loss(outputs: Any, targets: Any) -> Tensor:
-        entrywise = copy.copy(loss_module)  # with the settings that it has by now
-        entrywise.reduction = "none"
         if isinstance(loss_module, _ELEMENTWISE):
             _refuse_broadcast(name, outputs, targets)
+        if torch.compiler.is_dynamo_compiling() and not (loss_module._forward_hooks or loss_module._forward_pre_hooks):
+            return _sum_per_sample(type(loss_module).forward(_Entrywise(loss_module), outputs, targets))
+        entrywise = copy.copy(loss_module)  # with the settings that it has by now
+        entrywise.reduction = "none"
         return _sum_per_sample(entrywise(outputs, targets))
 
     return per_sample_loss
+
+
+class _Entrywise:
+    """A loss module as its own method `forward` sees it, but for `reduction`: for Dynamo, which follows no copying."""
+
+    reduction = "none"
+
+    def __init__(self, loss_module: nn.Module) -> None:
+        self._loss_module = loss_module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss_module, name)
 
 
 def _refuse_broadcast(name: str, outputs: Any, targets: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,11 +13,13 @@ from hypothesis import settings
 from torch import Tensor
 
 import persample
+from persample.quantities import WeightedSum
+from persample.sources.batch import as_batch
 from persample.sources.contract import Check
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.splits.tree import tensors_in
 from persample.testing import ZOO, BackendSuite, Candidate, Case, Problem
-from persample.testing.candidate import Method
+from persample.testing.candidate import Method, asked
 
 # Each case is compiled, so `make test` has few of them, and `make conformance` all.
 THOROUGH = settings().max_examples >= 1000
@@ -26,6 +28,15 @@ CASES = list(ZOO.values())[:: 1 if THOROUGH else 12]
 
 class RecordedBefore(Candidate):
     """The backend after the same call on other numbers, so that one that was recorded as a constant shows."""
+
+    def call(self, source: persample.PerSampleGradSource, problem: Problem, method: Method) -> Any:
+        """As ever, but for weights that are no function, of which nobody knows whether it changes."""
+        if method != "quantities":
+            return super().call(source, problem, method)
+        size = as_batch(problem.inputs, problem.targets, problem.model).size
+        quantities = [q for q in asked() if not isinstance(q, WeightedSum)]
+        weights = WeightedSum(torch.linspace(-1, 2, size, dtype=torch.float64))
+        return source.compute(problem.inputs, problem.targets, *quantities, weights)
 
     def ready(self, problem: Problem, method: Method, check: Check) -> persample.PerSampleGradSource:
         source = self.source(problem, check)

@@ -639,6 +639,25 @@ def test_a_change_in_the_loss_is_seen() -> None:
     assert ran == ["replayed"] * 6
 
 
+def test_a_loss_module_is_replayed_with_the_settings_that_it_has_by_now() -> None:
+    model, module = scaled(lambda m: 1.0).double(), nn.CrossEntropyLoss(torch.rand(3, dtype=torch.float64))
+    source = persample.make_source("fused", model, module, compile=True)
+    expected = persample.make_source("loop", model, module)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    for call in range(6):
+        if call == 2:
+            module.label_smoothing = 0.2
+        if call == 3:
+            module.weight = torch.rand(3, dtype=torch.float64)
+        if call == 4:
+            module.ignore_index = 1
+        if call == 5:
+            module.register_forward_hook(lambda module, args, output: output * 2)
+        x, _ = data(seed=call)
+        require_right(source.moments(x, targets), expected.moments(x, targets))
+        assert source.ran == ("replayed" if call < 5 else "eager")
+
+
 def test_a_value_that_changes_in_every_call_is_exact_beyond_the_limit_of_graphs() -> None:
     model = scaled(lambda m: m.scale)
     ran = follow(model, lambda call: setattr(model, "scale", 1.0 + call), calls=12)

@@ -66,8 +66,11 @@ class Ordinary(Protocol):
         batch: Batch,
         what: Wanted,
         own: Sequence[Tensor],
-    ) -> Any:
-        """Return what is wanted of a batch, with other parameters and what else runs model and loss."""
+    ) -> tuple[Any, bool]:
+        """Return what is wanted of a batch, with other parameters and what else runs model and loss.
+
+        Also whether the state that is left on the model is that of an ordinary forward pass.
+        """
 
 
 class Replay:
@@ -171,7 +174,6 @@ class _Step:
         finally:
             self.call = None
         require_losses(losses, call.batch.size)
-        call.source.ordinary_state = True
         return call.result
 
     def run(self, graph: _Graph, inputs: Sequence[Tensor]) -> tuple[Tensor]:
@@ -196,7 +198,7 @@ class _Step:
             if recording.run is None:
                 recording.make_ready(self.way, operands)
             losses, *results = recording.run(*operands)  # type: ignore[misc]
-        call.result = put_together(recording.form, results)
+        call.result, call.source.ordinary_state = put_together(recording.form, results), recording.ordinary_state
         self.ran, self.ran_because = recording.way, recording.because
         return (losses,)
 
@@ -298,9 +300,10 @@ class _Graph:
         others = len(operands) - len(self._others) - len(call.what.tensors)
         names = self._parameters | dict(enumerate(self._others, others))
         form: Any = None
+        ordinary_state = False
 
         def compute(losses: Callable[[], Tensor], fake: Sequence[Tensor]) -> Sequence[Tensor]:
-            nonlocal form
+            nonlocal form, ordinary_state
             tensors = iter([self._in_place_of(number, fake, tensor) for number, tensor in enumerate(call.tensors)])
             tree = pytree.tree_map(lambda x: next(tensors) if isinstance(x, Tensor) else x, call.arguments)
             found: list[Tensor] = []
@@ -313,12 +316,13 @@ class _Graph:
             operand_of = {name: fake[i] for i, name in names.items()}
             parameters = {name: operand_of[name] for name in call.parameters}
             batch = Batch(tree[0], tree[1], tree[2], call.batch.size)
-            results, form = taken_apart(call.source.recorded_with(noted, parameters, batch, call.what, own))
+            result, ordinary_state = call.source.recorded_with(noted, parameters, batch, call.what, own)
+            results, form = taken_apart(result)
             return [found[0].detach(), *results]
 
         recorded = flat_graph(self._captured, operands, list(names), compute)
         staying = [i for i in range(others) if i not in self._tensors]
-        self.recordings[call.what.key] = _Recording(recorded, form, _sharing(operands), staying)
+        self.recordings[call.what.key] = _Recording(recorded, form, ordinary_state, _sharing(operands), staying)
         return self.recordings[call.what.key]
 
     def _in_place_of(self, number: int, operands: Sequence[Tensor], tensor: Tensor) -> Tensor:
@@ -331,14 +335,22 @@ class _Recording:
 
     Attributes:
         form: of the result, with places for the tensors.
+        ordinary_state: whether the state that is left on the model is that of an ordinary forward pass.
         sharing: which operands share memory.
         run: runs the operations; None before.
         way: how they are run.
         because: why not in the way that was asked for.
     """
 
-    def __init__(self, recorded: GraphModule, form: Any, sharing: tuple[int, ...], staying: Sequence[int]) -> None:
-        self.form, self.sharing = form, sharing
+    def __init__(
+        self,
+        recorded: GraphModule,
+        form: Any,
+        ordinary_state: bool,
+        sharing: tuple[int, ...],
+        staying: Sequence[int],
+    ) -> None:
+        self.form, self.ordinary_state, self.sharing = form, ordinary_state, sharing
         self.run: Run | None = None
         self.way: Way = "operations"
         self.because = ""
@@ -454,7 +466,11 @@ def _capturing() -> Iterator[list[str]]:
     told = set(dynamo.utils.warn_once_cache)
     dynamo.utils.warn_once_cache.clear()
     careful = dynamo.config.patch(
-        skip_nnmodule_hook_guards=False, use_numpy_random_stream=True, suppress_errors=False, trace_numpy=False
+        allow_rnn=True,
+        skip_nnmodule_hook_guards=False,
+        suppress_errors=False,
+        trace_numpy=False,
+        use_numpy_random_stream=True,
     )
     try:
         with warnings.catch_warnings(record=True) as caught, careful, torch.compiler.set_stance("default"):

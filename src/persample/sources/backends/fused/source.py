@@ -114,13 +114,16 @@ class FusedSource(PerSampleGradSource):
         batch: Batch,
         what: Request,
         own: Sequence[Tensor],
-    ) -> Any:
+    ) -> tuple[Any, bool]:
         """Return what is wanted of a batch, with other parameters and what else runs model and loss.
+
+        Also whether the state that is left on the model is that of an ordinary forward pass.
 
         Raises:
             NotReplayableError: not everything that the step does can be recorded.
         """
-        return what.compute(_Recorded(self, losses, parameters), batch, own)
+        source = _Recorded(self, losses, parameters)
+        return what.compute(source, batch, own), source.ordinary_state
 
     def ordinary_moments(self, batch: Batch) -> Moments:
         """Return the moments of several samples, computed operation by operation."""
@@ -233,7 +236,8 @@ class _Recorded(FusedSource):
         return losses
 
     def _done(self, capture: Capture) -> None:
-        if capture.intercepted or capture.without_gradient or capture.rounds_otherwise:
+        super()._done(capture)
+        if capture.intercepted or capture.without_gradient:
             raise NotReplayableError("the model uses parameters where autograd does not look")
 
 
