@@ -31,8 +31,8 @@ from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.sources.backends.fused import nan_probe
 from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
+from persample.sources.backends.fused.request import Request, put_together, taken_apart
 from persample.sources.backends.fused.runners import NotServedError, Run, Way, runner
-from persample.sources.backends.fused.wanted import Wanted, put_together, taken_apart
 from persample.sources.batch import Batch
 from persample.sources.model.isolation import Held, State
 from persample.sources.model.modules import modules_of
@@ -64,7 +64,7 @@ class Ordinary(Protocol):
         losses: Callable[[], Tensor],
         parameters: dict[str, Any],
         batch: Batch,
-        what: Wanted,
+        what: Request,
         own: Sequence[Tensor],
     ) -> tuple[Any, bool]:
         """Return what is wanted of a batch, with other parameters and what else runs model and loss.
@@ -96,7 +96,7 @@ class Replay:
     def __getstate__(self) -> dict[str, Any]:
         return vars(Replay(self._way))
 
-    def run(self, source: Ordinary, batch: Batch, what: Wanted) -> Any:
+    def run(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return what is wanted of `batch`, by a recorded step or in the ordinary way."""
         self.reason, self.ran, result = _beyond_replay(source, batch), None, None
         if not self.reason:
@@ -153,7 +153,7 @@ class _Step:
         """Whether it is of this source as it is now."""
         return not self._held.changed() and self._key == _key(source)
 
-    def result(self, source: Ordinary, batch: Batch, what: Wanted) -> Any:
+    def result(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return what is wanted of `batch`, or None if the step cannot be replayed."""
         if what.key in self.reasons:
             return None
@@ -202,7 +202,7 @@ class _Step:
         self.ran, self.ran_because = recording.way, recording.because
         return (losses,)
 
-    def _recorded(self, source: Ordinary, batch: Batch, what: Wanted) -> Any:
+    def _recorded(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return the result of the ordinary way, and record the step if it gives the same."""
         state, start = source.state(), random_state(source.model)
         given = [(t, t.clone()) for t, *_ in batch.followed()]
@@ -245,7 +245,7 @@ class _Call:
         result: what was wanted, once it is there.
     """
 
-    def __init__(self, source: Ordinary, batch: Batch, what: Wanted, *, may_record: bool = False) -> None:
+    def __init__(self, source: Ordinary, batch: Batch, what: Request, *, may_record: bool = False) -> None:
         self.source, self.batch, self.what, self.may_record = source, batch, what, may_record
         self.parameters = source.parameters()
         self.arguments = batch.for_a_call()

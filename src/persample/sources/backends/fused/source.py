@@ -15,7 +15,7 @@ from persample.errors import OptionError, UnsupportedModelError
 from persample.kernels.autotune import deterministic_choice
 from persample.moments import Moments
 from persample.quantities.protocol import Quantity
-from persample.sources.backends.fused import wanted
+from persample.sources.backends.fused import request
 from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
 from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.capture import Capture
@@ -23,10 +23,10 @@ from persample.sources.backends.fused.malloc import keep_freed_memory
 from persample.sources.backends.fused.recorded_graph import NotReplayableError
 from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.replay import Replay
+from persample.sources.backends.fused.request import Request
 from persample.sources.backends.fused.runners import Way
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
-from persample.sources.backends.fused.wanted import Wanted as Request
 from persample.sources.batch import Batch
 from persample.sources.contract import Check, Read, Receive
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
@@ -83,15 +83,15 @@ class FusedSource(PerSampleGradSource):
             return Moments(losses, alone, {name: g.square() for name, g in alone.items()})
         if self.replay is None:
             return self.ordinary_moments(batch)
-        found: Moments = self._by_replay(self.replay, batch, wanted.moments(FusedSource.ordinary_moments))
+        found: Moments = self._by_replay(self.replay, batch, request.moments(FusedSource.ordinary_moments))
         return found
 
     def compute_quantities(self, batch: Batch, asked: Sequence[Quantity[Any]], read: Read) -> tuple[Tensor, list[Any]]:
         if self.replay is None or batch.size == 1:
             return read(self, batch, asked)
         try:
-            what = wanted.quantities(asked, read)
-        except wanted.ChangingError as reason:
+            what = request.quantities(asked, read)
+        except request.ChangingError as reason:
             self.replay.leave(str(reason))
             self._note(self.replay)
             return read(self, batch, asked)

@@ -20,7 +20,7 @@ class ChangingError(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Request:
     """What a step is asked for.
 
     Attributes:
@@ -34,12 +34,12 @@ class Wanted:
     compute: Callable[[Any, Batch, Sequence[Tensor]], Any]
 
 
-def moments(compute: Callable[[Any, Batch], Any]) -> Wanted:
+def moments(compute: Callable[[Any, Batch], Any]) -> Request:
     """Return what asks for moments."""
-    return Wanted("moments", (), lambda source, batch, tensors: compute(source, batch))
+    return Request("moments", (), lambda source, batch, tensors: compute(source, batch))
 
 
-def quantities(asked: Sequence[Quantity[Any]], read: Read) -> Wanted:
+def quantities(asked: Sequence[Quantity[Any]], read: Read) -> Request:
     """Return what asks for quantities.
 
     Raises:
@@ -52,7 +52,7 @@ def quantities(asked: Sequence[Quantity[Any]], read: Read) -> Wanted:
         fresh = iter(given)
         return read(source, batch, mapped(Tensor, lambda tensor: next(fresh), list(asked)))
 
-    return Wanted(key, tensors, compute)
+    return Request(key, tensors, compute)
 
 
 def _key_of(value: Any, tensors: list[Tensor]) -> Hashable:
