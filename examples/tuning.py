@@ -19,8 +19,8 @@ import argparse
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -45,14 +45,13 @@ def table(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return inputs, ((inputs @ teacher[0]).tanh() @ teacher[1] - noise.log()).argmax(1)
 
 
-@dataclass
-class Course:
-    """What a training showed: the loss of each step, and log losses after each epoch."""
+class Course(NamedTuple):
+    """What a training showed: the loss of each step, log losses after each epoch, and the posterior at the end."""
 
-    steps: list[float] = field(default_factory=list)
-    train: list[float] = field(default_factory=list)
-    test: list[float] = field(default_factory=list)
-    posterior: persample.Posterior | None = None
+    steps: list[float]
+    train: list[float]
+    test: list[float]
+    posterior: persample.Posterior
 
 
 def train(epochs: int, rows: int = 1000, **settings: float) -> Course:
@@ -61,15 +60,14 @@ def train(epochs: int, rows: int = 1000, **settings: float) -> Course:
     (inputs, targets), (test_inputs, test_targets) = table(rows, seed=1), table(2000, seed=2)
     model = nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 3))
     optimizer = persample.VOGN(model, losses.cross_entropy, **{"data_size": len(inputs), **settings})
-    course = Course()
+    steps, train_losses, test_losses = [], [], []
     for _ in range(epochs):
         for batch in torch.randperm(len(inputs)).split(32):
-            course.steps.append(optimizer.observe(inputs[batch], targets[batch]).item())
+            steps.append(optimizer.observe(inputs[batch], targets[batch]).item())
             optimizer.step()
-        for values, (x, y) in ((course.train, (inputs, targets)), (course.test, (test_inputs, test_targets))):
+        for values, (x, y) in ((train_losses, (inputs, targets)), (test_losses, (test_inputs, test_targets))):
             values.append(metrics.log_loss(optimizer.predict(x, samples=8).probabilities, y))
-    course.posterior = optimizer.posterior
-    return course
+    return Course(steps, train_losses, test_losses, optimizer.posterior)
 
 
 def draw_courses(path: Path, title: str, courses: Mapping[str, tuple[Course, str]]) -> None:
@@ -130,7 +128,6 @@ def data_size(path: Path, epochs: int) -> dict[str, Course]:
 def draws(path: Path, epochs: int, repeats: int = 10) -> dict[int, list[float]]:
     """Few draws: predictions change from call to call, and are worse on average."""
     course = train(epochs)
-    assert course.posterior is not None
     inputs, targets = table(2000, seed=2)
     found = {
         number: [
@@ -166,7 +163,7 @@ def first_curvature(path: Path, epochs: int) -> dict[str, Course]:
         }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for (label, course), colour in zip(courses.items(), (ORANGE, BLUE, GREEN), strict=True):
-        left.plot(range(1, 65), course.steps[:64], color=colour, label=label)
+        left.plot(course.steps[:64], color=colour, label=label)
         right.plot(range(1, len(course.test) + 1), course.test, color=colour, linewidth=2)
     finish(left, "Loss of the first 64 steps", "step")
     finish(right, "Log loss on test data", "epoch")

@@ -99,6 +99,7 @@ def test_auroc_counts_pairs(inside: list[float], outside: list[float]) -> None:
     assert area(torch.tensor(inside), torch.tensor(outside)) == pytest.approx(sum(pairs) / len(pairs))
 
 
+@pytest.mark.filterwarnings("ignore")  # of wrong settings
 def test_tuning(tmp_path: Path) -> None:
     load("tuning").main(["--epochs", "1", "--out", str(tmp_path)])
     pictures = list(tmp_path.glob("tuning-*.png"))
