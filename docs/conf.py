@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import version as version_of
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_mock_imports = [name for name in ("lightning", "transformers") if find_spec(name) is None]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_preprocess_types = False

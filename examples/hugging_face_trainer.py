@@ -2,11 +2,11 @@
 Trainer of Hugging Face
 =======================
 
-Train a tiny transformer. A callback draws the weights for each step::
+Train a tiny transformer. Of a script for Adam two lines change, the optimizer and the class of the Trainer::
 
     python examples/hugging_face_trainer.py --epochs 5
 
-Needs transformers and accelerate: ``pip install "transformers[torch]"``. Nothing is downloaded: the model begins at
+Needs transformers and accelerate: ``pip install "persample[transformers]"``. Nothing is downloaded: the model begins at
 random weights, and the task is made up. Which of two tokens comes more often in a sequence?
 
 .. image:: /images/hugging-face.png
@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import persample
-from persample.vogn import VariationalOptimizer
+from persample.integrations.transformers import VariationalTrainer
 
 
 class Majority(Dataset[dict[str, torch.Tensor]]):
@@ -43,22 +40,6 @@ class Majority(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.tokens[index], "labels": self.labels[index]}
-
-
-class DrawWeights(TrainerCallback):
-    """Lets the model have a draw of its weights from the beginning of a step to its update."""
-
-    def __init__(self, optimizer: VariationalOptimizer) -> None:
-        self.optimizer = optimizer
-        self.draw = ExitStack()
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Draw, and record the gradients from here on."""
-        self.draw.enter_context(self.optimizer.sampled_params(train=True))
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Put the mean back."""
-        self.draw.close()
 
 
 def draw_probabilities(tokens: torch.Tensor, probabilities: torch.Tensor, path: Path) -> None:
@@ -96,25 +77,17 @@ def main(arguments: list[str] | None = None) -> float:
             num_labels=2,
         )
     )
-    optimizer = persample.VOGN(
-        model,
-        persample.losses.cross_entropy,
-        data_size=options.samples,
-        lr=0.05,
-        prior_precision=1.0,
-        hess_init=0.1,
-        momentum=0.9,
-        temperature=1.0,
-    )
+    new = Majority(1000, seed=2)
+    optimizer = persample.VOGN(model, data_size=options.samples, lr=0.05, prior_precision=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = VariationalTrainer(
             model,
             TrainingArguments(
                 folder,
                 num_train_epochs=options.epochs,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=16,
+                gradient_accumulation_steps=2,
                 lr_scheduler_type="cosine",
-                max_grad_norm=0.0,  # no clipping; another norm clips the gradient at the draw
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -122,16 +95,12 @@ def main(arguments: list[str] | None = None) -> float:
             ),
             train_dataset=Majority(options.samples, seed=1),
             optimizers=(optimizer, None),
-            callbacks=[DrawWeights(optimizer)],
         )
-        trainer.model_accepts_loss_kwargs = False  # call the model with the samples alone
         trainer.train()
+        predicted = trainer.predict(new)  # by the average over draws
 
-    model.eval()
-    new = Majority(1000, seed=2)
-    inputs = {"input_ids": new.tokens}
-    probabilities = optimizer.predict(inputs, samples=32, pick=lambda output: output.logits).probabilities
-    log_loss = F.nll_loss(probabilities.log(), new.labels).item()
+    probabilities = torch.tensor(predicted.predictions).exp()
+    log_loss = predicted.metrics["test_loss"]
     accuracy = (probabilities.argmax(1) == new.labels).float().mean().item()
     print(f"new sequences: log loss {log_loss:.3f} nats, accuracy {accuracy:.1%}")
     draw_probabilities(new.tokens, probabilities, options.out)

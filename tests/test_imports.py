@@ -35,7 +35,7 @@ LAYERS = (
     ("persample.likelihoods",),
     ("persample.curvature",),
     ("persample",),
-    ("persample.experiments", "persample.testing"),
+    ("persample.experiments", "persample.testing", "persample.integrations"),
     ("persample.cli", "persample.__main__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
