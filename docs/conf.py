@@ -41,7 +41,8 @@ napoleon_preprocess_types = False
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
-    "filename_pattern": r"(?<!lightning_module)(?<!hugging_face_trainer)(?<!out_of_distribution)\.py$",
+    "filename_pattern": r"(?<!lightning_module)(?<!hugging_face_trainer)(?<!bayesian_lora)(?<!out_of_distribution)"
+    r"\.py$",
     "within_subsection_order": "ExampleTitleSortKey",
     "download_all_examples": False,
     "show_signature": False,

@@ -74,6 +74,15 @@ def test_hugging_face_trainer() -> None:
     assert load("hugging_face_trainer").main(["--epochs", "3", "--samples", "1000"]) < 0.69
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_bayesian_lora() -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    seen, others = load("bayesian_lora").main(["--epochs", "20"])
+    assert others > 1.5 * seen
+
+
 def test_regression_bands(tmp_path: Path) -> None:
     predicted = load("regression_bands").main(["--steps", "200", "--out", str(tmp_path / "bands.png")])
     inside, outside = predicted.epistemic_variance[150:210].mean(), predicted.epistemic_variance[[0, -1]].mean()

@@ -1,6 +1,6 @@
 """Processes that train one posterior together, and write down what each holds; the tests start them.
 
-python ranks.py FOLDER --steps 4 --processes 2 [--way WAY …] [--resume]
+python ranks.py FOLDER --steps 4 --processes 2 [--way WAY …] [--rule IVON] [--resume]
 torchrun --nproc-per-node 2 ranks.py FOLDER --steps 4 [--die-at STEP]
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 
 import persample
-from persample import VOGN
+from persample import IVON, VOGN
 from persample.testing.devices import generator_of
 
 DATA_SIZE = 40
@@ -30,17 +32,20 @@ def make_model(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
-def make_optimizer(model: nn.Module, **options: object) -> VOGN:
-    return VOGN(
+RULES: dict[str, Any] = {
+    "VOGN": partial(VOGN, decay=0.9, momentum=0.8, backend="hooks"),
+    "IVON": partial(IVON, betas=(0.8, 0.9)),
+}
+
+
+def make_optimizer(model: nn.Module, rule: str = "VOGN", **options: object) -> Any:
+    return RULES[rule](
         model,
         persample.losses.cross_entropy,
         data_size=DATA_SIZE,
         lr=0.05,
         hess_init=0.5,
-        decay=0.9,
-        momentum=0.8,
         mc_samples=2,
-        backend="hooks",
         generator=generator_of(11),
         **options,
     )
@@ -58,7 +63,7 @@ def parts(step: int, rank: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(inputs.split(3), targets.split(3), strict=True))
 
 
-def observe(optimizer: VOGN, step: int, rank: int, way: str = "observe") -> None:
+def observe(optimizer: Any, step: int, rank: int, way: str = "observe") -> None:
     """Observe the batch of a rank; a closure sees what a block of the user's own would see at each draw."""
     if way == "observe":
         for inputs, targets in parts(step, rank):
@@ -69,12 +74,12 @@ def observe(optimizer: VOGN, step: int, rank: int, way: str = "observe") -> None
             run_passes(optimizer, step, rank)
 
 
-def run_passes(optimizer: VOGN, step: int, rank: int) -> None:
+def run_passes(optimizer: Any, step: int, rank: int) -> None:
     for inputs, targets in parts(step, rank):
         F.cross_entropy(optimizer.model(inputs), targets).backward()
 
 
-def take_step(optimizer: VOGN, rank: int, way: str) -> None:
+def take_step(optimizer: Any, rank: int, way: str) -> None:
     step = optimizer.steps
     if SHARES[rank] and way == "closure":
         optimizer.step(lambda: run_passes(optimizer, step, rank))
@@ -99,7 +104,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
 def train_by(way: str, rank: int, options: argparse.Namespace) -> list[object]:
     """Train, and return the means after each step, the curvature, and predictions."""
     model = make_model(seed=rank)  # the ranks begin at other weights
-    optimizer = make_optimizer(model, process_group=dist.group.WORLD)
+    optimizer = make_optimizer(model, options.rule, process_group=dist.group.WORLD)
     checkpoint = options.folder / "checkpoint.pt"
     if options.resume:
         saved = torch.load(checkpoint, weights_only=True)
@@ -113,7 +118,8 @@ def train_by(way: str, rank: int, options: argparse.Namespace) -> list[object]:
         history.append([p.detach().clone() for p in model.parameters()])
         if rank == 0:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
-    curvature = [optimizer.state[p]["curvature"] for p in model.parameters()]
+    name = "curvature" if options.rule == "VOGN" else "hessian"
+    curvature = [optimizer.state[p][name] for p in model.parameters()]
     predicted = optimizer.predict(batch(0, 0)[0], samples=3).probabilities
     return [history, curvature, predicted]
 
@@ -124,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--processes", type=int, help="start them here, instead of by torchrun")
     parser.add_argument("--way", choices=WAYS, action="append", help="how to observe; one after the other")
+    parser.add_argument("--rule", choices=RULES, default="VOGN")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die-at", type=int)
     options = parser.parse_args()

@@ -33,10 +33,10 @@ def run_ranks(processes: int, folder: Path, *arguments: str) -> list[Any]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-def by_one_process(processes: int, way: str) -> list[list[torch.Tensor]]:
+def by_one_process(processes: int, way: str, rule: str = "VOGN") -> list[list[torch.Tensor]]:
     """The means after each step, if one process observes all batches, each at the draws of the rank that had it."""
     model = ranks.make_model(seed=0)
-    optimizer = ranks.make_optimizer(model)
+    optimizer = ranks.make_optimizer(model, rule)
     history = []
     for step in range(STEPS):
         for rank in range(processes):
@@ -58,11 +58,11 @@ def by_four(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return run_ranks(4, tmp_path_factory.mktemp("four"), *ALL_WAYS)
 
 
-def check(held: list[Any], way: str) -> None:
+def check(held: list[Any], way: str, rule: str = "VOGN") -> None:
     """All ranks hold the same, bit for bit, and what one process would hold."""
     own = [of_rank[ranks.WAYS.index(way)] for of_rank in held]
     assert all(same(other, own[0]) for other in own[1:])
-    for actual, expected in zip(own[0][0], by_one_process(len(held), way), strict=True):
+    for actual, expected in zip(own[0][0], by_one_process(len(held), way, rule), strict=True):
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13)
 
@@ -75,6 +75,12 @@ def test_two_hold_what_one_would(by_two: list[Any], way: str) -> None:
 @pytest.mark.parametrize("way", ranks.WAYS)
 def test_four_hold_what_one_would_though_one_has_no_batch(by_four: list[Any], way: str) -> None:
     check(by_four, way)
+
+
+def test_two_that_train_by_ivon_hold_what_one_would(tmp_path: Path) -> None:
+    held = run_ranks(2, tmp_path, *ALL_WAYS, "--rule", "IVON")
+    for way in ranks.WAYS:
+        check(held, way, "IVON")
 
 
 def test_a_death_ends_the_run_and_it_goes_on_from_the_checkpoint(by_two: list[Any], tmp_path: Path) -> None:
