@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 import persample
 from persample.checks.benchmark import plain_pass
+from persample.checks.memory import peak_memory
 from persample.files import replacing
-from persample.quantities import Gram, Mean, Norms, SecondMoment, Variance, WeightedSum, clipping
+from persample.quantities import Gram, Mean, Norms, SecondMoment, WeightedSum, clipping
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gradients import in_fresh_process, machine, problem
@@ -44,8 +45,14 @@ def ours(source: persample.PerSampleGradSource, x: Tensor, y: Tensor) -> dict[st
         "norms": lambda: source.compute(x, y, Norms()),
         "clipped sum": lambda: source.compute(x, y, WeightedSum(clipping(LIMIT))),
         "Gram": lambda: source.compute(x, y, Gram()),
-        "moments, norms and variance": lambda: source.compute(x, y, Mean(), SecondMoment(), Norms(), Variance()),
+        "moments, norms and noise scale": lambda: together(source, x, y),
     }
+
+
+def together(source: persample.PerSampleGradSource, x: Tensor, y: Tensor) -> float:
+    """Take moments and norms from one pass, and the noise scale from the moments."""
+    several = source.compute(x, y, Mean(), SecondMoment(), Norms())
+    return persample.Moments(several.losses, several.mean, several.second_moment).noise_scale()
 
 
 def backpack_norms(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
@@ -88,7 +95,21 @@ def opacus_clipped(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tenso
     return clipped
 
 
-PEERS = {"BackPACK norms": backpack_norms, "Opacus clipped sum": opacus_clipped}
+def torchjd_gram(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """Return the norms, on the diagonal of the Gram matrix by TorchJD's autogram."""
+    from torchjd.autogram import Engine
+
+    copied = copy.deepcopy(model)
+    engine = Engine(copied, batch_dim=0)
+
+    def gram() -> Tensor:
+        losses = nn.functional.cross_entropy(copied(x), y, reduction="none")
+        return engine.compute_gramian(losses).diagonal().sqrt()
+
+    return gram
+
+
+PEERS = {"BackPACK: norms": backpack_norms, "Opacus: clipped sum": opacus_clipped, "TorchJD: Gram": torchjd_gram}
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
@@ -132,17 +153,19 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
         each: statistics.median(own / plain for own, plain in zip(found, seconds["plain"], strict=True))
         for each, found in seconds.items()
     }
-    return {"model": name, "batch": batch, "ratios": ratios, "left_out": left_out}
+    peaks = {each: peak_memory(call, torch.device("cpu")) for each, call in calls.items()}
+    memory = {each: peak / peaks["plain"] for each, peak in peaks.items()}
+    return {"model": name, "batch": batch, "ratios": ratios, "memory": memory, "left_out": left_out}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the ratios as a Markdown table."""
-    rows = dict.fromkeys(each for result in results for each in result["ratios"] if each != "plain")
+def table(results: list[dict[str, Any]], what: str = "ratios") -> str:
+    """Return the ratios, of time or of memory, as a Markdown table."""
+    rows = dict.fromkeys(each for result in results for each in result[what] if each != "plain")
     rows |= dict.fromkeys(PEERS)
     lines = ["| quantity | " + " | ".join(f"{r['model']} ({r['batch']})" for r in results) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
     for row in rows:
-        cells = [f"{r['ratios'][row]:.2f}" if row in r["ratios"] else "–" for r in results]
+        cells = [f"{r[what][row]:.2f}" if row in r[what] else "–" for r in results]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -157,12 +180,12 @@ def main(
     results = []
     for name in models.split(";"):
         results.append(in_fresh_process(measure, name, MODELS[name], rounds))
-        print(table(results[-1:]), results[-1]["left_out"], flush=True)
+        print(table(results[-1:]), table(results[-1:], "memory"), results[-1]["left_out"], flush=True)
     report = {"machine": machine("backpack-for-pytorch", "opacus"), "results": results}
     with replacing(out / "quantities.json") as new:
         new.write_text(json.dumps(report, indent=2) + "\n")
     with replacing(out / "quantities.md") as new:
-        new.write_text(table(results))
+        new.write_text(f"Time:\n\n{table(results)}\nMemory:\n\n{table(results, 'memory')}")
 
 
 if __name__ == "__main__":

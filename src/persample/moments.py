@@ -42,15 +42,18 @@ class Moments:
         Raises:
             UsageError: there is but one sample.
         """
-        if self.batch_size < 2:
-            raise UsageError(
-                "The variance of one gradient is not defined: compute the moments of at least two samples."
-            )
+        self._refuse_single()
         factor = self.batch_size / (self.batch_size - 1)
         return {
             name: (factor * (self.second_moment[name] - mean.square())).clamp_(min=0)
             for name, mean in self.mean.items()
         }
+
+    def _refuse_single(self) -> None:
+        if self.batch_size < 2:
+            raise UsageError(
+                "The variance of one gradient is not defined: compute the moments of at least two samples."
+            )
 
     @overload
     def noise_scale(self, per: None = None) -> float: ...
@@ -78,18 +81,22 @@ class Moments:
             UsageError: there is but one sample.
             OptionError: `per` names no parameter.
         """
-        variance = self.variance()
+        self._refuse_single()
         if per is None:
-            return self._noise_scale(variance, list(variance))
+            return self._noise_scale(self.mean)
         for group, names in per.items():
             for name in names:
-                if name not in variance:
+                if name not in self.mean:
                     raise OptionError(f"Group {group!r} names {name!r}, which these moments do not contain.")
-        return {group: self._noise_scale(variance, list(names)) for group, names in per.items()}
+        return {group: self._noise_scale(names) for group, names in per.items()}
 
-    def _noise_scale(self, variance: Mapping[str, Tensor], names: list[str]) -> float:
-        trace = sum(variance[name].sum(dtype=torch.float64).item() for name in names)
-        squared_norm = sum(self.mean[name].double().square().sum().item() for name in names) - trace / self.batch_size
+    def _noise_scale(self, names: Iterable[str]) -> float:
+        squares = total = 0.0
+        for name in names:
+            squares += self.second_moment[name].sum(dtype=torch.float64).item()
+            total += torch.linalg.vector_norm(self.mean[name], dtype=torch.float64).item() ** 2
+        trace = max(0.0, (squares - total) * self.batch_size / (self.batch_size - 1))
+        squared_norm = total - trace / self.batch_size
         return trace / squared_norm if squared_norm > 0 else math.inf
 
 

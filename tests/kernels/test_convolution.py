@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.kernels.convolution import Geometry, Images, forms
+from persample.kernels.convolution import Geometry, Images, _moments_and_norms, _per_sample, forms
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -64,6 +64,19 @@ def test_every_form_is_exact(name: str, dtype: torch.dtype) -> None:
             error = (found.double() - expected).norm() / expected.norm()
             assert error < (1e-5 if dtype == torch.float32 else 1e-12), form
     assert "patches" in kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_gives_gradients_and_norms(name: str, dtype: torch.dtype) -> None:
+    convolution, total, squares = problem(name, dtype)
+    g, tolerance = convolution.per_sample(), 1e-4 if dtype == torch.float32 else 1e-12
+    for form in forms(convolution).values():
+        (rows,) = _per_sample(form, convolution)
+        assert float((rows - g).abs().max()) <= tolerance * float(g.abs().max())
+        *sums, norms = _moments_and_norms(form, convolution)
+        for found, expected in zip((*sums, norms), (total, squares, g.flatten(1).square().sum(1)), strict=True):
+            assert (found.double() - expected).norm() <= 10 * tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 3)])

@@ -128,6 +128,22 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(each, make())
 
 
+@pytest.mark.parametrize("make", [lambda a: a, precise, not_contiguous])
+def test_gradients_of_a_convolution(make: Any) -> None:
+    torch.manual_seed(0)
+    arguments = convolution_arguments()
+    given, g = make(arguments), of_convolution(*precise(arguments))
+    total, squares, norms = convolution.convolution_moments_and_norms(*given)
+    rows = convolution.convolution_per_sample(*given)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(total.double(), g.sum(0), **close)
+    torch.testing.assert_close(squares.double(), g.square().sum(0), **close)
+    torch.testing.assert_close(norms.double(), g.flatten(1).square().sum(1), **close)
+    torch.testing.assert_close(rows.double(), g, **close)
+    torch.library.opcheck(convolution.convolution_moments_and_norms, arguments)
+    torch.library.opcheck(convolution.convolution_per_sample, arguments)
+
+
 def test_opcheck_of_the_others() -> None:
     x, delta = torch.randn(5, 6, 3), torch.randn(30, 4)
     for bias in (None, torch.randn(4)):

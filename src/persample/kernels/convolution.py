@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from persample.kernels.library import operator
 from persample.kernels.onednn import product_for
 from persample.kernels.pieces import Sums, samples_at_once, squares_of
 from persample.kernels.unfolding import unfold, windows_of
+
+Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
 _ALIGNMENT = 16  # numbers of float32 that the processor takes at a time
 
@@ -111,6 +113,15 @@ def _fake_norms(*arguments: Any) -> Tensor:
     return c.delta.new_empty(len(c.delta) // c.images)
 
 
+def _fake_moments_and_norms(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_moments(*arguments), _fake_norms(*arguments)
+
+
+def _fake_per_sample(*arguments: Any) -> Tensor:
+    c = _checked(*arguments)
+    return c.delta.new_empty(len(c.delta) // c.images, *c.geometry.weight)
+
+
 @operator(f"convolution_moments{_ARGUMENTS} -> (Tensor, Tensor)", _fake_moments)
 def convolution_moments(*arguments: Any) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *K)`, for x `(B·R, C, *S)` and δ `(B·R, O, *L)`; see `arguments`."""
@@ -123,6 +134,20 @@ def convolution_squared_norms(*arguments: Any) -> Tensor:
     """Return ‖g_i‖², `(B,)`, of the same."""
     c = _checked(*arguments)
     return choose(_key("norms of a convolution", c), lambda: norm_forms(c), c)[0]
+
+
+@operator(f"convolution_moments_and_norms{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", _fake_moments_and_norms)
+def convolution_moments_and_norms(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖² of the same, of gradients that are formed once for all three."""
+    c = _checked(*arguments)
+    return choose(_key("moments and norms of a convolution", c), lambda: _each(_moments_and_norms, c), c)
+
+
+@operator(f"convolution_per_sample{_ARGUMENTS} -> Tensor", _fake_per_sample)
+def convolution_per_sample(*arguments: Any) -> Tensor:
+    """Return g_i, `(B, O, C/G, *K)`, of the same."""
+    c = _checked(*arguments)
+    return choose(_key("gradients of a convolution", c), lambda: _each(_per_sample, c), c)[0]
 
 
 def arguments(c: Images) -> tuple[Any, ...]:
@@ -138,18 +163,38 @@ def _key(what: str, c: Images) -> Key:
 
 def norm_forms(c: Images) -> dict[str, Callable[[Images], tuple[Tensor]]]:
     """The same ways to form gradients, some samples at a time, whose norms are taken in place of sums."""
-    return {name: partial(_norms, form) for name, form in forms(c).items()}
+    return _each(_norms, c)
+
+
+def _each(made: Callable[..., Result], c: Images) -> dict[str, Callable[[Images], Result]]:
+    """What is made of the gradients that each form forms."""
+    return {name: partial(made, form) for name, form in forms(c).items()}
 
 
 def _norms(form: Callable[[Images], Sums], c: Images) -> tuple[Tensor]:
     """The squared norms of what `form` adds up; the order of the entries, and zeros among them, change none."""
     assert isinstance(form, partial)
-    pieces, dim = _PIECES[form.func]
-    norms = []
+    pieces, dim, _ = _PIECES[form.func]
+    return (torch.cat([_squared_norms(g, dim) for g in pieces(c, **form.keywords)]),)
+
+
+def _moments_and_norms(form: Callable[..., Sums], c: Images) -> tuple[Tensor, Tensor, Tensor]:
+    norms: list[Tensor] = []
+    total, squares = form(c, norms=norms)
+    return total, squares, torch.cat(norms)
+
+
+def _per_sample(form: Callable[[Images], Sums], c: Images) -> tuple[Tensor]:
+    """The gradients that `form` adds up, in the order of the weight."""
+    assert isinstance(form, partial)
+    pieces, _, in_order = _PIECES[form.func]
+    gradients = c.delta.new_empty(len(c.x) // c.images, *c.geometry.weight)
+    start = 0
     for g in pieces(c, **form.keywords):
-        others = [d for d in range(g.dim()) if d != dim]
-        norms.append(torch.linalg.vector_norm(g, dim=others).square())
-    return (torch.cat(norms),)
+        ordered = in_order(g, c)
+        gradients[start : start + len(ordered)] = ordered
+        start += len(ordered)
+    return (gradients,)
 
 
 def forms(c: Images) -> dict[str, Callable[[Images], Sums]]:
@@ -213,19 +258,36 @@ def _pieces(c: Images, entries: int, *budgets: int) -> list[int]:
     return sorted({min(batch, samples_at_once(entries, c.x.device, budget)) for budget in budgets})
 
 
-def _added_up(gradients: Iterable[Tensor], dim: int = 0) -> Sums:
-    """Return Σ_i g_i and Σ_i g_i² from pieces of the g_i, which may be overwritten; `dim` is that of the samples."""
+def _added_up(gradients: Iterable[Tensor], dim: int = 0, norms: list[Tensor] | None = None) -> Sums:
+    """Return Σ_i g_i and Σ_i g_i² from pieces of the g_i, which may be overwritten; `dim` is that of the samples.
+
+    Those who want ‖g_i‖², too, give a list, to which those of each piece are appended.
+    """
     pieces = iter(gradients)
     first = next(pieces)  # a batch has samples
-    total, squares = first.sum(dim), squares_of(first, dim)
+    total, squares = first.sum(dim), _squares_with_norms(first, dim, norms)
     for g in pieces:
         if g.shape[dim] == 1:
             total += g.select(dim, 0)
             squares.addcmul_(g.select(dim, 0), g.select(dim, 0))
+            if norms is not None:
+                norms.append(_squared_norms(g, dim))
         else:
             total += g.sum(dim)
-            squares += squares_of(g, dim)
+            squares += _squares_with_norms(g, dim, norms)
     return total, squares
+
+
+def _squares_with_norms(g: Tensor, dim: int, norms: list[Tensor] | None) -> Tensor:
+    if norms is None:
+        return squares_of(g, dim)
+    norms.append(_squared_norms(g, dim))
+    return squares_of(g, dim)
+
+
+def _squared_norms(g: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(g, dim=[d for d in range(g.dim()) if d != dim])
+    return norms.square()
 
 
 def _parts(c: Images, rows: int) -> Iterator[Images]:
@@ -262,8 +324,8 @@ def _patches(c: Images) -> Tensor:
     return g if c.images == 1 else g.unflatten(0, (-1, c.images)).sum(1)
 
 
-def _by_patches(c: Images, rows: int) -> Sums:
-    sums = _added_up(_patch_gradients(c, rows))
+def _by_patches(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
+    sums = _added_up(_patch_gradients(c, rows), norms=norms)
     return sums if c.geometry.groups > 1 or c.images > 1 else _transposed(sums, c.geometry.weight)
 
 
@@ -276,13 +338,15 @@ def _patch_gradients(c: Images, rows: int) -> Iterator[Tensor]:
             yield _windows(part).squeeze(1) @ part.delta.flatten(2).mT
 
 
-def _by_products(c: Images, rows: int) -> Sums:
+def _by_products(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
     outputs = c.geometry.weight[0]
     total = c.delta.new_zeros(math.prod(c.geometry.weight[1:]), outputs)
     squares = torch.zeros_like(total)
     for (g,) in _product_gradients(c, rows):
         total += g
         squares.addcmul_(g, g)
+        if norms is not None:
+            norms.append(_squared_norms(g.unsqueeze(0), 0))
     return _transposed((total, squares), c.geometry.weight)
 
 
@@ -301,10 +365,10 @@ def _transposed(sums: Sums, weight: tuple[int, ...]) -> Sums:
     return total, squares
 
 
-def _by_rows(c: Images, rows: int) -> Sums:
+def _by_rows(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
     """g_i[o, c, k₁, k₂] = Σ_{l₁ l₂} δ_i[o, l₁, l₂] x_i[c, l₁ + d k₁, l₂ + k₂]: along l₁ nothing needs to be copied."""
     outputs, channels, first, *others = c.geometry.weight
-    total, squares = _added_up(_row_gradients(c, rows), dim=1)
+    total, squares = _added_up(_row_gradients(c, rows), dim=1, norms=norms)
     order = (len(others) + 2, 1, 0, *range(2, 2 + len(others)))
     shape = (first, channels, *others, outputs)
     return total.reshape(shape).permute(order).contiguous(), squares.reshape(shape).permute(order).contiguous()
@@ -331,14 +395,14 @@ def _windows_along_rows(c: Images) -> Tensor:
     return windows_of(padded, kernel, stride, dilation, (padded.shape[2], *c.delta.shape[3:]))
 
 
-def _by_aligned_windows(c: Images, rows: int, shifts: int) -> Sums:
+def _by_aligned_windows(c: Images, rows: int, shifts: int, norms: list[Tensor] | None = None) -> Sums:
     """As `_by_rows`, with K₁ shifts, or `_by_patches`, with one, but g_i = δ_i [[x]]_iᵀ with zeros below [[x]]_i."""
     outputs, channels, *kernel = c.geometry.weight
     copied = kernel if shifts == 1 else [1, *kernel[1:]]
     number = channels * math.prod(copied)
     total, squares = (
         s[..., :number].reshape(shifts, outputs, channels, *copied).movedim(0, 2).contiguous().view(c.geometry.weight)
-        for s in _added_up(_aligned_gradients(c, rows, shifts), dim=1)
+        for s in _added_up(_aligned_gradients(c, rows, shifts), dim=1, norms=norms)
     )
     return total, squares
 
@@ -361,8 +425,8 @@ def _aligned_gradients(c: Images, rows: int, shifts: int) -> Iterator[Tensor]:
         yield g
 
 
-def _by_groups(c: Images, rows: int) -> Sums:
-    return _added_up(_group_gradients(c, rows))
+def _by_groups(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
+    return _added_up(_group_gradients(c, rows), norms=norms)
 
 
 def _group_gradients(c: Images, rows: int) -> Iterator[Tensor]:
@@ -391,11 +455,30 @@ def _grouped(c: Images) -> Tensor:
     return gradient.reshape(batch, *weight)
 
 
-#: What each form forms, some samples after the other, and the dimension of the samples in it.
-_PIECES: dict[Callable[..., Sums], tuple[Callable[..., Iterator[Tensor]], int]] = {
-    _by_patches: (_patch_gradients, 0),
-    _by_products: (_product_gradients, 0),
-    _by_groups: (_group_gradients, 0),
-    _by_rows: (_row_gradients, 1),
-    _by_aligned_windows: (_aligned_gradients, 1),
+def _rows_in_order(g: Tensor, c: Images) -> Tensor:
+    """`(K₁, B, C · K₂, O)` as `(B, O, C, K₁, K₂)`."""
+    outputs, channels, first, *others = c.geometry.weight
+    return g.view(first, -1, channels, *others, outputs).movedim((0, -1), (3, 1))
+
+
+def _patches_in_order(g: Tensor, c: Images) -> Tensor:
+    """`(B, C·K, O)`, or the gradients themselves, as `(B, O, C/G, *K)`."""
+    return g if c.geometry.groups > 1 or c.images > 1 else g.mT.reshape(-1, *c.geometry.weight)
+
+
+def _aligned_in_order(g: Tensor, c: Images) -> Tensor:
+    """`(shifts, B, O, C·K and some zeros)`, with several shifts along K₁, as `(B, O, C, *K)`."""
+    outputs, channels, *kernel = c.geometry.weight
+    copied = kernel if len(g) == 1 else [1, *kernel[1:]]
+    of_windows = g[..., : channels * math.prod(copied)].reshape(len(g), -1, outputs, channels, *copied)
+    return of_windows.movedim(0, 3).reshape(-1, *c.geometry.weight)
+
+
+#: What each form forms, some samples after the other, the dimension of the samples in it, and how to put it in order.
+_PIECES: dict[Callable[..., Sums], tuple[Callable[..., Iterator[Tensor]], int, Callable[[Tensor, Images], Tensor]]] = {
+    _by_patches: (_patch_gradients, 0, _patches_in_order),
+    _by_products: (_product_gradients, 0, _patches_in_order),
+    _by_groups: (_group_gradients, 0, lambda g, c: g),
+    _by_rows: (_row_gradients, 1, _rows_in_order),
+    _by_aligned_windows: (_aligned_gradients, 1, _aligned_in_order),
 }

@@ -72,6 +72,19 @@ class Block(ABC):
         """Return what `squared_norms` keeps for whoever asks next."""
         return torch.cat([as_matrix(g).square().sum(1) for _, g in self.pieces()])
 
+    def prepare_moments_and_norms(self) -> None:
+        """Compute what `sums` and `squared_norms` will be asked for, both from the same gradients."""
+        total, squares, norms = self.compute_moments_and_norms()
+        vars(self).update(_sums=(total, squares), _squared_norms=norms)
+
+    def compute_moments_and_norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖²."""
+        return *self.compute_sums(), self.compute_squared_norms()
+
+    def to_keep(self) -> Block:
+        """Return this block, or another one of the same gradients, for somebody who reads it more than once."""
+        return self
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return Σ_i w_i g_i, with a weight for each sample of the block, shape `(size,)`."""
         return _added(torch.tensordot(weights[where].to(g.dtype), g, 1) for where, g in self.pieces())

@@ -22,6 +22,8 @@ class Mean:
 
 
 class _Mean(Accumulation[dict[str, Tensor]]):
+    reads = ("sums",)
+
     def __init__(self, setting: Setting) -> None:
         self._size, self._totals = setting.size, Totals(setting)
 

@@ -31,6 +31,8 @@ class Norms:
 
 
 class _Norms(Accumulation[Tensor | dict[str, Tensor]]):
+    reads = ("squared_norms",)
+
     def __init__(self, squares: ByGroup) -> None:
         self._squares = squares
 

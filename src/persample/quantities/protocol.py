@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -33,9 +33,12 @@ class Accumulation(ABC, Generic[Result]):
     Attributes:
         rereads: whether it wants more than one round also where each parameter comes as one block, so that these are
             to be kept until the end.
+        reads: which of the methods `"sums"` and `"squared_norms"` of blocks it calls. Where both are called, by this or
+            by another quantity, they are computed together.
     """
 
     rereads: bool = False
+    reads: Collection[str] = ()
 
     @abstractmethod
     def add(self, block: Block) -> None:

@@ -22,6 +22,8 @@ class SecondMoment:
 
 
 class _SecondMoment(Accumulation[dict[str, Tensor]]):
+    reads = ("sums",)
+
     def __init__(self, setting: Setting) -> None:
         self._size, self._totals = setting.size, Totals(setting)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,17 +21,16 @@ class Totals:
     def add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def precise(self) -> dict[str, Tensor]:
-        """Return the sums in the dtype in which they were taken."""
-        return {
-            name: self._sums[name] if name in self._sums else at_least_float32(torch.zeros_like(p))
-            for name, p in self._parameters.items()
-        }
+    def take(self, name: str) -> Tensor:
+        """Return the sum for a parameter in the dtype in which it was taken, and forget it."""
+        if name in self._sums:
+            return self._sums.pop(name)
+        return at_least_float32(torch.zeros_like(self._parameters[name]))
 
-    def divided(self, divisor: float = 1) -> dict[str, Tensor]:
-        """Return the sums over `divisor`, in the dtypes of the parameters and in memory of their own."""
-        return self.in_own_dtype({name: value / divisor for name, value in self.precise().items()})
+    def result(self, made: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return what is made for each parameter, one after the other, in its dtype."""
+        return {name: made(name).to(p.dtype) for name, p in self._parameters.items()}
 
-    def in_own_dtype(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `values` in the dtypes of the parameters."""
-        return {name: values[name].to(p.dtype) for name, p in self._parameters.items()}
+    def divided(self, divisor: float) -> dict[str, Tensor]:
+        """Return the sums over `divisor`, in memory of their own: others may hold the same sums."""
+        return self.result(lambda name: self.take(name) / divisor)

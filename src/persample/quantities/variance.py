@@ -31,6 +31,8 @@ class Variance:
 
 
 class _Variance(Accumulation[dict[str, Tensor]]):
+    reads = ("sums",)
+
     def __init__(self, setting: Setting) -> None:
         self._size, self._totals, self._squares = setting.size, Totals(setting), Totals(setting)
 
@@ -40,10 +42,8 @@ class _Variance(Accumulation[dict[str, Tensor]]):
         self._squares.add(block.name, squares)
 
     def result(self) -> dict[str, Tensor]:
-        totals, size = self._totals.precise(), self._size
-        return self._totals.in_own_dtype(
-            {
-                name: ((squares - totals[name].square() / size) / (size - 1)).clamp_(min=0)
-                for name, squares in self._squares.precise().items()
-            }
-        )
+        return self._squares.result(self._of)
+
+    def _of(self, name: str) -> Tensor:
+        total, squares = self._totals.take(name), self._squares.take(name)
+        return ((squares - total.square() / self._size) / (self._size - 1)).clamp_(min=0)

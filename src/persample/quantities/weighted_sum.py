@@ -89,6 +89,8 @@ class Clipping:
 class _WeightedSum(Accumulation[Weighted]):
     """Takes the norms in the first round; and the sum in the same round if the weights are given, else in a second."""
 
+    reads = ("squared_norms",)
+
     def __init__(self, weights: Tensor | Callable[[Tensor], Tensor], setting: Setting) -> None:
         self._size, self._parameters, self._totals = setting.size, setting.parameters, Totals(setting)
         self._norms: Accumulation[Any] = Norms().begin(setting)
@@ -110,7 +112,7 @@ class _WeightedSum(Accumulation[Weighted]):
 
     def result(self) -> Weighted:
         assert self._weights is not None  # a round has given them
-        return Weighted(self._totals.divided(), self._weights, self._norms.result())
+        return Weighted(self._totals.result(self._totals.take), self._weights, self._norms.result())
 
     def _checked(self, weights: Any) -> Tensor:
         if not isinstance(weights, Tensor) or weights.shape != (self._size,) or weights.is_complex():

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from persample.dtypes import at_least_float32
-from persample.quantities.block import Block
+from persample.quantities.block import Block, Formed
 from persample.sources.backends.contributions import Contribution
-from persample.sources.backends.shortcuts import gram, pieces_of, squared_norms, weighted_sum
+from persample.sources.backends.shortcuts import (
+    gram,
+    moments_and_norms,
+    numbers_held,
+    pieces_of,
+    squared_norms,
+    weighted_sum,
+)
 
 
 class Origin(Protocol):
@@ -67,6 +74,16 @@ class SingleUse(Block):
 
     def compute_squared_norms(self) -> Tensor:
         return squared_norms(self.contribution, self.size, self.width)
+
+    def compute_moments_and_norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        total, squares, norms = moments_and_norms(self.contribution, self.size, self.width)
+        return self.origin.pull(total)[self.name], self.origin.pull(squares)[self.name], norms
+
+    def to_keep(self) -> Block:
+        if self.size * self.width > numbers_held(self.contribution):
+            return self
+        rows = self.origin.pull_rows(self.contribution.per_sample())[self.name]
+        return Formed(self.name, self.start, self.size, rows)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self.origin.pull(weighted_sum(self.contribution, weights, self.width))[self.name]

@@ -59,6 +59,21 @@ def squared_norms(contribution: Contribution, size: int, width: int) -> Tensor:
 
 
 @singledispatch
+def moments_and_norms(contribution: Contribution, size: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖²; one pass over gradients that must be formed gives all three."""
+    return *contribution.sums(), squared_norms(contribution, size, width)
+
+
+@singledispatch
+def numbers_held(contribution: Contribution) -> int:
+    """Return how many numbers the factors are that a contribution holds, where it may be worth to form the gradients.
+
+    Elsewhere that is none: all that is asked for is cheaper to have from the factors.
+    """
+    return 0
+
+
+@singledispatch
 def weighted_sum(contribution: Contribution, weights: Tensor, width: int) -> Tensor:
     """Return Σ_i w_i g_i."""
     total: Tensor | None = None

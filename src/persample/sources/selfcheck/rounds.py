@@ -105,13 +105,18 @@ class Reading:
         self._accumulations = self._wanting = [quantity.begin(setting) for quantity in asked]
         self._keeps = kept and any(accumulation.rereads for accumulation in self._accumulations)
         self._never_again = kept and not self._keeps
+        self._reads_both = {"sums", "squared_norms"} <= {each for a in self._accumulations for each in a.reads}
         self._kept: list[Block] = []
         self._factor = factor
 
     def receive(self, block: Block) -> None:
         """Take a block of the first round."""
-        if self._keeps:
-            self._kept.append(block)
+        with without_autocast(self.device):
+            if self._keeps:
+                block = block.to_keep()
+                self._kept.append(block)
+            if self._reads_both:
+                block.prepare_moments_and_norms()
         self._give(block)
 
     def reread(self, receive: Receive) -> None:

@@ -7,16 +7,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from persample.kernels.convolution import Images, arguments, convolution_moments, convolution_squared_norms
-from persample.sources.backends.shortcuts import scaled, squared_norms, weighted_sum
+from persample.kernels.convolution import (
+    Images,
+    arguments,
+    convolution_moments,
+    convolution_moments_and_norms,
+    convolution_per_sample,
+    convolution_squared_norms,
+)
+from persample.sources.backends.shortcuts import moments_and_norms, numbers_held, scaled, squared_norms, weighted_sum
 
 
 @dataclass(frozen=True)
 class Convolution(Images):
     """g_i = Σ_l δ_il [[x]]_ilᵀ: the weight of a convolution."""
 
+    def per_sample(self) -> Tensor:
+        return convolution_per_sample(*arguments(self))
+
     def sums(self) -> tuple[Tensor, Tensor]:
         return convolution_moments(*arguments(self))
+
+
+@numbers_held.register
+def _(contribution: Convolution) -> int:
+    return contribution.delta.numel() + contribution.x.numel()
+
+
+@moments_and_norms.register
+def _(contribution: Convolution, size: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return convolution_moments_and_norms(*arguments(contribution))
 
 
 @squared_norms.register
