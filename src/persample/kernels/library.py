@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("persample", "DEF")
 
@@ -29,16 +30,27 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
 
     Args:
         schema: name, arguments and results, as `torch.library.define` takes them.
-        fake: called with the same arguments; returns tensors like the results, and raises where shapes are wrong.
+        fake: called with the same arguments; returns tensors like the results, and raises where shapes are wrong. They
+            lie in memory in order, and so do the results, as what is compiled for them relies on it.
     """
 
     def made(function: Function) -> Function:
         name = schema.partition("(")[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, in_order(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"persample::{name}", fake, lib=LIBRARY)
         ON_ANY_DEVICE[name] = function
         overload: Function = getattr(torch.ops.persample, name).default
         return overload
 
     return made
+
+
+def in_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an implementation whose results lie in memory in order, whatever those of `function` do."""
+
+    def run(*arguments: Any) -> Any:
+        results = function(*arguments)
+        return results.contiguous() if isinstance(results, Tensor) else tuple([r.contiguous() for r in results])
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import persample
 from persample.errors import OptionError
+from persample.sources.backends.fused import runners
 from persample.sources.backends.fused.runners import _written
 from persample.testing.devices import on_cuda, set_seed
 from persample.testing.zoo.case import Net
@@ -72,6 +74,52 @@ def test_operands_that_are_written_into_are_known_through_their_views() -> None:
 
     recorded = make_fx(step)(torch.ones(3), torch.ones(3), torch.ones(3))
     assert _written(recorded) == {0, 2}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_makes_kernels_of_the_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(lambda m, h: F.dropout(torch.tanh(h), 0.2))
+    source, expected = source_of(model, "inductor"), source_of(model, False)
+    for seed in range(3):
+        x, y = batch(seed=seed)
+        set_seed(seed)
+        found = source.moments(x, y)
+        set_seed(seed)
+        require_same(found, expected.moments(x, y))
+    assert source.ran == "inductor", source.ran_because
+
+
+def test_inductor_is_not_given_thousands_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "_MOST_FOR_INDUCTOR", 5)
+    source, model = source_of(model := model_of(), "inductor"), model
+    for seed in range(3):
+        require_right(source.moments(*batch(seed=seed)), model, *batch(seed=seed))
+    assert source.ran == "replayed"
+    assert "minutes" in source.ran_because
+
+
+def test_a_step_is_recorded_by_itself_when_its_kind_has_come_a_few_times() -> None:
+    source, model = source_of(model := model_of(), "auto"), model
+    ran = []
+    for size in (6, 6, 4, 6, 6, 6, 4):
+        require_right(source.moments(*batch(size)), model, *batch(size))
+        ran.append(source.ran)
+    assert ran == ["eager"] * 4 + ["replayed"] * 2 + ["eager"]
+    x, y = batch()
+    source.norms(x, y)
+    assert source.ran == "eager"
+
+
+@pytest.mark.skipif(on_cuda(), reason="an index out of bounds ends the process there")
+def test_an_error_is_that_of_the_ordinary_way_and_the_next_batch_is_replayed() -> None:
+    source, model = source_of(model := model_of(), True), model
+    x, y = batch()
+    source.moments(x, y)
+    for _ in range(2):
+        with pytest.raises(IndexError):
+            source.moments(x, y + 7)
+        require_right(source.moments(x, y), model, x, y)
+        assert source.ran == "replayed"
 
 
 @pytest.mark.skipif(on_cuda(), reason="there is a GPU")

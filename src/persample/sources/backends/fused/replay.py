@@ -17,6 +17,7 @@ import logging
 import types
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
@@ -30,9 +31,10 @@ from torch.utils import _pytree as pytree
 from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.sources.backends.fused import nan_probe
+from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
 from persample.sources.backends.fused.request import Request, put_together, taken_apart
-from persample.sources.backends.fused.runners import NotServedError, Run, Way, runner
+from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, runner
 from persample.sources.batch import Batch
 from persample.sources.model.isolation import Held, State
 from persample.sources.model.modules import modules_of
@@ -80,24 +82,29 @@ class Replay:
 
     Args:
         way: how recorded operations are run.
+        patience: how many batches of a kind come before one is recorded.
 
     Attributes:
         reason: why the last step was not replayed, or not in that way; empty if it was.
         ran: how it was run; None if not by recorded operations.
     """
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, patience: int = 0) -> None:
         self.reason = ""
         self.ran: Way | None = None
-        self._way = way
+        self._way, self._patience = way, patience
+        self._came: Counter[Hashable] = Counter()
         self._steps: list[_Step] = []
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(Replay(self._way))
+        return vars(Replay(self._way, self._patience))
 
     def run(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return what is wanted of `batch`, by a recorded step or in the ordinary way."""
+        if self._patience and not self._has_come(batch, what):
+            self.reason, self.ran = "batches of its kind have come too few times to record one", None
+            return what.compute(source, batch, what.tensors)
         self.reason, self.ran, result = _beyond_replay(source, batch), None, None
         if not self.reason:
             step = next((step for step in self._steps if step.fits(source)), None)
@@ -109,9 +116,16 @@ class Replay:
                     self._steps.append(step)
                 result = step.result(source, batch, what)
                 self.reason = step.reasons.get(what.key, step.ran_because)
-                self.ran = None if what.key in step.reasons else step.ran
+                self.ran = None if result is None or what.key in step.reasons else step.ran
         self._tell()
         return what.compute(source, batch, what.tensors) if result is None else result
+
+    def _has_come(self, batch: Batch, what: Request) -> bool:
+        """Whether batches of this kind have come a few times before."""
+        shapes = [t.shape for t in tensors_in((batch.args, dict(batch.kwargs), batch.targets))]
+        kind = what.key, batch.kind(), *shapes
+        self._came[kind] += 1
+        return self._came[kind] > self._patience
 
     def leave(self, reason: str) -> None:
         """Note that a step goes the ordinary way."""
@@ -127,6 +141,10 @@ class Replay:
 
 class _NotRecordedError(Exception):
     """No graph fits this call. Nothing was run."""
+
+
+class _FailedError(Exception):
+    """A recorded step raised an error, and the same call may go the ordinary way, which tells it better."""
 
 
 class _Step:
@@ -165,7 +183,9 @@ class _Step:
             return self._recorded(source, batch, what)
         except NotReplayableError as error:  # before anything was run
             self.reasons[what.key] = str(error)
-            return None
+        except _FailedError as error:
+            self.ran_because = str(error)
+        return None
 
     def _replayed(self, call: _Call) -> Any:
         self.call = call
@@ -197,7 +217,12 @@ class _Step:
         with torch.no_grad(), torch._C._DisableAutocast(), deterministic_choice(self.deterministic):
             if recording.run is None:
                 recording.make_ready(self.way, operands)
-            losses, *results = recording.run(*operands)  # type: ignore[misc]
+            try:
+                losses, *results = recording.run(*operands)  # type: ignore[misc]
+            except RuntimeError as error:
+                if call.may_record or not recording.is_repeatable:
+                    raise
+                raise _FailedError(f"it failed ({_in_one_line(error)})") from error
         call.result, call.source.ordinary_state = put_together(recording.form, results), recording.ordinary_state
         self.ran, self.ran_because = recording.way, recording.because
         return (losses,)
@@ -337,6 +362,7 @@ class _Recording:
         form: of the result, with places for the tensors.
         ordinary_state: whether the state that is left on the model is that of an ordinary forward pass.
         sharing: which operands share memory.
+        is_repeatable: whether it changes nothing: no state of the model, no random number generator.
         run: runs the operations; None before.
         way: how they are run.
         because: why not in the way that was asked for.
@@ -354,6 +380,7 @@ class _Recording:
         self.run: Run | None = None
         self.way: Way = "operations"
         self.because = ""
+        self.is_repeatable = changes_nothing(recorded)
         self._recorded, self._staying = recorded, staying
 
     def make_ready(self, way: Way, operands: Sequence[Tensor]) -> None:

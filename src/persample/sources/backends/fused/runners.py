@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ Run = Callable[..., Sequence[Tensor]]
 Way = Literal["operations", "inductor", "cuda-graph"]
 
 _WARM_UPS = 2
+_MOST_FOR_INDUCTOR = 1500  # operations
 
 
 class NotServedError(Exception):
@@ -36,7 +37,27 @@ def runner(way: Way, recorded: GraphModule, operands: Sequence[Tensor], kept: Se
     """
     if way == "cuda-graph":
         return CudaGraph(recorded, operands, kept)
-    return recorded.forward
+    return recorded.forward if way == "operations" else by_inductor(recorded, operands)
+
+
+def by_inductor(recorded: GraphModule, operands: Sequence[Tensor]) -> Run:
+    """Return the operations compiled by Inductor, with the random numbers that PyTorch draws.
+
+    Raises:
+        NotServedError: there are too many, or Inductor fails, as it does without a C++ compiler.
+    """
+    number = sum(node.op == "call_function" for node in recorded.graph.nodes)
+    if number > _MOST_FOR_INDUCTOR:
+        raise NotServedError(f"its {number} operations would take Inductor minutes; at most {_MOST_FOR_INDUCTOR}")
+    from torch._inductor.compile_fx import compile_fx
+
+    try:
+        compiled: Any = compile_fx(recorded, [t.detach() for t in operands], config_patches={"fallback_random": True})
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise NotServedError(f"Inductor failed ({type(error).__name__}: {first})") from error
+    run: Run = compiled
+    return run
 
 
 class CudaGraph:
@@ -113,6 +134,12 @@ def _gpu_of(recorded: GraphModule, operands: Sequence[Tensor]) -> torch.device:
             f"a CUDA graph needs one GPU for all of the step, which runs on {', '.join(sorted(map(str, devices)))}"
         )
     return next(iter(devices))
+
+
+def changes_nothing(recorded: GraphModule) -> bool:
+    """Whether the operations write into no operand and draw no random numbers."""
+    tags = set().union(*[getattr(node.target, "tags", ()) for node in recorded.graph.nodes])
+    return torch.Tag.nondeterministic_seeded not in tags and not _written(recorded)
 
 
 def _written(recorded: GraphModule) -> set[int]:

@@ -24,7 +24,6 @@ from persample.sources.backends.fused.recorded_graph import NotReplayableError
 from persample.sources.backends.fused.recorder import FusedRecorder
 from persample.sources.backends.fused.replay import Replay
 from persample.sources.backends.fused.request import Request
-from persample.sources.backends.fused.runners import Way
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
 from persample.sources.batch import Batch
@@ -48,9 +47,10 @@ class FusedSource(PerSampleGradSource):
         deterministic: fix the form of each product by its shape, so that results repeat bit for bit, in other
             processes too; otherwise the fastest is found by timing each once for each shape.
             `torch.use_deterministic_algorithms(True)` does the same.
-        compile: record the step of `moments` with `torch.compile` at the first batch of its kind, and replay it later
-            on. What cannot be recorded, or gives other numbers, goes the ordinary way, and the log says why. With
-            `"cuda-graph"`, the recorded step is captured in a CUDA graph, too, where all of it runs on one GPU.
+        compile: record the step of `moments` or `compute` with `torch.compile` at the first batch of its kind, and
+            replay it later on. What cannot be recorded, or gives other numbers, goes the ordinary way, and the log says
+            why. `"auto"` records when a kind of batch has come a few times. With `"inductor"` PyTorch's compiler makes
+            kernels of the recorded step; with `"cuda-graph"` it becomes a CUDA graph, if all of it runs on one GPU.
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 
@@ -60,14 +60,14 @@ class FusedSource(PerSampleGradSource):
         loss_fn: Callable[[Any, Any], Any],
         *,
         deterministic: bool = False,
-        compile: bool | Literal["cuda-graph"] = False,
+        compile: bool | Literal["auto", "inductor", "cuda-graph"] = False,
         check: Check = "first",
     ) -> None:
         super().__init__(model, loss_fn, check=check)
         keep_freed_memory()
         self.deterministic = deterministic
         self.compile = compile
-        self.replay = None if (way := _way(compile)) is None else Replay(way)
+        self.replay = _replay(compile)
 
     def compute_per_sample(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if batch.size == 1:
@@ -241,16 +241,22 @@ class _Recorded(FusedSource):
             raise NotReplayableError("the model uses parameters where autograd does not look")
 
 
-def _way(compile: object) -> Way | None:
-    """Return how recorded steps are to be run; None if none is recorded.
+def _replay(compile: object) -> Replay | None:
+    """Return what records steps, and None if none is to be recorded.
 
     Raises:
         OptionError: `compile` is none of its values.
     """
-    ways: dict[object, Way | None] = {False: None, True: "operations", "cuda-graph": "cuda-graph"}
-    if not isinstance(compile, bool | str) or compile not in ways:
-        raise OptionError(f"compile={compile!r} is not known: use one of {', '.join(map(repr, ways))}.")
-    return ways[compile]
+    made: dict[object, Callable[[], Replay | None]] = {
+        False: lambda: None,
+        True: lambda: Replay("operations"),
+        "auto": lambda: Replay("operations", patience=3),
+        "inductor": lambda: Replay("inductor"),
+        "cuda-graph": lambda: Replay("cuda-graph"),
+    }
+    if not isinstance(compile, bool | str) or compile not in made:
+        raise OptionError(f"compile={compile!r} is not known: use one of {', '.join(map(repr, made))}.")
+    return made[compile]()
 
 
 @contextmanager
