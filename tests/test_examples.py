@@ -55,6 +55,25 @@ def test_mislabelled_digits() -> None:
     assert Path("found.png").stat().st_size > 10_000
 
 
+def test_attribution() -> None:
+    assert load("attribution").main(["--epochs", "1", "--size", "128", "--out", "attribution.png"]) > 0.5
+    assert Path("attribution.png").stat().st_size > 10_000
+
+
+def test_continual_learning() -> None:
+    few = ["--tasks", "2", "--epochs", "2", "--strength", "30", "--out", "continual.png"]
+    without, with_ewc = load("continual_learning").main(few).values()
+    assert with_ewc > 0.5
+    assert without > 0.5
+    assert Path("continual.png").stat().st_size > 10_000
+
+
+def test_merging() -> None:
+    accuracies = load("merging").main(["--epochs", "1", "--out", "merging.png"])
+    assert min(accuracies["Fisher-weighted"]) > max(accuracies["before"])
+    assert Path("merging.png").stat().st_size > 10_000
+
+
 def test_noise_scale() -> None:
     scales = load("noise_scale").main(["--epochs", "1", "--out", "scale.png"])
     assert scales[-1] > scales[0] > 0
