@@ -75,7 +75,7 @@ def draw(accuracies: dict[str, list[float]], path: Path) -> None:
         bars = axes.bar([x + 0.4 * side - 0.2 for x in range(len(values))], values, 0.38, color=colour, label=label)
         axes.bar_label(bars, [f"{value:.1%}" for value in values], fontsize=8)
     axes.set_xticks(range(len(accuracies)), list(accuracies))
-    axes.set(ylabel="test accuracy", ylim=(0.6, 1))
+    axes.set(ylabel="test accuracy", ylim=(0, 1.15))
     axes.legend(frameon=False, ncols=2, loc="upper center")
     figure.savefig(path, dpi=120)
 

@@ -268,8 +268,8 @@ def test_what_fails_in_the_users_code_is_one_message(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["whole"], "came without a batch: give the shape of a sample by --shape"),
-        (["with_loss", "--batch-size", "3"], "came with a batch of its own: leave --batch-size out"),
+        (["whole"], "returned no batch: pass the shape of a sample by --shape"),
+        (["with_loss", "--batch-size", "3"], "has its own batch: omit --batch-size"),
         (["whole", "--shape", "4"], "the model does not run on torch.float32 of shape"),
         (["whole", "--shape", "3", "--dtype", "float16"], "dtype='float16' must be one of float32, float64"),
     ],

@@ -196,7 +196,7 @@ def test_runs_with_other_optimizers_are_not_mixed(data_dir: Path, tmp_path: Path
         (out / name).unlink()
     with pytest.raises(DataError, match=r"earlier experiment \(adam.pt, vogn.pt\)"):
         reproduce(adam, out, data_dir=data_dir)
-    with pytest.raises(DataError, match=r"holds vogn\.pt too, of an experiment with both optimizers"):
+    with pytest.raises(DataError, match=r"also holds vogn\.pt, from an experiment with both optimizers"):
         reproduce(adam, out, data_dir=data_dir, resume=True)
     reproduce(adam, out, data_dir=data_dir, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == ["adam.pt", "config.json", "figure2.png", "metrics.csv"]

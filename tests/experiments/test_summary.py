@@ -51,7 +51,7 @@ def test_refuses_a_run_that_was_not_finished(tmp_path: Path, missing: str) -> No
     folder = folder_of(tmp_path, 0, 1.0)
     (folder / missing).unlink()
 
-    with pytest.raises(DataError, match=rf"there is no .*{missing}: the run was not finished"):
+    with pytest.raises(DataError, match=rf"there is no .*{missing}: the run has not finished"):
         last_records([folder])
 
 
@@ -77,7 +77,7 @@ def test_refuses_damaged_files(tmp_path: Path, file: str, content: bytes) -> Non
     folder = folder_of(tmp_path, 0, 1.0)
     (folder / file).write_bytes(content)
 
-    with pytest.raises(DataError, match=rf"{file} cannot be read as a run wrote it .*--overwrite"):
+    with pytest.raises(DataError, match=rf"{file} is not a file of a run, or is damaged .*--overwrite"):
         last_records([folder])
 
 
@@ -86,5 +86,5 @@ def test_refuses_runs_that_measured_something_else(tmp_path: Path) -> None:
     lines = (folders[1] / "metrics.csv").read_text().splitlines(keepends=True)
     (folders[1] / "metrics.csv").write_text("".join(lines[:-1]))
 
-    with pytest.raises(DataError, match="did not measure the same"):
+    with pytest.raises(DataError, match="have different metrics"):
         last_records(folders)

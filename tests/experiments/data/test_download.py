@@ -84,7 +84,7 @@ def test_refuses_what_is_not_the_published_file(
     url, served = server
     serve(served, mnist_files | {"train-labels-idx1-ubyte.gz": b"<html>Please log in</html>"})
 
-    with pytest.raises(DataError, match=rf"{url}train-labels.* gave something else .* Run again later"):
+    with pytest.raises(DataError, match=rf"{url}train-labels.* did not return the published file .* Run again later"):
         download(replace(tiny_mnist, url=url), tmp_path)
 
     assert everything_below(tmp_path / "mnist") == ["train-images-idx3-ubyte.gz"]
