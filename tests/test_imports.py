@@ -33,7 +33,7 @@ LAYERS = (
     ("persample.loaders",),
     ("persample.vogn", "persample.checks"),
     ("persample.likelihoods",),
-    ("persample.curvature",),
+    ("persample.curvature", "persample.plots"),
     ("persample",),
     ("persample.experiments", "persample.testing", "persample.integrations"),
     ("persample.cli", "persample.__main__"),

@@ -13,6 +13,7 @@ Import from here or from a first-level package (`persample.sources`, `persample.
 from persample import likelihoods as likelihoods
 from persample import losses as losses
 from persample import metrics as metrics
+from persample import plots as plots
 from persample import quantities as quantities
 from persample.checks import benchmark as benchmark
 from persample.checks import crosscheck as crosscheck

@@ -58,13 +58,27 @@ def calibration_error(probabilities: Tensor, targets: Tensor, *, bins: int = 15)
         BatchError: the shapes do not belong together, or there is no sample.
         OptionError: `bins` is below 1.
     """
+    _, confidence, right = calibration_bins(probabilities, targets, bins)
+    return ((confidence - right).abs().sum() / len(targets)).item()
+
+
+def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the number of samples in each bin, the sum of their confidences, and how many are predicted right.
+
+    Arguments and errors are those of `calibration_error`.
+
+    Returns:
+        Three tensors of shape `(bins,)` in float64.
+    """
     _require_classes(probabilities, targets)
     if bins < 1:
         raise OptionError(f"bins={bins!r} must be a whole number >= 1.")
     confidence, predicted = probabilities.double().max(1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gaps.index_add_(0, (confidence * bins).long().clamp(0, bins - 1), confidence - (predicted == targets).double())
-    return (gaps.abs().sum() / len(targets)).item()
+    place = (confidence * bins).long().clamp(0, bins - 1)
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
+    sums.index_add_(1, place, torch.stack([torch.ones_like(confidence), confidence, (predicted == targets).double()]))
+    count, confident, right = sums
+    return count, confident, right
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from persample.errors import OptionError
 from persample.experiments.extras import require
-from persample.experiments.records import Prediction, Record, Split
+from persample.experiments.records import Record, Split, row_of
 from persample.experiments.run_folder import writing
+from persample.plots import training_curves
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Colours of Okabe and Ito, told apart with every kind of colour vision; line styles tell them apart in grey.
-_CURVES: dict[Prediction, tuple[str, str, str]] = {
-    "point": ("Adam", "#D55E00", "-"),
-    "averaged": ("VOGN, predictions averaged over the posterior", "#0072B2", "-"),
-    "mean": ("VOGN, posterior mean", "#56B4E9", "--"),
-}
 _COLUMNS = {"accuracy": "Accuracy (higher is better)", "log_loss": "Log loss in nats (lower is better)"}
 _ROWS: dict[Split, str] = {"train": "Training data", "validation": "Validation data", "test": "Test data"}
 
@@ -41,11 +32,13 @@ def figure2(records: Sequence[Record], path: Path, title: str) -> None:
         raise OptionError("there is nothing to draw in figure 2: records is empty; train for at least one epoch")
     figure = require("matplotlib.figure", "Figures").Figure(figsize=(10, 7), layout="constrained")
     measured = {record.split for record in records}
+    table = [row_of(record) for record in records]
     rows = [split for split in _ROWS if split in measured]
     axes = figure.subplots(len(rows), len(_COLUMNS), sharex=True, sharey="col", squeeze=False)
     for row, split in enumerate(rows):
         for column, metric in enumerate(_COLUMNS):
-            _draw(axes[row, column], [r for r in records if r.split == split], metric)
+            training_curves(table, metric, split=split, ax=axes[row, column])
+            axes[row, column].set(xlabel="", ylabel="")
     for column, heading in enumerate(_COLUMNS.values()):
         axes[0, column].set_title(heading)
         axes[-1, column].set_xlabel("Epoch")
@@ -56,13 +49,3 @@ def figure2(records: Sequence[Record], path: Path, title: str) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=300)  # that of print
-
-
-def _draw(axes: Axes, records: Sequence[Record], metric: str) -> None:
-    for prediction, (label, colour, style) in _CURVES.items():
-        points = sorted((r.epoch, getattr(r.metrics, metric)) for r in records if r.prediction == prediction)
-        if points:
-            epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, style, marker=".", color=colour, label=label, linewidth=2)
-    axes.grid(alpha=0.3)
-    axes.locator_params(axis="x", integer=True)

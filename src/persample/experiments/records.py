@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from persample.experiments.metrics import Metrics
 from persample.experiments.run_folder import writing
@@ -49,8 +49,14 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
         writer = csv.DictWriter(file, columns + metrics)
         writer.writeheader()
         for record in records:
-            row = {column: getattr(record, column) for column in columns}
-            writer.writerow(row | asdict(record.metrics))
+            writer.writerow(row_of(record))
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """Return a record as a row of the table, by columns."""
+    row = asdict(record)
+    metrics: dict[str, Any] = row.pop("metrics")
+    return row | metrics
 
 
 def read_csv(path: Path) -> list[Record]:

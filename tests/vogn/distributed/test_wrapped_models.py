@@ -45,7 +45,7 @@ class TestReplicas:
         return (
             r"\(its \.module\).*process_group=torch.distributed"
             if issubclass(rule, VOGN | IVON)
-            else "VOGN, OGN and IVON"
+            else "VOGN, OGN or IVON"
         )
 
     def test_a_wrapped_model(self, rule: Any, group: Any) -> None:
