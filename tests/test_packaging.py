@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from persample.kernels.compiled import instruction_set
+
 ROOT = Path(__file__).parents[1]
 HOSTS = (("raw.githubusercontent.com", ""), ("github.com", "blob/"))
 
@@ -44,6 +46,15 @@ def test_the_wheel_holds_the_package_and_the_licence(archives: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
 
 
+@pytest.mark.skipif(instruction_set() is None, reason="nothing compiles kernels here")
+def test_the_wheel_holds_kernels_for_all_versions_of_python(archives: Path) -> None:
+    (wheel,) = archives.glob("*.whl")
+    kernels = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert kernels
+    assert all(re.fullmatch(r"persample/kernels/_kernels_\w+\.so", name) for name in kernels)
+    assert "-py3-none-linux_" in wheel.name
+
+
 def test_links_and_pictures_of_the_readme_resolve_on_an_index_page(archives: Path) -> None:
     (wheel,) = archives.glob("*.whl")
     files = zipfile.ZipFile(wheel)
@@ -64,7 +75,8 @@ def test_the_sdist_holds_what_the_wheel_is_made_of(archives: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
 
-    assert {"pyproject.toml", "README.md", "LICENSE", "src/persample/py.typed"} <= names
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "src/persample/kernels/csrc").iterdir()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "src/persample/py.typed"} | sources <= names
 
 
 def test_the_wheel_works_beside_torch_alone(archives: Path, tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def backends_table(backends: Iterable[Backend]) -> Table:
         table.add_column(heading)
     for backend in backends:
         missing = "; ".join(filter(None, (backend.problem, backend.install if backend.problem else "")))
+        if backend.kernels:
+            table.caption = f"{backend.name} and the optimizers compute with {escape(backend.kernels)}."
         table.add_row(
             backend.name, ", ".join(backend.machineries), "yes" if backend.available else "no", escape(missing)
         )

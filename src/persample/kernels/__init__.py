@@ -1,6 +1,9 @@
-"""The products of single samples, each an operator of PyTorch, `torch.ops.persample.NAME`.
+"""Operators of PyTorch, `torch.ops.persample.NAME`, each worth a pass over memory of its own: products and the step.
 
 `linear`, `convolution`, `outer`, `lookups` and `terms` have the sums Σ_i g_i and Σ_i g_i² of the gradients of one use
 of a parameter, and the squared norms ‖g_i‖² where these take more than an operation or two. `pooling` is here because
-its fastest form is found by trial, too: `autotune`. `library` makes the operators known.
+its fastest form is found by trial, too: `autotune`. `step` draws weights. `library` makes the operators known.
+
+Each operator has a form in PyTorch's own operations. On CPUs a kernel in C++ (`csrc/`) takes its place where one was
+compiled (`compiled`) and takes these tensors.
 """

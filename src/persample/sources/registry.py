@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from persample.errors import MissingPackageError, OptionError, UnknownBackendError
+from persample.kernels.compiled import about_kernels
 from persample.sources.source import PerSampleGradSource
 
 _ENTRY_POINT_GROUP = "persample.backends"
@@ -28,6 +29,7 @@ class Backend:
         install: what to install if it cannot be imported.
         problem: None if it can be used here, else why not.
         machineries: the values of its option `machinery`, where it has several ways to compute.
+        kernels: whether its C++ kernels compute here, and if not, why; empty if it has none.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Backend:
     install: str = ""
     problem: str | None = None
     machineries: tuple[str, ...] = ()
+    kernels: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,7 +131,8 @@ def name_with(backend: str, ran: str | None) -> str:
 
 def backends() -> dict[str, Backend]:
     """Return every registered backend, by name; `.available` says whether it can be used here."""
-    return {name: _with_problem(backend) for name, backend in _all().items()}
+    found = {name: _with_problem(backend) for name, backend in _all().items()}
+    return found | {"fused": replace(found["fused"], kernels=about_kernels())}
 
 
 def register_backend(name: str, location: str, *, install: str = "") -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
+from persample.kernels.step import draw_
 from persample.moments import Moments
 from persample.sources.recording.recorder import ModelNotCalledError
 from persample.sources.recording.results import LossReduction, Recorded
@@ -346,14 +347,14 @@ class VariationalOptimizer(PosteriorState):
         self._follow_model()
         params = self._params()
         with self._lending.lend(call), restored(list(params.values())) as saved:
-            scale = core.precision_to_scale(self._precision()) if noisy else []
+            precision = self._precision() if noisy else []
 
             def draw_weights() -> Mapping[str, Tensor] | None:
                 if not noisy:
                     return None
                 with torch.no_grad():
-                    noise = standard_noise(scale, generator)
-                    torch._foreach_copy_(list(params.values()), torch._foreach_addcmul(saved, scale, noise))
+                    noise = standard_noise(precision, generator)
+                    draw_(list(params.values()), saved, precision, noise)
                 needed = self.keeps_draws_apart or self.needs_products
                 return dict(zip(params, noise, strict=True)) if needed else None
 
