@@ -82,3 +82,11 @@ def test_lower_layers_know_nothing_of_higher_ones() -> None:
         if rank_of(other) > rank_of(module)
     ]
     assert not against, "\n".join(sorted(against))
+
+
+def test_the_map_names_every_room() -> None:
+    """Each package stands in the architecture page by its folder; those inside of rooms by their own names."""
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (SRC / "persample").rglob("__init__.py")} - {"persample"}
+    inside = {"australian_credit", "contest", "data", "module_sweep"}  # of experiments and testing
+    assert [room for room in sorted(rooms - inside) if f"{room}/" not in page] == []

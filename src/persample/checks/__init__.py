@@ -1,4 +1,8 @@
-"""Checks that users run: `explain`, `crosscheck`, `benchmark`, `fix`."""
+"""Checks that users run: `explain`, `crosscheck`, `benchmark`, `fix`.
+
+One file each. `memory` measures the peak of a call, `outputs_loss` is the loss if none is given, `copies` copies
+models, and `behind_batch_norm` reads subclasses of BatchNorm for `fix`.
+"""
 
 from persample.checks.benchmark import Cost as Cost
 from persample.checks.benchmark import benchmark as benchmark

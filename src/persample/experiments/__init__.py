@@ -1,4 +1,9 @@
-"""The experiments: real data sets, the paper's two models, training by VOGN and Adam, metrics, figures."""
+"""The experiments: real data sets, the paper's two models, training by VOGN and Adam, metrics, figures.
+
+`app` has the commands. `reproduction` runs the paper's Figure 2: `recipes` and `config` hold settings, `data` the data
+sets, `models` the networks, `train` and `evaluate` the work, `figures` the picture. `australian_credit` and `contest`
+are comparisons with other methods.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,8 @@
 """The conformance suite: what every backend must pass, for those who write their own.
 
+`suite` has the test class, `zoo` the models, `drawn` random problems, `truth` the float64 loop, and `trace` what a call
+must not change. `module_sweep` and `support` run backends on lists of models.
+
 It needs pytest and hypothesis: `pip install "persample[testing]"`.
 """
 
