@@ -74,6 +74,23 @@ def test_merging() -> None:
     assert Path("merging.png").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the accountant, about its grid of orders
+def test_private_digits() -> None:
+    pytest.importorskip("opacus")
+    courses = load("private_digits").main(["--epochs", "2", "--noise", "0", "1.5", "--out", "private.png"])
+    (free, _), (private, budgets) = courses.values()
+    assert free[-1] > 0.5
+    assert private[-1] > 0.4
+    assert 0 < budgets[0] < budgets[1] < 3
+    assert Path("private.png").stat().st_size > 10_000
+
+
+def test_near_duplicates() -> None:
+    by_gradients, _ = load("near_duplicates").main(["--samples", "300", "--out", "duplicates.png"])
+    assert by_gradients > 0.8
+    assert Path("duplicates.png").stat().st_size > 10_000
+
+
 def test_noise_scale() -> None:
     scales = load("noise_scale").main(["--epochs", "1", "--out", "scale.png"])
     assert scales[-1] > scales[0] > 0
