@@ -1,0 +1,238 @@
+"""Sums and sums of squares of products of single samples, by the kernels of `products`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from persample.kernels.triton import products
+from persample.kernels.triton.tuning import Launch, Shape, launch_for, launches, parts_of
+
+Sums = tuple[Tensor, Tensor]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_ENTRIES = 2**31 - 1  # of an image: offsets within it have 32 bits
+
+
+def serves(x: Tensor, delta: Tensor) -> bool:
+    """Whether the kernels take these tensors: of one dtype among `DTYPES`, not empty."""
+    same = x.dtype == delta.dtype and x.dtype in DTYPES and x.device == delta.device
+    return same and min(x.numel(), delta.numel()) > 0 and max(x[0].numel(), delta[0].numel()) <= _MOST_ENTRIES
+
+
+def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fixed: bool = False) -> Sums:
+    """Return Σ_i g_i and Σ_i g_i², each `(O, K)` in float32, of g_i = Σ_l δ_il x_ilᵀ.
+
+    Args:
+        x: shape `(B, L, K)`; `serves(x, delta)`.
+        delta: shape `(B, L, O)`.
+        launch: how the kernel is launched; else the fastest way, found by trial.
+        fixed: whether the likely way is taken without trial.
+    """
+    batch, positions, columns = x.shape
+    outputs = delta.shape[2]
+    precisions = _precisions(x, allowed=_tf32_in_products())
+    kind = ("linear", str(x.dtype), precisions, x.stride(2) == 1, delta.stride(2) == 1)
+    shape = Shape(kind, batch, outputs, columns, positions)
+    if positions == 1:
+        shape = Shape(("one position", *kind[1:]), 1, outputs, columns, batch)
+
+    def run(launch: Launch) -> Sums:
+        if positions == 1:
+            return _one_position(x.squeeze(1), delta.squeeze(1), launch)
+        strides = _strides(delta, 0, 2, 1), _strides(x, 0, 2) + (0, x.stride(1), 0, 0)
+        sums = _moments(delta, x, shape, strides, (1, positions, columns, 1, 1), 1, launch)
+        return sums[0].view(outputs, columns), sums[1].view(outputs, columns)
+
+    return run(launch or launch_for(shape, launches(shape, precisions), x.device, run, fixed))
+
+
+def convolution_moments(
+    x: Tensor,
+    delta: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    images: int = 1,
+    *,
+    launch: Launch | None = None,
+    fixed: bool = False,
+) -> Sums:
+    """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *kernel_size)` in float32, of g_i = Σ_l δ_il [[x]]_ilᵀ.
+
+    The windows [[x]] are read from the (padded) input where they are; nothing is unfolded in memory.
+
+    Args:
+        x: shape `(B·R, C, *S)` with one or two dimensions in S; `serves(x, delta)`.
+        delta: shape `(B·R, O, *L)`.
+        kernel_size: that of the convolution, as the next three.
+        stride: one number for each dimension.
+        padding: zeros before and after each dimension.
+        dilation: the distance between the entries of a window.
+        groups: G.
+        images: R, how many images a sample has; their gradients are added up.
+        launch: how the kernel is launched; else the fastest way, found by trial.
+        fixed: whether the likely way is taken without trial.
+    """
+    weight = (delta.shape[1], x.shape[1] // groups, *kernel_size)
+    if len(kernel_size) == 1:  # as an image of one row
+        x, delta = x.unsqueeze(2), delta.unsqueeze(2)
+        kernel_size, stride, padding, dilation = (1, *kernel_size), (1, *stride), (0, *padding), (1, *dilation)
+    channels, outputs = weight[1], weight[0] // groups
+    delta = delta.contiguous()
+    precisions = _precisions(x, allowed=_tf32_in_convolutions())
+    geometry = tuple(map(tuple, (kernel_size, stride, padding, dilation, x.shape[2:], delta.shape[2:])))
+    kind = ("convolution", str(x.dtype), precisions, geometry, images)
+    columns = channels * math.prod(kernel_size)
+    shape = Shape(kind, len(x) // images, outputs, columns, math.prod(delta.shape[2:]), groups)
+
+    def run(launch: Launch) -> Sums:
+        padded = _padded(x, padding, launch.channels_last)
+        to_row, to_pixel = padded.stride(2), padded.stride(3)
+        x_strides = (
+            *_strides(padded, 0, 1),
+            *(stride[0] * to_row, stride[1] * to_pixel),
+            *(dilation[0] * to_row, dilation[1] * to_pixel),
+        )
+        delta_strides = (delta.stride(0), delta.stride(1), 1)
+        sizes = (images, delta.shape[3], channels, kernel_size[1], math.prod(kernel_size))
+        sums = _moments(delta, padded, shape, (delta_strides, x_strides), sizes, groups, launch)
+        return sums[0].view(weight), sums[1].view(weight)
+
+    return run(launch or launch_for(shape, launches(shape, precisions, windows=True), x.device, run, fixed))
+
+
+def _moments(
+    delta: Tensor,
+    x: Tensor,
+    shape: Shape,
+    strides: tuple[tuple[int, ...], tuple[int, ...]],
+    sizes: tuple[int, int, int, int, int],
+    groups: int,
+    launch: Launch,
+) -> Sums:
+    """Launch `products.moments`; return both sums, `(G · O, K)`."""
+    images, row_length, channels, window_width, window_size = sizes
+    parts = parts_of(shape, launch, _processors(x.device))
+    sums = x.new_empty(2, parts, groups * shape.outputs, shape.columns, dtype=torch.float32)
+    # Positions that follow each other in memory, and windows of one entry, need no division.
+    in_rows = shape.positions > row_length and strides[1][2] != row_length * strides[1][3]
+    products.moments[(_tiles(shape, launch), parts, groups)](
+        delta,
+        x,
+        sums[0],
+        sums[1],
+        shape.samples,
+        images,
+        shape.positions,
+        shape.outputs,
+        shape.columns,
+        -(-shape.samples // parts),
+        row_length,
+        channels,
+        window_width,
+        window_size,
+        *strides[0],
+        *strides[1],
+        windows=window_size > 1 or in_rows,
+        one_block=images == 1 and shape.positions <= launch.block_l,
+        precision=launch.precision,
+        block_o=launch.block_o,
+        block_k=launch.block_k,
+        block_l=launch.block_l,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return _added_up(sums)
+
+
+def _one_position(x: Tensor, delta: Tensor, launch: Launch) -> Sums:
+    """Launch `products.one_position`; return both sums, `(O, K)`."""
+    (batch, columns), outputs = x.shape, delta.shape[1]
+    blocks = -(-batch // launch.block_l)
+    shape = Shape((), blocks, outputs, columns, launch.block_l)
+    parts = parts_of(shape, launch, _processors(x.device))
+    sums = x.new_empty(2, parts, outputs, columns, dtype=torch.float32)
+    products.one_position[(_tiles(shape, launch), parts)](
+        delta,
+        x,
+        sums[0],
+        sums[1],
+        batch,
+        outputs,
+        columns,
+        -(-blocks // parts) * launch.block_l,
+        *delta.stride(),
+        *x.stride(),
+        precision=launch.precision,
+        block_o=launch.block_o,
+        block_k=launch.block_k,
+        block_l=launch.block_l,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return _added_up(sums)
+
+
+def _added_up(sums: Tensor) -> Sums:
+    """Return both sums from `(2, parts, O, K)`; the order of the parts is always the same."""
+    whole = sums.squeeze(1) if sums.shape[1] == 1 else sums.sum(1)
+    return whole[0], whole[1]
+
+
+def _tiles(shape: Shape, launch: Launch) -> int:
+    return -(-shape.outputs // launch.block_o) * -(-shape.columns // launch.block_k)
+
+
+def _padded(x: Tensor, padding: Sequence[int], channels_last: bool) -> Tensor:
+    """The input between zeros; with `channels_last` the channels of a pixel lie side by side."""
+    sides = [side for side in reversed(padding) for _ in (0, 1)]
+    if not channels_last:
+        return F.pad(x, sides) if any(padding) else x
+    if not any(padding):
+        return x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    above, left = padding
+    memory = x.new_zeros(batch, height + 2 * above, width + 2 * left, channels).permute(0, 3, 1, 2)
+    memory[:, :, above : above + height, left : left + width] = x
+    return memory
+
+
+def _strides(tensor: Tensor, *dims: int) -> tuple[int, ...]:
+    return tuple(tensor.stride(dim) for dim in dims)
+
+
+def _processors(device: torch.device) -> int:
+    """How many multiprocessors the GPU has; a few where there is none, so that tests have several parts."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _precisions(x: Tensor, allowed: bool) -> tuple[str, ...]:
+    """The ways to multiply that are exact enough; one product of TF32 is, where the user allowed that in PyTorch."""
+    if x.dtype != torch.float32:
+        return ("ieee",)  # those of half precision have but one way
+    return ("tf32",) if allowed else ("tf32x3", "ieee")
+
+
+def _tf32_in_products() -> bool:
+    return _allows_tf32(torch.backends.cuda.matmul)
+
+
+def _tf32_in_convolutions() -> bool:
+    return _allows_tf32(torch.backends.cudnn, "conv")
+
+
+def _allows_tf32(place: Any, part: str = "") -> bool:
+    """Whether the user allowed TF32; PyTorch 2.9 has other words for it, and refuses the old ones beside them."""
+    if not hasattr(place, "fp32_precision"):
+        return bool(place.allow_tf32)
+    places = (getattr(place, part, place), place, torch.backends)
+    said = [str(p.fp32_precision) for p in places if hasattr(p, "fp32_precision")]
+    return next((word for word in said if word != "none"), "ieee") == "tf32"
