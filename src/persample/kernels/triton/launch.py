@@ -15,18 +15,17 @@ from persample.kernels.triton.tuning import Launch, Shape, launch_for, launches,
 
 Sums = tuple[Tensor, Tensor]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_ENTRIES = 2**31 - 1  # of an image: offsets within it have 32 bits
 
 
 def serves(x: Tensor, delta: Tensor) -> bool:
-    """Whether the kernels take these tensors: of one dtype among `DTYPES`, not empty."""
-    same = x.dtype == delta.dtype and x.dtype in DTYPES and x.device == delta.device
-    return same and min(x.numel(), delta.numel()) > 0 and max(x[0].numel(), delta[0].numel()) <= _MOST_ENTRIES
+    """Whether the kernels take these tensors: float32, not empty."""
+    right = x.dtype == delta.dtype == torch.float32 and x.device == delta.device
+    return right and min(x.numel(), delta.numel()) > 0 and max(x[0].numel(), delta[0].numel()) <= _MOST_ENTRIES
 
 
 def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fixed: bool = False) -> Sums:
-    """Return Σ_i g_i and Σ_i g_i², each `(O, K)` in float32, of g_i = Σ_l δ_il x_ilᵀ.
+    """Return Σ_i g_i and Σ_i g_i², each `(O, K)`, of g_i = Σ_l δ_il x_ilᵀ.
 
     Args:
         x: shape `(B, L, K)`; `serves(x, delta)`.
@@ -36,8 +35,8 @@ def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fi
     """
     batch, positions, columns = x.shape
     outputs = delta.shape[2]
-    precisions = _precisions(x, allowed=_tf32_in_products())
-    kind = ("linear", str(x.dtype), precisions, x.stride(2) == 1, delta.stride(2) == 1)
+    precisions = precisions_of_products()
+    kind = ("linear", precisions, x.stride(2) == 1, delta.stride(2) == 1)
     shape = Shape(kind, batch, outputs, columns, positions)
     if positions == 1:
         shape = Shape(("one position", *kind[1:]), 1, outputs, columns, batch)
@@ -45,7 +44,7 @@ def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fi
     def run(launch: Launch) -> Sums:
         if positions == 1:
             return _one_position(x.squeeze(1), delta.squeeze(1), launch)
-        strides = _strides(delta, 0, 2, 1), _strides(x, 0, 2) + (0, x.stride(1), 0, 0)
+        strides = (delta.stride(0), delta.stride(2), delta.stride(1)), (x.stride(0), x.stride(2), 0, x.stride(1), 0, 0)
         sums = _moments(delta, x, shape, strides, (1, positions, columns, 1, 1), 1, launch)
         return sums[0].view(outputs, columns), sums[1].view(outputs, columns)
 
@@ -65,7 +64,7 @@ def convolution_moments(
     launch: Launch | None = None,
     fixed: bool = False,
 ) -> Sums:
-    """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *kernel_size)` in float32, of g_i = Σ_l δ_il [[x]]_ilᵀ.
+    """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *kernel_size)`, of g_i = Σ_l δ_il [[x]]_ilᵀ.
 
     The windows [[x]] are read from the (padded) input where they are; nothing is unfolded in memory.
 
@@ -87,9 +86,9 @@ def convolution_moments(
         kernel_size, stride, padding, dilation = (1, *kernel_size), (1, *stride), (0, *padding), (1, *dilation)
     channels, outputs = weight[1], weight[0] // groups
     delta = delta.contiguous()
-    precisions = _precisions(x, allowed=_tf32_in_convolutions())
-    geometry = tuple(map(tuple, (kernel_size, stride, padding, dilation, x.shape[2:], delta.shape[2:])))
-    kind = ("convolution", str(x.dtype), precisions, geometry, images)
+    precisions = precisions_of_convolutions()
+    geometry = tuple(map(tuple, (kernel_size, stride, padding, dilation)))
+    kind = ("convolution", precisions, geometry, images)
     columns = channels * math.prod(kernel_size)
     shape = Shape(kind, len(x) // images, outputs, columns, math.prod(delta.shape[2:]), groups)
 
@@ -97,7 +96,7 @@ def convolution_moments(
         padded = _padded(x, padding, launch.channels_last)
         to_row, to_pixel = padded.stride(2), padded.stride(3)
         x_strides = (
-            *_strides(padded, 0, 1),
+            *(padded.stride(0), padded.stride(1)),
             *(stride[0] * to_row, stride[1] * to_pixel),
             *(dilation[0] * to_row, dilation[1] * to_pixel),
         )
@@ -121,7 +120,7 @@ def _moments(
     """Launch `products.moments`; return both sums, `(G · O, K)`."""
     images, row_length, channels, window_width, window_size = sizes
     parts = parts_of(shape, launch, _processors(x.device))
-    sums = x.new_empty(2, parts, groups * shape.outputs, shape.columns, dtype=torch.float32)
+    sums = x.new_empty(2, parts, groups * shape.outputs, shape.columns)
     # Positions that follow each other in memory, and windows of one entry, need no division.
     in_rows = shape.positions > row_length and strides[1][2] != row_length * strides[1][3]
     products.moments[(_tiles(shape, launch), parts, groups)](
@@ -159,7 +158,7 @@ def _one_position(x: Tensor, delta: Tensor, launch: Launch) -> Sums:
     blocks = -(-batch // launch.block_l)
     shape = Shape((), blocks, outputs, columns, launch.block_l)
     parts = parts_of(shape, launch, _processors(x.device))
-    sums = x.new_empty(2, parts, outputs, columns, dtype=torch.float32)
+    sums = x.new_empty(2, parts, outputs, columns)
     products.one_position[(_tiles(shape, launch), parts)](
         delta,
         x,
@@ -205,28 +204,23 @@ def _padded(x: Tensor, padding: Sequence[int], channels_last: bool) -> Tensor:
     return memory
 
 
-def _strides(tensor: Tensor, *dims: int) -> tuple[int, ...]:
-    return tuple(tensor.stride(dim) for dim in dims)
-
-
 def _processors(device: torch.device) -> int:
     """How many multiprocessors the GPU has; a few where there is none, so that tests have several parts."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _precisions(x: Tensor, allowed: bool) -> tuple[str, ...]:
-    """The ways to multiply that are exact enough; one product of TF32 is, where the user allowed that in PyTorch."""
-    if x.dtype != torch.float32:
-        return ("ieee",)  # those of half precision have but one way
-    return ("tf32",) if allowed else ("tf32x3", "ieee")
+def precisions_of_products() -> tuple[str, ...]:
+    """Return how float32 may be multiplied in matrix products: as exactly as it is, or as the user allows PyTorch."""
+    return _precisions(_allows_tf32(torch.backends.cuda.matmul))
 
 
-def _tf32_in_products() -> bool:
-    return _allows_tf32(torch.backends.cuda.matmul)
+def precisions_of_convolutions() -> tuple[str, ...]:
+    """Return the same of convolutions, for which PyTorch has a setting of its own, and allows TF32 by default."""
+    return _precisions(_allows_tf32(torch.backends.cudnn, "conv"))
 
 
-def _tf32_in_convolutions() -> bool:
-    return _allows_tf32(torch.backends.cudnn, "conv")
+def _precisions(tf32: bool) -> tuple[str, ...]:
+    return ("tf32",) if tf32 else ("tf32x3", "ieee")
 
 
 def _allows_tf32(place: Any, part: str = "") -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +20,9 @@ from persample.files import replacing
 Result = TypeVar("Result")
 
 _TRIALS = 5
-_TILES = (  # outputs, columns and warps
-    *((64, 64, 4), (128, 64, 8), (64, 128, 8), (32, 128, 4), (128, 32, 4)),
-    *((32, 64, 4), (16, 128, 4), (16, 64, 4)),
+TILES = (  # outputs, columns and warps
+    *((64, 64, 4), (128, 64, 8), (64, 128, 8), (32, 128, 4), (64, 32, 4)),
+    *((32, 64, 4), (32, 64, 2), (16, 128, 4), (16, 64, 4)),
 )
 _MOST_PARTIAL_NUMBERS = 2**24  # of each of the two sums, 64 MiB in float32
 
@@ -82,7 +82,7 @@ def launches(shape: Shape, precisions: Sequence[str], windows: bool = False) -> 
     length = min(32, _power_of_two(shape.positions))
     outputs, columns = _power_of_two(shape.outputs), _power_of_two(shape.columns)
     # A tile beyond the weight's edge multiplies zeros; one far smaller reads everything more often.
-    fitting = [tile for tile in _TILES if tile[0] <= max(16, outputs) and tile[1] <= max(64, columns)]
+    fitting = [tile for tile in TILES if tile[0] <= max(16, outputs) and tile[1] <= max(64, columns)]
     largest = max(o * k for o, k, _ in fitting)
     found = [
         Launch(o, k, length, warps, precision, channels_last=last)
@@ -138,9 +138,11 @@ def launch_for(
     if fixed or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     machine = _machine(device)
+    # Sequences and images come in ever new lengths: those between the same powers of two share a trial.
+    shape = replace(shape, samples=_power_of_two(shape.samples), positions=_power_of_two(shape.positions))
     launch = _found.get((machine, shape))
     if launch is None:
-        launch = _remembered(machine, shape, candidates)
+        launch = remembered(machine, shape, candidates)
         if launch is None:
             launch = _fastest(candidates, run)
             remember(machine, shape, launch)
@@ -165,7 +167,7 @@ def _fastest(candidates: Sequence[Launch], run: Callable[[Launch], Any]) -> Laun
 def milliseconds(run: Callable[[], Any], trials: int = _TRIALS) -> float:
     """Return how long `run` takes on the GPU, the median of some trials after a first."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(trials):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
@@ -197,11 +199,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: entry for name, entry in found.items() if isinstance(entry, dict)} if isinstance(found, dict) else {}
 
 
-def _remembered(machine: str, shape: Shape, candidates: Sequence[Launch]) -> Launch | None:
-    """The launch that the file has for this shape, if it is among the candidates."""
+def remembered(machine: str, shape: Shape, candidates: Sequence[Launch]) -> Launch | None:
+    """Return the launch that the file has for this shape, if it is among the candidates."""
     entry = _read(file_of(machine)).get(_name(shape))
     return next((launch for launch in candidates if asdict(launch) == entry), None)
 
