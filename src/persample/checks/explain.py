@@ -67,7 +67,8 @@ class Explanation:
         rows: every parameter, in the model's order.
         refusals: why the model is refused as a whole, whatever serves its parameters.
         samples: the size of the example batch; 0 without one.
-        machinery: which of its machineries would serve the model, for a backend that has several.
+        machinery: which of its machineries would serve the model, for a backend that has several; of `fused` with
+            `compile`, whether the step is `"replayed"` or `"eager"`.
         machinery_because: why not the other.
     """
 
@@ -115,7 +116,7 @@ class Explanation:
         return table
 
     def _notes(self) -> list[str]:
-        because = [f"by its {self.machinery}: {self.machinery_because}"] if self.machinery_because else []
+        because = [f"{self.machinery}, because: {self.machinery_because}"] if self.machinery_because else []
         return [*because, *(f"the model: {reason}" for reason in self.refusals)]
 
     def _reasons(self) -> list[str]:
@@ -138,7 +139,8 @@ def explain(
     Without a batch it goes by the modules. With an example batch it runs the forward pass once (and a few times more to
     see whether the model mixes the samples), but no backward pass, and tells each use of each parameter. Of that
     nothing remains: neither on the model nor in the random numbers. Backends that cannot tell by the forward pass alone
-    (`vmap`, `loop`, the machineries of `backpack` and `opacus`) try two samples.
+    (`vmap`, `loop`, the machineries of `backpack` and `opacus`) try two samples. With `compile`, `fused` records the
+    step, too, to say whether it can be replayed.
 
     Args:
         model: the network; it is not changed.

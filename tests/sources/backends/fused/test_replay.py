@@ -938,7 +938,8 @@ def test_an_optimizer_has_it_by_an_option_and_nothing_of_it_in_its_state() -> No
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         optimizer = persample.VOGN(model, persample.losses.cross_entropy, data_size=60, backend="fused",
                                    backend_options={"compile": compiled, "deterministic": True})  # fmt: skip
-        for call in range(6):
+        optimizer.mc_samples = 2
+        for call in range(4):
             optimizer.observe(data(seed=call)[0], torch.tensor([0, 1, 2, 0, 1, 2]))
             optimizer.step()
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -983,6 +984,11 @@ def test_explain_and_the_log_say_why(caplog: pytest.LogCaptureFixture) -> None:
     said = [record.getMessage() for record in caplog.records if record.name.startswith("persample")]
     assert len(said) == 1
     assert "ata-dependent" in said[0]
+    explained = str(persample.explain(model, *data(), loss_fn, backend="fused", compile=True))
+    assert "eager, because: " in explained
+    assert "ata-dependent" in explained
+    assert "test_replay.py:" in explained
+    assert "(replayed)" in str(persample.explain(scaled(lambda m: 1.0).double(), data()[0], compile="auto"))
 
 
 # Quantities.

@@ -14,6 +14,7 @@ A step that fails in 1, 2 or 3 goes the ordinary way, and `Replay.reason` says w
 from __future__ import annotations
 
 import logging
+import re
 import types
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -100,9 +102,9 @@ class Replay:
     def __getstate__(self) -> dict[str, Any]:
         return vars(Replay(self._way, self._patience))
 
-    def run(self, source: Ordinary, batch: Batch, what: Request) -> Any:
-        """Return what is wanted of `batch`, by a recorded step or in the ordinary way."""
-        if self._patience and not self._has_come(batch, what):
+    def run(self, source: Ordinary, batch: Batch, what: Request, *, at_once: bool = False) -> Any:
+        """Return what is wanted of `batch`, by a recorded step or the ordinary way; if `at_once`, without patience."""
+        if self._patience and not at_once and not self._has_come(batch, what):
             self.reason, self.ran = "batches of its kind have come too few times to record one", None
             return what.compute(source, batch, what.tensors)
         self.reason, self.ran, result = _beyond_replay(source, batch), None, None
@@ -509,10 +511,20 @@ def _capturing() -> Iterator[list[str]]:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return what an error says, in one line, and where in the user's code it comes from."""
     if isinstance(error, _NotRecordedError):
         return "Dynamo is switched off"
     error = getattr(error, "inner_exception", error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error)
+    if type(error).__name__ in _BY_VALUES:
+        return "where entries go depends on the values of tensors"
+    if "convert all Tensors to FakeTensors" in text:
+        return "whose the entries of a tensor are is found out by trial, which takes values"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     name = "" if isinstance(error, NotReplayableError) else f"{type(error).__name__}: "
-    return (name + (lines[0] if lines else "no message")).rstrip(".")
+    places = re.findall(r'File "([^"]+)", line (\d+)', text.partition("from user code")[2])
+    place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
+    return (name + (lines[0] if lines else "no message")).rstrip(".") + place
+
+
+_BY_VALUES = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")

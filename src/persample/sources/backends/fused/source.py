@@ -98,8 +98,8 @@ class FusedSource(PerSampleGradSource):
         losses, results = self._by_replay(self.replay, batch, what)
         return losses, results
 
-    def _by_replay(self, replay: Replay, batch: Batch, what: Request) -> Any:
-        found = replay.run(self, batch, what)
+    def _by_replay(self, replay: Replay, batch: Batch, what: Request, *, at_once: bool = False) -> Any:
+        found = replay.run(self, batch, what, at_once=at_once)
         self._note(replay)
         return found
 
@@ -174,7 +174,10 @@ class FusedSource(PerSampleGradSource):
         with current_module(self.model) as module, deterministic_choice(True):
             recorder = UsageRecorder(self.parameters(), batch.size, module)
             losses = self._forward(batch, recorder)
-            return list(recorder.uses(losses))
+            uses = list(recorder.uses(losses))
+        if self.replay is not None and all(use.kind != "refused" for use in uses):
+            self._by_replay(self.replay, batch, request.moments(FusedSource.ordinary_moments), at_once=True)
+        return uses
 
     def _forward(self, batch: Batch, capture: Capture) -> Tensor:
         """Return the losses of a forward pass under capture."""
