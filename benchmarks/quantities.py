@@ -35,6 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gradients import in_fresh_process, machine, problem
 
 MODELS = {"LeNet-5": 128, "MLP": 128, "Transformer": 32, "ResNet-20": 128}
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fused": ("fused", {}),
+    "fused, compile=True": ("fused", {"compile": True}),
+    "hooks": ("hooks", {}),
+}
 LIMIT = 1.0  # of the norms, in clipped sums
 
 
@@ -119,13 +124,13 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     loss_fn = persample.losses.cross_entropy
     due = persample.make_source("fused", model, loss_fn).norms(x, y)
     calls: dict[str, Callable[[], Any]] = {"plain": plain_pass(model, loss_fn, x, y)}
-    for backend in ("fused", "hooks"):
+    for name_of, (backend, options) in SOURCES.items():
         try:
             persample.make_source(backend, model, loss_fn).norms(x, y)
         except persample.PersampleError:
             continue
-        source = persample.make_source(backend, model, loss_fn, check="never")
-        calls |= {f"{backend}: {what}": call for what, call in ours(source, x, y).items()}
+        source = persample.make_source(backend, model, loss_fn, check="never", **options)
+        calls |= {f"{name_of}: {what}": call for what, call in ours(source, x, y).items()}
     left_out = {}
     for peer, make in PEERS.items():
         try:

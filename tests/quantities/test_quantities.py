@@ -331,6 +331,28 @@ def test_short_forms(backend: str) -> None:
     require_equal(given.losses, clipped.losses)
 
 
+@pytest.mark.parametrize("name", ["layers", "images", "tied"])
+@pytest.mark.parametrize("parts", [False, True], ids=["at once", "in parts"])
+@pytest.mark.parametrize("backend", ["loop", "fused", "vjp"])
+def test_gram_with_a_second_batch(backend: str, parts: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.named(name)
+    source, g = problem.source(backend), matrix(rows_of(problem.model, problem.x, problem.y))
+    if parts:
+        monkeypatch.setattr("persample.sources.source.MAX_BYTES", 8 * g.shape[1] * 2)
+    found = source.gram(problem.x[:4], problem.y[:4], other=(problem.x[2:], problem.y[2:]))
+    require_equal(found, g[:4] @ g[2:].T)
+
+
+def test_gram_in_parts_of_a_model_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(7, 30), nn.Dropout(0.5), nn.Linear(30, CLASSES))
+    x, y = torch.randn(SAMPLES, 7), torch.randint(0, CLASSES, (SAMPLES,))
+    source = persample.make_source("fused", model, persample.losses.cross_entropy)
+    assert source.gram(x, y, other=(x[:3], y[:3])).shape == (SAMPLES, 3)
+    monkeypatch.setattr("persample.sources.source.MAX_BYTES", 1)
+    with pytest.raises(persample.errors.UnsupportedModelError, match="random numbers"):
+        source.gram(x, y, other=(x[:3], y[:3]))
+
+
 @dataclass(frozen=True)
 class LargestEntry:
     """A quantity of somebody else's: the largest entry of each gradient, of which it reads the pieces."""

@@ -23,7 +23,7 @@ from persample.sources.contract import Contract, Receive, one_at_a_time
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.eager import uncompiled
 from persample.sources.model.isolation import parameters_counted, parameters_guarded, state_restored, untouched
-from persample.sources.model.random_state import random_state, random_state_restored
+from persample.sources.model.random_state import random_state, random_state_restored, same_random_state
 from persample.sources.model.refusals import refuse_impossible
 from persample.sources.model.usage import Use
 from persample.sources.recording.replay import ReplayRecorder
@@ -139,10 +139,35 @@ class PerSampleGradSource(Contract):
         found: Weighted = several.weighted_sum
         return WeightedSumResult(found.gradient, found.weights, found.norms, several.losses)
 
-    def gram(self, inputs: Any, targets: Any) -> Tensor:
-        """Return the products g_i·g_j of the gradients of all samples, shape `(B, B)`; see `compute`."""
-        products: Tensor = self.compute(inputs, targets, Gram()).gram
-        return products
+    def gram(self, inputs: Any, targets: Any, *, other: tuple[Any, Any] | None = None) -> Tensor:
+        """Return the products g_i·g_j of the gradients of all samples, shape `(B, B)`; see `compute`.
+
+        Args:
+            inputs: a mini-batch, as for `moments`.
+            targets: its targets.
+            other: inputs and targets of a second batch, whose gradients h_j take the place of g_j: `(B, n)`. Of these,
+                as many are formed at once as fit in 256 MiB, and the first batch is repeated for each such part.
+
+        Raises:
+            UnsupportedModelError: as `compute`; or the model draws random numbers, and there are several such parts.
+        """
+        if other is None:
+            products: Tensor = self.compute(inputs, targets, Gram()).gram
+            return products
+        second = as_batch(*other, self.model)
+        rows = samples_within(self, second, MAX_BYTES)
+        start, columns = random_state(self.model), []
+        for first in range(0, second.size, rows):
+            args, kwargs, targets_of_part = second.take(slice(first, first + rows)).tree()
+            gradients = self.per_sample(kwargs or args, targets_of_part)
+            columns.append(self.compute(inputs, targets, Gram(other=gradients)).gram)
+            if rows < second.size and not same_random_state(start, random_state(self.model)):
+                raise UnsupportedModelError(
+                    "The model draws random numbers (dropout), and the gradients of the second batch are computed in "
+                    "parts, with other random numbers of the first batch for each: pass fewer samples as other=, or "
+                    "call model.eval()."
+                )
+        return torch.cat(columns, 1)
 
     def project(self, inputs: Any, targets: Any, projection: Projection) -> Tensor:
         """Return `projection` of each gradient, shape `(B, projection.size)`; see `compute`."""
