@@ -70,5 +70,5 @@ def test_refuses_what_is_no_number() -> None:
 
 @pytest.mark.parametrize(("shape", "targets"), [((0, 2), 0), ((3, 2), 2), ((3,), 3), ((3, 2, 1), 3)])
 def test_refuses_shapes_that_do_not_belong_together(shape: tuple[int, ...], targets: int) -> None:
-    with pytest.raises(BatchError, match=r"probabilities \(N, K\) and targets \(N,\) with N ≥ 1"):
+    with pytest.raises(BatchError, match=r"probabilities of shape \(N, C\) and class indices of shape \(N,\), N >= 1"):
         evaluate_probabilities(torch.zeros(shape), torch.zeros(targets, dtype=torch.int64))

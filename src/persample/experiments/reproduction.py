@@ -30,7 +30,7 @@ from persample.experiments.seeds import make_generator
 from persample.experiments.tensorboard import write_tensorboard
 from persample.experiments.train import Watcher, train
 
-_PACKAGES = ("numpy", "torchmetrics", "backpack-for-pytorch", "opacus")
+_PACKAGES = ("numpy", "backpack-for-pytorch", "opacus")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def reproduce(
         DataError: `out` holds another experiment, another command writes to it, or it cannot be written to.
         PersampleError: Data, settings or training fail; see `load_dataset` and `train`.
     """
-    for package in ("torchmetrics", "matplotlib", *(["tensorboard"] if tensorboard else [])):
+    for package in ("matplotlib", *(["tensorboard"] if tensorboard else [])):
         require(package, "The experiment")  # now rather than after hours of training
     checkpoints = [out / f"{config.optimizer}.pt" for config in configs]
     if resume and not any(path.exists() for path in checkpoints):

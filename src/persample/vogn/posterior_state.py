@@ -142,13 +142,7 @@ class PosteriorState(torch.optim.Optimizer):
         self.model: nn.Module = network
         self.loss_fn = loss_fn
         self.source = self._make_source()
-        self.steps = 0
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        self._pending = Pending(draws_apart=self.keeps_draws_apart)
-        self._lending = Lending()
-        self._warned_of_width = False
-        self._warned_of_state = False
+        self._begin()
         if prior is not None:
             prior = _prior_of(prior)
             prior_mean, prior_precision = prior.mean, prior.precision
@@ -168,6 +162,15 @@ class PosteriorState(torch.optim.Optimizer):
         if process_group is None:
             warn_of_separate_processes()
         self._processes = None if process_group is None else self._joined(process_group)
+
+    def _begin(self) -> None:
+        self.steps = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self._pending = Pending(draws_apart=self.keeps_draws_apart)
+        self._lending = Lending()
+        self._warned_of_width = False
+        self._warned_of_state = False
 
     # What a rule implements.
 
