@@ -18,6 +18,9 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made, below
 triton = pytest.importorskip("triton", reason="Triton is not installed, and there is none for this machine's wheels")
 
+from persample.kernels.autotune import deterministic_choice  # noqa: E402
+from persample.kernels.compiled import without_kernels  # noqa: E402
+from persample.kernels.gpu import by_triton, kernels_for  # noqa: E402
 from persample.kernels.triton import launch as kernels  # noqa: E402
 from persample.kernels.triton import tuning  # noqa: E402
 from persample.kernels.triton.tuning import Launch, Shape, launches, parts_of  # noqa: E402
@@ -241,10 +244,35 @@ def test_tf32_only_where_the_user_allows_it() -> None:
     assert kernels.precisions_of_products() == ("tf32",)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype) -> None:
-    x = torch.ones(2, 3, 4, dtype=dtype)
-    assert not kernels.serves(x, x)
-    assert kernels.serves(x.float(), x.float())
-    assert not kernels.serves(x.float(), x)
-    assert not kernels.serves(x[:0].float(), x[:0].float())
+def test_what_does_not_run_is_a_runtime_error() -> None:
+    x = numbers(2, 3, 4)
+    assert_close(by_triton(kernels.linear_moments, x, x), linear_gradients(x, x))
+
+    def fails(*_: object, **__: object) -> Sums:
+        raise triton.OutOfResources(2**20, 2**17, "shared memory")
+
+    with pytest.raises(RuntimeError, match="Triton: out of resource"):
+        by_triton(fails, x, x)
+
+
+def test_only_float32_on_a_gpu_is_served() -> None:
+    x = numbers(2, 3, 4)
+    assert (kernels_for(x) is not None) == (DEVICE == "cuda")
+    assert kernels_for(x.double()) is None
+    assert kernels_for(x.half()) is None
+    assert kernels_for(x[:0]) is None
+    assert kernels_for(x.cpu()) is None
+    with without_kernels():
+        assert kernels_for(x) is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU's tensors are given to Triton")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_operators_on_a_gpu(deterministic: bool) -> None:
+    with deterministic_choice(deterministic):
+        for positions in (1, 9):
+            x, delta = numbers(6, positions, 30), numbers(6, positions, 20)
+            assert_close(torch.ops.persample.linear_moments(x, delta), linear_gradients(x, delta))
+        for sizes in CONVOLUTIONS.values():
+            x, delta, g, arguments = convolution(sizes)
+            assert_close(torch.ops.persample.convolution_moments(x, delta, *arguments), g)

@@ -58,6 +58,11 @@ def deterministic_choice(deterministic: bool) -> Iterator[None]:
         _state.deterministic = before
 
 
+def is_deterministic() -> bool:
+    """Whether nothing may be tried, because results must repeat from run to run."""
+    return getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled()
+
+
 def choose(key: Key, forms: Callable[[], Mapping[str, Callable[..., Result]]], *operands: Any) -> Result:
     """Return the result of the fastest of `forms`, which all compute the same of `operands` but for rounding.
 
@@ -70,7 +75,7 @@ def choose(key: Key, forms: Callable[[], Mapping[str, Callable[..., Result]]], *
         forms: gives the forms by name, the one that suits most first.
         operands: what the forms are called with.
     """
-    deterministic = getattr(_state, "deterministic", False) or torch.are_deterministic_algorithms_enabled()
+    deterministic = is_deterministic()
     mode = "deterministic" if deterministic else torch.get_num_threads()
     form = _chosen.get((key, mode))
     if form is not None:

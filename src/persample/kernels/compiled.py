@@ -40,6 +40,13 @@ def without_kernels() -> Iterator[None]:
         _off = before
 
 
+def switched_off() -> str | None:
+    """Return what switches all kernels off, also those of a GPU; None if nothing does."""
+    if os.environ.get("PERSAMPLE_KERNELS") == "0":
+        return "PERSAMPLE_KERNELS=0 switches them off"
+    return "they are switched off by without_kernels()" if _off else None
+
+
 def instruction_set() -> str | None:
     """Return the instruction set of the kernels that compute here: "avx512", "avx2", "neon"; None if none do."""
     library = _library()
@@ -51,7 +58,7 @@ def why_no_kernels() -> str | None:
     library = _library()
     if isinstance(library, str):
         return library
-    return "they are switched off by without_kernels()" if _off else None
+    return switched_off()
 
 
 def about_kernels() -> str:

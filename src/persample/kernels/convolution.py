@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.kernels.autotune import COMPILED, Key, choose
+from persample.kernels.gpu import by_triton, kernels_for
 from persample.kernels.library import operator
 from persample.kernels.onednn import product_for
 from persample.kernels.pieces import Sums, samples_at_once, squares_of
@@ -126,7 +127,7 @@ def _fake_per_sample(*arguments: Any) -> Tensor:
 def convolution_moments(*arguments: Any) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *K)`, for x `(B·R, C, *S)` and δ `(B·R, O, *L)`; see `arguments`."""
     c = _checked(*arguments)
-    return choose(_key("convolution", c), lambda: forms(c), c)
+    return choose(_key("convolution", c), lambda: forms(c) | _forms_of_a_gpu(c), c)
 
 
 @operator(f"convolution_squared_norms{_ARGUMENTS} -> Tensor", _fake_norms)
@@ -159,6 +160,13 @@ def arguments(c: Images) -> tuple[Any, ...]:
 def _key(what: str, c: Images) -> Key:
     lengths = (len(c.x) // c.images, *c.x.shape[2:], *c.delta.shape[2:])
     return Key((what, c.geometry, c.images, c.x.dtype, c.x.device), lengths)
+
+
+def _forms_of_a_gpu(c: Images) -> dict[str, Callable[[Images], Sums]]:
+    triton = kernels_for(c.x)
+    if triton is None or c.x.dim() == 5:
+        return {}
+    return {"triton": lambda c: by_triton(triton.convolution_moments, *arguments(c))}
 
 
 def norm_forms(c: Images) -> dict[str, Callable[[Images], tuple[Tensor]]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.kernels.autotune import COMPILED, Key, choose
+from persample.kernels.gpu import by_triton, kernels_for
 from persample.kernels.library import operator
 from persample.kernels.onednn import product_for
 from persample.kernels.pieces import Sums, samples_at_once, squares_of
@@ -76,6 +77,10 @@ def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
             return product(d, x), product(d.square_(), x.square_())
 
         forms[COMPILED] = onednn
+    triton = kernels_for(a)
+    if triton is not None:
+        moments = triton.linear_moments
+        forms["triton"] = lambda delta, a: by_triton(moments, a.unsqueeze(1), delta.unsqueeze(1))
     return forms
 
 
@@ -137,6 +142,9 @@ def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tens
     product = product_for(a)
     if product is not None:
         forms[f"{COMPILED} one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
+    triton = kernels_for(a)
+    if triton is not None:
+        forms["triton"] = lambda delta, a: by_triton(triton.linear_moments, a, delta)
     return forms
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from persample.errors import MissingPackageError, OptionError, UnknownBackendError
 from persample.kernels.compiled import about_kernels
+from persample.kernels.gpu import about_triton
 from persample.sources.source import PerSampleGradSource
 
 _ENTRY_POINT_GROUP = "persample.backends"
@@ -29,7 +30,7 @@ class Backend:
         install: what to install if it cannot be imported.
         problem: None if it can be used here, else why not.
         machineries: the values of its option `machinery`, where it has several ways to compute.
-        kernels: whether its C++ kernels compute here, and if not, why; empty if it has none.
+        kernels: whether its kernels in C++, and in Triton on a GPU, compute here, else why not; empty if it has none.
     """
 
     name: str
@@ -132,7 +133,8 @@ def name_with(backend: str, ran: str | None) -> str:
 def backends() -> dict[str, Backend]:
     """Return every registered backend, by name; `.available` says whether it can be used here."""
     found = {name: _with_problem(backend) for name, backend in _all().items()}
-    return found | {"fused": replace(found["fused"], kernels=about_kernels())}
+    kernels = "; ".join(filter(None, (about_kernels(), about_triton())))
+    return found | {"fused": replace(found["fused"], kernels=kernels)}
 
 
 def register_backend(name: str, location: str, *, install: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Kernels in Triton for CUDA tensors; nothing here is imported before `serves` says that it can be used.
+"""Kernels in Triton for tensors on a GPU; `persample.kernels.gpu` imports them when they can be used.
 
-`products` are the kernels, `launch` calls them, `tuning` finds how, `cache` remembers that on disk.
+`products` are the kernels, `launch` calls them, `tuning` finds how, and remembers it.
 """

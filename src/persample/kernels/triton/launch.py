@@ -18,21 +18,16 @@ Sums = tuple[Tensor, Tensor]
 _MOST_ENTRIES = 2**31 - 1  # of an image: offsets within it have 32 bits
 
 
-def serves(x: Tensor, delta: Tensor) -> bool:
-    """Whether the kernels take these tensors: float32, not empty."""
-    right = x.dtype == delta.dtype == torch.float32 and x.device == delta.device
-    return right and min(x.numel(), delta.numel()) > 0 and max(x[0].numel(), delta[0].numel()) <= _MOST_ENTRIES
-
-
 def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fixed: bool = False) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, K)`, of g_i = Σ_l δ_il x_ilᵀ.
 
     Args:
-        x: shape `(B, L, K)`; `serves(x, delta)`.
+        x: shape `(B, L, K)`.
         delta: shape `(B, L, O)`.
         launch: how the kernel is launched; else the fastest way, found by trial.
         fixed: whether the likely way is taken without trial.
     """
+    _require_small_images(x, delta)
     batch, positions, columns = x.shape
     outputs = delta.shape[2]
     precisions = precisions_of_products()
@@ -69,7 +64,7 @@ def convolution_moments(
     The windows [[x]] are read from the (padded) input where they are; nothing is unfolded in memory.
 
     Args:
-        x: shape `(B·R, C, *S)` with one or two dimensions in S; `serves(x, delta)`.
+        x: shape `(B·R, C, *S)` with one or two dimensions in S.
         delta: shape `(B·R, O, *L)`.
         kernel_size: that of the convolution, as the next three.
         stride: one number for each dimension.
@@ -80,6 +75,7 @@ def convolution_moments(
         launch: how the kernel is launched; else the fastest way, found by trial.
         fixed: whether the likely way is taken without trial.
     """
+    _require_small_images(x, delta)
     weight = (delta.shape[1], x.shape[1] // groups, *kernel_size)
     if len(kernel_size) == 1:  # as an image of one row
         x, delta = x.unsqueeze(2), delta.unsqueeze(2)
@@ -106,6 +102,11 @@ def convolution_moments(
         return sums[0].view(weight), sums[1].view(weight)
 
     return run(launch or launch_for(shape, launches(shape, precisions, windows=True), x.device, run, fixed))
+
+
+def _require_small_images(x: Tensor, delta: Tensor) -> None:
+    if max(x[0].numel(), delta[0].numel()) > _MOST_ENTRIES:
+        raise RuntimeError("an image of a sample has more entries than 32 bits can count")
 
 
 def _moments(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from persample.files import replacing
 
@@ -156,7 +157,7 @@ def _fastest(candidates: Sequence[Launch], run: Callable[[Launch], Any]) -> Laun
     for launch in candidates:
         try:
             times[launch] = milliseconds(lambda launch=launch: run(launch))  # type: ignore[misc]
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+        except TritonError:  # it does not fit
             continue
     if not times:
         raise RuntimeError("no way to launch the kernel fits this GPU")
