@@ -51,6 +51,8 @@ def in_order(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         results = function(*arguments)
+        if results is None:  # it writes to its arguments
+            return None
         return results.contiguous() if isinstance(results, Tensor) else tuple([r.contiguous() for r in results])
 
     return run
