@@ -458,3 +458,18 @@ class TestAustralian:
         code, _, err = command("--method", "sgd")
         assert code == 2
         assert "choose among VOGN, Vadam, mean-field VI" in err
+
+
+def test_contest_without_time_writes_what_is_there(persample: Command, tmp_path: Path) -> None:
+    code, out, _ = persample("contest", "--dataset", "mnist", "--minutes", "0")
+
+    assert code == 0
+    assert "## MNIST" in out
+    assert (tmp_path / "runs/contest/results.json").exists()
+
+
+def test_contest_refuses_devices_without_numbers(persample: Command) -> None:
+    code, _, err = persample("contest", "--devices", "cpu", "--minutes", "0")
+
+    assert code == 2
+    assert "cuda:8,cpu:7" in err
