@@ -42,9 +42,10 @@ def gaussian_of_two(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * entries.sum(1)
 
 
-def network_for(x: Tensor, outputs: int) -> nn.Module:
+def network_for(x: Tensor, outputs: int, width: int, activation: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs))
+    layers = [nn.Linear(x.shape[1], width), activation(), nn.Linear(width, width), activation()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
 def epochs(number: int) -> list[Tensor]:
@@ -53,14 +54,23 @@ def epochs(number: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("data", "outputs", "loss_fn", "number"),
-    [(table, 3, losses.cross_entropy, 12), (regression, 2, gaussian_of_two, 40)],
+    ("data", "outputs", "loss_fn", "number", "width", "activation"),
+    [
+        (table, 3, losses.cross_entropy, 12, 64, nn.ReLU),
+        (table, 3, losses.cross_entropy, 40, 32, nn.Tanh),
+        (regression, 2, gaussian_of_two, 40, 64, nn.ReLU),
+    ],
 )
 def test_no_worse_than_adam(
-    data: Callable[[], Data], outputs: int, loss_fn: Callable[..., Tensor], number: int
+    data: Callable[[], Data],
+    outputs: int,
+    loss_fn: Callable[..., Tensor],
+    number: int,
+    width: int,
+    activation: type[nn.Module],
 ) -> None:
     x, y, x_test, y_test = data()
-    model = network_for(x, outputs)
+    model = network_for(x, outputs, width, activation)
     adam = torch.optim.Adam(model.parameters())
     for rows in epochs(number):
         adam.zero_grad()
@@ -69,7 +79,7 @@ def test_no_worse_than_adam(
     with torch.no_grad():
         by_adam = loss_fn(model(x_test), y_test).mean().item()
 
-    model = network_for(x, outputs)
+    model = network_for(x, outputs, width, activation)
     optimizer = VOGN(model, loss_fn, data_size=len(x), generator=generator_of(2))
     for rows in epochs(number):
         optimizer.observe(x[rows], y[rows])

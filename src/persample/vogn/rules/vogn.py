@@ -59,7 +59,7 @@ class VOGN(VariationalOptimizer):
             `observe()` and `elbo()`, not by passes of your own, see `sampled_params()`.
         data_size: the number of training samples.
         lr: α.
-        prior_precision: λ of the prior N(m₀, 1/λ) over each weight, 20 by default. 0 is a flat prior. A mapping from
+        prior_precision: λ of the prior N(m₀, 1/λ) over each weight, 5 by default. 0 is a flat prior. A mapping from
             the names of parameters to tensors gives each weight its own.
         prior_mean: m₀, likewise; 0 by default.
         prior: in place of the two before, a `Prior`: for example `posterior.as_prior()` of an earlier training, to go
@@ -142,7 +142,7 @@ class VOGN(VariationalOptimizer):
             "damping": damping,
             "max_update": max_update,
         }
-        shared.setdefault("prior_precision", 20.0)
+        shared.setdefault("prior_precision", 5.0)
         shared.setdefault("temperature", 0.3)
         super().__init__(model, loss_fn, settings, **shared)
 
