@@ -362,7 +362,7 @@ def test_backends_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 class _Unseen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.from_numpy(x.numpy(force=True) * weight.detach().numpy(force=True))
+        return torch.from_numpy(x.numpy(force=True) * weight.detach().numpy(force=True)).to(x.device)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> Any:

@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 
 from persample.testing import BackendSuite, Case, Verdict, support
+from persample.testing.devices import on_cuda
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 DOCUMENTED = support.read(PAGE.read_text(encoding="utf-8"))
+
+
+MASKS = "draws other masks than an ordinary pass"
+OTHERWISE_ON_CUDA = {
+    "Dropout in training mode": MASKS,
+    "Functional dropout": MASKS,
+    "Spatial transformer": "cannot run the kernel of this layer",
+}
 
 
 class DocumentedSuite(BackendSuite):
@@ -34,6 +43,12 @@ class TestVmap(DocumentedSuite):
     options = {"randomness": "same"}  # noqa: RUF012 - declared as a class variable in the suite
     stream = "each"
     serves = "layers"
+
+    @pytest.fixture(autouse=True)
+    def _otherwise_on_cuda(self, request: pytest.FixtureRequest) -> None:
+        case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+        if on_cuda() and case and case.name in OTHERWISE_ON_CUDA:
+            pytest.skip(f"on a GPU torch.func {OTHERWISE_ON_CUDA[case.name]}")
 
 
 class TestVjp(BackendSuite):

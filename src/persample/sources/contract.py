@@ -23,6 +23,7 @@ from persample.sources.model.calling import called, losses_of, refuse_backward_i
 from persample.sources.model.isolation import State, state_restored, untouched
 from persample.sources.model.modules import modules_of, parameters_of
 from persample.sources.model.random_state import RandomState, random_state_restored
+from persample.sources.model.recurrent_layers import repeatable
 from persample.sources.model.refusals import refuse_hooked_parameters
 from persample.sources.model.usage import Use
 
@@ -131,7 +132,8 @@ class Contract(ABC):
             UnsupportedModelError: the model or the loss calls `.backward()`.
         """
         args, kwargs, targets = batch.for_a_call()
-        outputs = called(model or self.model, args, kwargs)
+        with repeatable(self.model):
+            outputs = called(model or self.model, args, kwargs)
         losses = losses_of(self.loss_fn, outputs, targets, batch.size)
         refuse_backward_in_forward(self.model)
         read_right([losses])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from persample.sources.model.recurrent_layers import repeatable
 from persample.sources.splits.parts import Batched, Entries
 from persample.sources.splits.tree import Split
 from persample.testing.devices import set_seed
@@ -72,9 +73,10 @@ def per_sample_truth(
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """Return what `model` makes of `inputs`: a tensor, a tuple of arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    with repeatable(model):
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def unwrapped(tree: Any) -> Any:

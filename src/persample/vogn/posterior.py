@@ -334,21 +334,27 @@ class Posterior:
 
     @staticmethod
     def load(
-        path: str | PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
+        path: str | PathLike[str], model: nn.Module | None = None, *, device: torch.device | str | None = None
     ) -> Posterior:
         """Read what `save` wrote.
 
         Args:
             path: the file.
             model: the network that `predict` and the like shall use; it is not changed.
-            device: where to put the tensors.
+            device: where to put the tensors; if None, where the model has its parameters, or on the CPU.
 
         Raises:
             MissingPackageError: the package safetensors is not installed.
             OptionError: there is no such device here.
             DataError: the file is missing, damaged, or not a posterior.
         """
-        mean, precision = posterior_file.read(Path(path), device)
+        mean, precision = posterior_file.read(Path(path), "cpu" if device is None else device)
+        if device is None and model is not None:
+            places = {name: p.device for name, p in model.named_parameters()}
+            mean, precision = (
+                {name: value.to(places.get(name, value.device)) for name, value in table.items()}
+                for table in (mean, precision)
+            )
         return Posterior(mean, precision, model)
 
     def _over(self, loader: Any, progress: bool, draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:

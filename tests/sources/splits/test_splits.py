@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_sequence as pack_on_cpu
 
 import persample
 from persample import batched, losses, one_per_sample, shared
@@ -22,6 +23,12 @@ from persample.sources.batch import arguments, as_batch
 
 EVERY = frozenset({"loop", "vjp", "fused", "vmap", "hooks", "backpack", "opacus"})
 BY_OPERATIONS = frozenset({"loop", "vjp", "fused", "vmap"})
+
+
+def pack_sequence(entries: list[Tensor], enforce_sorted: bool = True) -> PackedSequence:
+    """As PyTorch's, which wants the lengths on the CPU but makes them on the default device."""
+    with torch.device("cpu"):
+        return pack_on_cpu(entries, enforce_sorted)
 
 
 class Net(nn.Module):

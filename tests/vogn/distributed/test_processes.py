@@ -35,6 +35,11 @@ def run_ranks(processes: int, folder: Path, *arguments: str) -> list[Any]:
 
 def by_one_process(processes: int, way: str, rule: str = "VOGN") -> list[list[torch.Tensor]]:
     """The means after each step, if one process observes all batches, each at the draws of the rank that had it."""
+    with torch.device("cpu"):  # as the ranks do
+        return _by_one_process(processes, way, rule)
+
+
+def _by_one_process(processes: int, way: str, rule: str) -> list[list[torch.Tensor]]:
     model = ranks.make_model(seed=0)
     optimizer = ranks.make_optimizer(model, rule)
     history = []

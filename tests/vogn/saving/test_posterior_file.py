@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -51,6 +52,14 @@ def test_the_same_posterior_comes_back(
     assert torch.equal(first.probabilities, second.probabilities)
 
 
+def test_it_goes_where_the_model_is(saved: tuple[Posterior, Path], model: nn.Module) -> None:
+    elsewhere = copy.deepcopy(model).to("meta")
+    loaded = Posterior.load(saved[1], elsewhere)
+    for table in (loaded.mean, loaded.precision):
+        assert {value.device.type for value in table.values()} == {"meta"}
+    assert {value.device.type for value in Posterior.load(saved[1], elsewhere, device="cpu").mean.values()} == {"cpu"}
+
+
 def test_the_order_of_the_parameters_is_kept(tmp_path: Path) -> None:
     names = ["z", "a", "m.weight"]
     posterior = Posterior({name: torch.randn(2) for name in names}, {name: torch.ones(2) for name in names})
@@ -61,7 +70,7 @@ def test_the_order_of_the_parameters_is_kept(tmp_path: Path) -> None:
 def test_a_pruned_posterior_comes_back(saved: tuple[Posterior, Path], tmp_path: Path) -> None:
     pruned = saved[0].prune(0.5)
     pruned.save(tmp_path / "pruned")
-    loaded = Posterior.load(tmp_path / "pruned")
+    loaded = Posterior.load(tmp_path / "pruned", device=torch.get_default_device())
     assert all(torch.equal(loaded.precision[name], value) for name, value in pruned.precision.items())
 
 
@@ -69,7 +78,7 @@ def test_views_dtypes_and_scalars_come_back(tmp_path: Path) -> None:
     mean = {"t": torch.arange(6.0).view(2, 3).t(), "s": torch.tensor(2.0, dtype=torch.float64)}
     precision = {"t": torch.ones(1).expand(3, 2), "s": torch.tensor(3.0, dtype=torch.float64)}
     Posterior(mean, precision).save(tmp_path / "file")
-    loaded = Posterior.load(tmp_path / "file")
+    loaded = Posterior.load(tmp_path / "file", device=torch.get_default_device())
     for name, value in mean.items():
         torch.testing.assert_close(loaded.mean[name], value, rtol=0, atol=0)
 
@@ -173,5 +182,6 @@ def test_through_a_link_its_target_is_written(saved: tuple[Posterior, Path], tmp
     saved[0].prune(0.5).save(link)
     assert link.is_symlink()
     assert all(
-        torch.equal(mean, saved[0].prune(0.5).mean[name]) for name, mean in Posterior.load(saved[1]).mean.items()
+        torch.equal(mean, saved[0].prune(0.5).mean[name])
+        for name, mean in Posterior.load(saved[1], device=torch.get_default_device()).mean.items()
     )

@@ -170,7 +170,8 @@ class Packed(Split):
     def take(self, index: Index, take: Take) -> Split:
         sequences = unpack_sequence(self.packed)
         chosen = sequences[index] if isinstance(index, slice) else [sequences[i] for i in index]
-        packed = pack_sequence(chosen, enforce_sorted=False)
+        with torch.device("cpu"):  # where the lengths must be, whatever the default device is
+            packed = pack_sequence(chosen, enforce_sorted=False)
         return Packed(packed._replace(data=entering(lambda _: packed.data)(self.packed.data)), self.whole)
 
     def map(self, function: TensorFunction) -> Split:

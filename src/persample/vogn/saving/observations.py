@@ -76,7 +76,8 @@ def _part(part: Any, names: Mapping[str, tuple[str, Tensor]], *, draws_apart: bo
         mean.keys() <= noise.keys() and all(bool(e.isfinite().all()) for e in noise.values())
     ):
         raise _other_observations("the noise must be finite, and there for each parameter")
-    return {"losses": losses, "mean": mean, "second_moment": second, "noise": noise}
+    beside_them = losses.to(next(iter(mean.values())).device)
+    return {"losses": beside_them, "mean": mean, "second_moment": second, "noise": noise}
 
 
 def _is_vector(values: Any) -> bool:

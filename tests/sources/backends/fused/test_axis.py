@@ -155,7 +155,7 @@ class _Sine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.from_numpy(np.sin(x.detach().numpy(force=True)))
+        return torch.from_numpy(np.sin(x.detach().numpy(force=True))).to(x.device)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> Tensor:
