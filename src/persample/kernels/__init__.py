@@ -5,5 +5,7 @@ of a parameter, and the squared norms ‖g_i‖² where these take more than an 
 its fastest form is found by trial, too: `autotune`. `step` draws weights. `library` makes the operators known.
 
 Each operator has a form in PyTorch's own operations. On CPUs a kernel in C++ (`csrc/`) takes its place where one was
-compiled (`compiled`) and takes these tensors.
+compiled (`compiled`) and takes these tensors: `products` calls that of convolutions and linear layers.
 """
+
+from persample.kernels import products as products

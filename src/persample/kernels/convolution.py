@@ -88,7 +88,12 @@ _ARGUMENTS = (
 )
 
 
-def _checked(x: Tensor, delta: Tensor, kernel_size: Sequence[int], *settings: Any) -> Images:
+def checked(x: Tensor, delta: Tensor, kernel_size: Sequence[int], *settings: Any) -> Images:
+    """Return what goes through the convolution.
+
+    Raises:
+        ValueError: shapes and settings do not fit each other.
+    """
     stride, padding, dilation, groups, images = settings
     dimensions = len(kernel_size)
     each = (stride, padding, dilation, x.shape[2:], delta.shape[2:])
@@ -105,12 +110,12 @@ def _checked(x: Tensor, delta: Tensor, kernel_size: Sequence[int], *settings: An
 
 
 def _fake_moments(*arguments: Any) -> Sums:
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return c.delta.new_empty(c.geometry.weight), c.delta.new_empty(c.geometry.weight)
 
 
 def _fake_norms(*arguments: Any) -> Tensor:
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return c.delta.new_empty(len(c.delta) // c.images)
 
 
@@ -119,35 +124,35 @@ def _fake_moments_and_norms(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_per_sample(*arguments: Any) -> Tensor:
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return c.delta.new_empty(len(c.delta) // c.images, *c.geometry.weight)
 
 
 @operator(f"convolution_moments{_ARGUMENTS} -> (Tensor, Tensor)", _fake_moments)
 def convolution_moments(*arguments: Any) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *K)`, for x `(B·R, C, *S)` and δ `(B·R, O, *L)`; see `arguments`."""
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return choose(_key("convolution", c), lambda: forms(c) | _forms_of_a_gpu(c), c)
 
 
 @operator(f"convolution_squared_norms{_ARGUMENTS} -> Tensor", _fake_norms)
 def convolution_squared_norms(*arguments: Any) -> Tensor:
     """Return ‖g_i‖², `(B,)`, of the same."""
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return choose(_key("norms of a convolution", c), lambda: norm_forms(c), c)[0]
 
 
 @operator(f"convolution_moments_and_norms{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", _fake_moments_and_norms)
 def convolution_moments_and_norms(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖² of the same, of gradients that are formed once for all three."""
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return choose(_key("moments and norms of a convolution", c), lambda: _each(_moments_and_norms, c), c)
 
 
 @operator(f"convolution_per_sample{_ARGUMENTS} -> Tensor", _fake_per_sample)
 def convolution_per_sample(*arguments: Any) -> Tensor:
     """Return g_i, `(B, O, C/G, *K)`, of the same."""
-    c = _checked(*arguments)
+    c = checked(*arguments)
     return choose(_key("gradients of a convolution", c), lambda: _each(_per_sample, c), c)[0]
 
 

@@ -18,27 +18,28 @@ from persample.kernels.pieces import Sums, samples_at_once, squares_of
 Form = TypeVar("Form", bound=Callable[..., object])
 
 
-def _check(x: Tensor, delta: Tensor) -> None:
+def check(x: Tensor, delta: Tensor) -> None:
+    """Raise a ValueError if the shapes do not fit each other."""
     if x.dim() != 3 or delta.dim() != 3 or x.shape[:2] != delta.shape[:2]:
         shapes = f"{tuple(x.shape)} and {tuple(delta.shape)}"
         raise ValueError(f"inputs and gradients of shapes {shapes}: they must be (B, L, I) and (B, L, O).")
 
 
 def _fake_moments(x: Tensor, delta: Tensor) -> Sums:
-    _check(x, delta)
+    check(x, delta)
     shape = delta.shape[2], x.shape[2]
     return delta.new_empty(shape), delta.new_empty(shape)
 
 
 def _fake_norms(x: Tensor, delta: Tensor) -> Tensor:
-    _check(x, delta)
+    check(x, delta)
     return delta.new_empty(len(delta))
 
 
 @operator("linear_moments(Tensor x, Tensor delta) -> (Tensor, Tensor)", _fake_moments)
 def linear_moments(x: Tensor, delta: Tensor) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, I)`, of g_i = Σ_l δ_il x_ilᵀ, for x `(B, L, I)` and δ `(B, L, O)`."""
-    _check(x, delta)
+    check(x, delta)
     kind = (delta.shape[2], x.shape[2], x.dtype, x.device)
     batch, positions = delta.shape[:2]
     if positions == 1:
@@ -54,14 +55,19 @@ def linear_squared_norms(x: Tensor, delta: Tensor) -> Tensor:
 
     So Goodfellow (2015), and Li et al. (2022).
     """
-    _check(x, delta)
+    check(x, delta)
     positions, outputs, inputs = delta.shape[1], delta.shape[2], x.shape[2]
     if positions == 1:
         return delta.square().sum((1, 2)) * x.square().sum((1, 2))
-    if 2 * positions * (outputs + inputs) <= outputs * inputs:
+    if norms_from_products(positions, outputs, inputs):
         products = (delta @ delta.mT).mul_(x @ x.mT)
         return products.flatten(1).sum(1).clamp_(min=0)  # rounding may leave less than nothing
     return torch.cat([torch.linalg.vector_norm(g, dim=(1, 2)).square() for g in _pieces(delta, x)])
+
+
+def norms_from_products(positions: int, outputs: int, inputs: int) -> bool:
+    """Whether the products of positions are cheaper than the gradients."""
+    return positions == 1 or 2 * positions * (outputs + inputs) <= outputs * inputs
 
 
 def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:

@@ -12,7 +12,8 @@ from persample.kernels.linear import linear_squared_norms
 from persample.kernels.pieces import Sums, samples_at_once, squares_of
 
 
-def _check(delta: Tensor, a: Tensor) -> None:
+def check(delta: Tensor, a: Tensor) -> None:
+    """Raise a ValueError if the shapes do not fit each other."""
     apart = delta.dim() != 4 or a.dim() != 4 or delta.shape[:2] != a.shape[:2] or delta.shape[3] != a.shape[3]
     if apart:
         shapes = f"{tuple(delta.shape)} and {tuple(a.shape)}"
@@ -20,13 +21,13 @@ def _check(delta: Tensor, a: Tensor) -> None:
 
 
 def _fake_moments(delta: Tensor, a: Tensor) -> Sums:
-    _check(delta, a)
+    check(delta, a)
     shape = delta.shape[1], delta.shape[2], a.shape[2]
     return delta.new_empty(shape), delta.new_empty(shape)
 
 
 def _fake_norms(delta: Tensor, a: Tensor) -> Tensor:
-    _check(delta, a)
+    check(delta, a)
     return delta.new_empty(len(delta))
 
 
@@ -37,7 +38,7 @@ def _fake_weighted(delta: Tensor, a: Tensor, weights: Tensor) -> Tensor:
 @operator("outer_moments(Tensor delta, Tensor a) -> (Tensor, Tensor)", _fake_moments)
 def outer_moments(delta: Tensor, a: Tensor) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(G, O, I)`, for δ `(B, G, O, L)` and a `(B, G, I, L)`."""
-    _check(delta, a)
+    check(delta, a)
     if a.shape[3] == 1:
         # One position: g_i² = (δ_i)² (a_iᵀ)², so that no per-sample gradient is needed (Goodfellow, 2015).
         return product(delta, a), product(delta.square(), a.square())
@@ -52,7 +53,7 @@ def outer_moments(delta: Tensor, a: Tensor) -> Sums:
 @operator("outer_squared_norms(Tensor delta, Tensor a) -> Tensor", _fake_norms)
 def outer_squared_norms(delta: Tensor, a: Tensor) -> Tensor:
     """Return ‖g_i‖², `(B,)`, of the same."""
-    _check(delta, a)
+    check(delta, a)
     if a.shape[1] == 1:
         return linear_squared_norms(a.squeeze(1).mT, delta.squeeze(1).mT)
     if a.shape[3] == 1:
@@ -64,7 +65,7 @@ def outer_squared_norms(delta: Tensor, a: Tensor) -> Tensor:
 @operator("outer_weighted_sum(Tensor delta, Tensor a, Tensor weights) -> Tensor", _fake_weighted)
 def outer_weighted_sum(delta: Tensor, a: Tensor, weights: Tensor) -> Tensor:
     """Return Σ_i w_i g_i, `(G, O, I)`, of the same."""
-    _check(delta, a)
+    check(delta, a)
     if a.shape[3] == 1:
         return product(delta * weights.to(delta.dtype).view(-1, 1, 1, 1), a)
     # To form them costs less than to put all positions of all samples side by side.

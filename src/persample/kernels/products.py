@@ -1,0 +1,129 @@
+"""The products of convolutions and linear layers by the compiled kernel, which keeps g_i in registers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.kernels.compiled import INT, POINTER, find_kernel
+from persample.kernels.convolution import Geometry, Images, checked
+from persample.kernels.library import LIBRARY, ON_ANY_DEVICE
+from persample.kernels.linear import check as check_linear
+from persample.kernels.linear import norms_from_products
+from persample.kernels.outer import check as check_outer
+from persample.kernels.pieces import Sums
+
+_DTYPES = {torch.float32: "float", torch.float64: "double"}
+_SUMS_OF_THREADS = 2**25  # bytes at most of the sums that threads take for themselves
+_WORTH_A_THREAD = 2**18  # multiplications
+
+
+def _product(c: Images, sums: bool, norms: bool) -> tuple[Tensor, ...] | None:
+    """Return Σ_i g_i and Σ_i g_i², and ‖g_i‖², as wanted; None where PyTorch's own operations are to compute."""
+    dtype = _DTYPES.get(c.x.dtype)
+    if dtype is None or c.delta.dtype != c.x.dtype or math.prod(c.geometry.weight) == 0 or not _fits(c):
+        return None
+    kernel = find_kernel(f"persample_products_{dtype}", *[POINTER] * 6, INT)
+    if kernel is None:
+        return None
+    weight, batch = c.geometry.weight, len(c.x) // c.images
+    results = [c.x.new_empty(weight), c.x.new_empty(weight)] if sums else []
+    addresses: list[int | None] = [t.data_ptr() for t in results] or [None, None]
+    if norms:
+        results.append(c.x.new_zeros(batch))
+    addresses.append(results[-1].data_ptr() if norms else None)
+    kernel(_layer(c, batch), c.x.data_ptr(), c.delta.data_ptr(), *addresses, _threads(c, batch))
+    return tuple(results)
+
+
+def _fits(c: Images) -> bool:
+    """Whether the last window lies inside the padded input."""
+    g = c.geometry
+    sizes = zip(c.x.shape[2:], c.delta.shape[2:], g.weight[2:], g.stride, g.padding, g.dilation, strict=True)
+    return all(n == 0 or (n - 1) * s + d * (k - 1) < size + 2 * p for size, n, k, s, p, d in sizes)
+
+
+def _layer(c: Images, batch: int) -> Any:
+    """`Layer` in `csrc/products.cpp`."""
+    g, x, delta = c.geometry, c.x, c.delta
+    numbers = [batch, c.images, g.groups, g.weight[1], g.weight[0] // g.groups]
+    for values, missing in ((x.shape[2:], 1), (delta.shape[2:], 1), (g.weight[2:], 1)):
+        numbers += _three(values, missing)
+    for values, missing in ((g.stride, 1), (g.padding, 0), (g.dilation, 1)):
+        numbers += _three(values, missing)
+    for t in (x, delta):
+        numbers += [*t.stride()[:2], *_three(t.stride()[2:], 0)]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _three(values: Sequence[int], missing: int) -> list[int]:
+    return [missing] * (3 - len(values)) + list(values)
+
+
+def _threads(c: Images, batch: int) -> int:
+    """How many threads take samples, by the sizes alone: their sums are added up in a fixed order."""
+    weight = c.geometry.weight
+    work = c.delta.numel() * math.prod(weight[1:]) // _WORTH_A_THREAD
+    room = _SUMS_OF_THREADS // (2 * math.prod(weight) * c.x.element_size())
+    return max(1, min(torch.get_num_threads(), batch, work, room))
+
+
+_ONE = (1,)
+
+
+def _of_linear(x: Tensor, delta: Tensor) -> Images:
+    check_linear(x, delta)
+    return Images(delta.mT, x.mT, Geometry((delta.shape[2], x.shape[2], 1), _ONE, (0,), _ONE, 1))
+
+
+def _of_outer(delta: Tensor, a: Tensor) -> Images:
+    check_outer(delta, a)
+    weight = (delta.shape[1] * delta.shape[2], a.shape[2], 1)
+    return Images(delta.flatten(1, 2), a.flatten(1, 2), Geometry(weight, _ONE, (0,), _ONE, delta.shape[1]))
+
+
+def _convolution_moments(*arguments: Any) -> Any:
+    return _product(checked(*arguments), True, False) or ON_ANY_DEVICE["convolution_moments"](*arguments)
+
+
+def _convolution_squared_norms(*arguments: Any) -> Any:
+    found = _product(checked(*arguments), False, True)
+    return found[0] if found else ON_ANY_DEVICE["convolution_squared_norms"](*arguments)
+
+
+def _convolution_moments_and_norms(*arguments: Any) -> Any:
+    return _product(checked(*arguments), True, True) or ON_ANY_DEVICE["convolution_moments_and_norms"](*arguments)
+
+
+def _linear_moments(x: Tensor, delta: Tensor) -> Any:
+    c = _of_linear(x, delta)
+    found = _product(c, True, False) if x.shape[1] > 1 else None
+    return _in_shape(found, c.geometry.weight[:2]) or ON_ANY_DEVICE["linear_moments"](x, delta)
+
+
+def _linear_squared_norms(x: Tensor, delta: Tensor) -> Any:
+    c = _of_linear(x, delta)
+    found = None if norms_from_products(x.shape[1], *c.geometry.weight[:2]) else _product(c, False, True)
+    return found[0] if found else ON_ANY_DEVICE["linear_squared_norms"](x, delta)
+
+
+def _outer_moments(delta: Tensor, a: Tensor) -> Any:
+    found = _product(_of_outer(delta, a), True, False) if a.shape[3] > 1 else None
+    shape = delta.shape[1], delta.shape[2], a.shape[2]
+    return _in_shape(found, shape) or ON_ANY_DEVICE["outer_moments"](delta, a)
+
+
+def _in_shape(found: tuple[Tensor, ...] | None, shape: Sequence[int]) -> Sums | None:
+    return None if found is None else (found[0].view(shape), found[1].view(shape))
+
+
+for implementation in (
+    *(_convolution_moments, _convolution_squared_norms, _convolution_moments_and_norms),
+    *(_linear_moments, _linear_squared_norms, _outer_moments),
+):
+    LIBRARY.impl(implementation.__name__.removeprefix("_"), implementation, "CPU")
