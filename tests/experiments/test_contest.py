@@ -263,7 +263,7 @@ class TestReport:
 
     def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "results.json").write_text(json.dumps({"contest": {}}))
-        with pytest.raises(DataError, match=r"results\.json is not what a contest wrote"):
+        with pytest.raises(DataError, match=r"results\.json is not a file of a contest, or is damaged"):
             read_json(tmp_path / "results.json")
 
     def test_sorts_by_log_loss_and_marks_the_best_single_network(self) -> None:

@@ -94,7 +94,7 @@ def test_a_gradient_scaler(parts: int) -> None:
 
 
 def test_an_optimizer_of_others_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"Adam, which trains no posterior.*persample\.VOGN"):
+    with pytest.raises(UsageError, match=r"Adam, which does not train a posterior.*persample\.VOGN"):
         train(None, 10, 1, optimizer_type=torch.optim.Adam)
 
 

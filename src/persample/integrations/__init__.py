@@ -1,4 +1,4 @@
-"""Trainers and libraries of others, each in a module of its own, which imports its package when it is imported itself.
+"""Integrations of trainers and other libraries: one module each, which imports that library.
 
 `lightning`, `transformers` and `accelerate` let these trainers train a posterior: accumulated gradients, scaled losses,
 checkpoints, and evaluation by averaged predictions. `laplace` gives laplace-torch its diagonals. `found` finds the

@@ -1,4 +1,4 @@
-"""Accelerate: the block in which the model has a draw of its weights, for a prepared optimizer."""
+"""Accelerate: `sampled_params` for a prepared optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from persample.integrations.found import optimizer_in
 
 @contextmanager
 def sampled_params(accelerator: Any, optimizer: Any, **options: Any) -> Iterator[None]:
-    """Let the model have one draw of its weights, and collect the moments of the gradients there.
+    """Put a draw of the weights into the model, and record the moments of the gradients there.
 
         for inputs, targets in loader:
             with accelerator.accumulate(model):

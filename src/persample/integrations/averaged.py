@@ -1,4 +1,4 @@
-"""Outputs under several draws of the weights as one, and the loss of that, for trainers that compute the loss inside.
+"""Averaging outputs over draws of the weights, and the loss of the average, for trainers that compute it inside.
 
 Which likelihood a model has is not told by its outputs, so it is found: the one whose mean loss is the loss that the
 model returned for a draw.
@@ -28,12 +28,12 @@ def require_outputs(likelihood: object) -> None:
     """
     if likelihood is not None and likelihood not in get_args(Outputs):
         raise OptionError(
-            f"likelihood={likelihood!r}: must be one of {', '.join(map(repr, get_args(Outputs)))}, or None."
+            f"likelihood={likelihood!r} must be one of {', '.join(map(repr, get_args(Outputs)))}, or None."
         )
 
 
 def averaged(likelihood: Outputs, outputs: Tensor) -> Tensor:
-    """Return the outputs that predict what those of K draws, of shape `(K, B, …)`, predict on average.
+    """Return outputs whose prediction is the average of those of K draws, `(K, B, …)`.
 
     Of logits, whose classes are in the last dimension, these are the logarithms of the averaged probabilities; of
     logits of single classes the logit of the averaged probability; of real numbers the mean.

@@ -1,4 +1,4 @@
-"""The optimizer of this package inside of what a trainer has made of it."""
+"""Finding the package's optimizer inside a trainer's wrapper."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from persample.vogn import VariationalOptimizer
 
 
 def found_in(optimizer: Any) -> VariationalOptimizer | None:
-    """Return the optimizer that `optimizer` is, or wraps as its `.optimizer`; None if it is none of this package."""
+    """Return this package's optimizer, unwrapped from `.optimizer`; None if it is another one."""
     inner = _unwrapped(optimizer)
     return inner if isinstance(inner, VariationalOptimizer) else None
 
 
 def optimizer_in(optimizer: Any, way_out: str) -> VariationalOptimizer:
-    """Return the optimizer that `optimizer` is, or wraps as its `.optimizer`.
+    """Return this package's optimizer, unwrapped from `.optimizer`.
 
     Raises:
         UsageError: it is none of this package; the message ends with the way out.
     """
     inner = _unwrapped(optimizer)
     if not isinstance(inner, VariationalOptimizer):
-        raise UsageError(f"The optimizer is of type {type(inner).__name__}, which trains no posterior: {way_out}.")
+        raise UsageError(
+            f"The optimizer is of type {type(inner).__name__}, which does not train a posterior: {way_out}."
+        )
     return inner
 
 

@@ -1,4 +1,4 @@
-"""Lightning: a callback that draws the weights where the Trainer computes gradients outside of `optimizer.step`."""
+"""Lightning: a callback that draws the weights when the Trainer computes gradients outside `optimizer.step`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
-    """Lets a Trainer accumulate gradients, scale losses, save and resume with an optimizer of this package.
+    """Lets a Trainer accumulate gradients, scale losses, save and resume with this package's optimizers.
 
         trainer = lightning.Trainer(accumulate_grad_batches=4, callbacks=[DrawWeights()])
 
@@ -50,7 +50,7 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
     # Training.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run closures that are handed to `step` in the block of their batch."""
+        """Run closures passed to `step` in the block of their batch."""
         optimizer = _optimizer_of(trainer, pl_module)
         if optimizer is None or not pl_module.automatic_optimization:
             return
@@ -67,25 +67,25 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
             return
         if optimizer.mc_samples > 1:
             raise OptionError(
-                f"mc_samples={optimizer.mc_samples}: with accumulate_grad_batches or a gradient scaler Lightning runs "
-                "each batch once, at one draw. Set mc_samples=1."
+                f"mc_samples={optimizer.mc_samples} is not supported with accumulate_grad_batches or a gradient "
+                "scaler, with which Lightning runs each batch once, at one draw: set mc_samples=1."
             )
         self._block = optimizer.sampled_params(True, redraw=False, loss_scale=1 / parts, grad_scaler=scaler)
         self._block.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the mean back; what was recorded waits for the step."""
+        """Restore the mean; the recording waits for the step."""
         self._close()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Notice that a gradient scaler has divided by its scale, before clipping changes the gradients."""
+        """Note that a gradient scaler has divided by its scale, before clipping changes the gradients."""
         found = found_in(optimizer)
         if found is not None and pl_module.automatic_optimization and _scaler_of(trainer) is not None:
             found._take_changes(at_the_step=False)
             self._steps = found.steps + found.skipped_steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Put the mean back where `training_step` returned None; forget what overflowed, where no step was made."""
+        """Restore the mean if `training_step` returned None; discard what overflowed if no step was made."""
         self._discard()
         optimizer, steps = _optimizer_of(trainer, pl_module), self._steps
         self._steps = None
@@ -94,11 +94,11 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
             optimizer.zero_grad()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the mean back."""
+        """Restore the mean."""
         self._discard(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizer as it was."""
+        """Restore the optimizer."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -109,11 +109,11 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
     # Checkpoints.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random numbers."""
+        """Add the state of the random number generators."""
         checkpoint[_KEY] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Go on with the random numbers of the checkpoint; or, for predictions, with its posterior."""
+        """Restore the checkpoint's random number generators; for predictions, its posterior."""
         if trainer.training:
             states = checkpoint.get(_KEY)
             if states is not None:
@@ -130,7 +130,7 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
     def _before_step(
         self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Run the closure in the block that is open, and let the step do without it."""
+        """Run the closure in the open block, and step without it."""
         if self._block is None:
             return None
         closure = kwargs.pop("closure", None) if "closure" in kwargs else args[1]
@@ -145,7 +145,7 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
             block.__exit__(None, None, None)
 
     def _discard(self, error: BaseException | None = None) -> None:
-        """End the block as if it had not been."""
+        """Discard the block."""
         block, self._block = self._block, None
         if block is not None:
             error = error or _NoGradientError()
@@ -161,7 +161,7 @@ class _NoGradientError(Exception):
 
 
 def _optimizer_of(trainer: Trainer, module: LightningModule) -> VariationalOptimizer | None:
-    """The optimizer of this package that trains the module, None if another one does."""
+    """Return this package's optimizer of the module; None if another one trains it."""
     candidates = [*getattr(trainer, "optimizers", []), *vars(module).values()]
     return next((found for found in map(found_in, candidates) if found is not None), None)
 

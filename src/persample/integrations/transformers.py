@@ -1,4 +1,4 @@
-"""Trainer of Hugging Face: gradients at draws of the weights, and evaluation by the average over draws."""
+"""Hugging Face's Trainer: gradients at draws of the weights, and evaluation averaged over draws."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class VariationalMixin:
     # Training.
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, *args: Any) -> Tensor:
-        """Run forward and backward at a draw of the weights, of which the optimizer collects the moments.
+        """Run forward and backward at a draw of the weights, and record the moments.
 
         The batches of one step have the same draw, unless `mc_samples` asks for several. By whatever the Trainer
         multiplies the loss is taken out again.
@@ -78,7 +78,7 @@ class VariationalMixin:
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss of this batch alone, and watch by what it is multiplied before the backward pass.
+        """Return the mean loss of this batch alone, and note its factor in the backward pass.
 
         The number of items of all accumulated batches, by which some models divide and others do not, is kept back.
         """
@@ -96,8 +96,8 @@ class VariationalMixin:
             path = Path(best) / "optimizer.pt"
             if not path.exists():
                 raise UsageError(
-                    f"The weights of the best checkpoint were loaded, but it has no {path.name}, so the precision of "
-                    "the posterior there is not known: set save_only_model=False."
+                    f"The weights of the best checkpoint were loaded, but it has no {path.name}, so the posterior's "
+                    "precision there is unknown: set save_only_model=False."
                 )
             self._posterior_optimizer().load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return output
@@ -125,7 +125,7 @@ class VariationalMixin:
     # Inner workings.
 
     def _averaged(self, losses: list[Any], outputs: list[Any], labels: Any) -> tuple[Any, Any]:
-        """The loss and the outputs of the averaged prediction, from those of the draws."""
+        """Return loss and outputs of the averaged prediction."""
         first = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
         found = None
         if losses[0] is not None and isinstance(labels, Tensor):
@@ -133,10 +133,9 @@ class VariationalMixin:
         likelihood = self.likelihood or (found and found[0])
         if likelihood is None:
             raise UsageError(
-                "It cannot be told how the outputs of draws are averaged, because the loss of the model is neither a "
-                "mean cross-entropy, nor a binary one, nor a squared error: say "
-                'likelihood="categorical", "bernoulli" or "gaussian", or samples=0 to evaluate at the mean of the '
-                "weights."
+                "The outputs of draws cannot be averaged, because the model's loss is neither a mean cross-entropy, "
+                'nor a binary one, nor a squared error: pass likelihood="categorical", "bernoulli" or "gaussian", or '
+                "samples=0 to evaluate at the mean of the weights."
             )
         if isinstance(outputs[0], Tensor):
             output: Any = averaged(likelihood, torch.stack(outputs))
@@ -165,7 +164,7 @@ class VariationalMixin:
 
 
 def _means(outputs: list[Any]) -> list[Any]:
-    """The mean over draws of each further output that has numbers; of others that of the first draw."""
+    """Average each further output of real numbers over draws; take others from the first draw."""
     return [
         torch.stack(values).mean(0) if isinstance(values[0], Tensor) and values[0].is_floating_point() else values[0]
         for values in list(zip(*outputs, strict=True))[1:]

@@ -1,4 +1,4 @@
-"""The compiled kernels: which library fits this processor, whether it is there, and how to do without.
+"""The compiled kernels: finding the library for this processor, and computing without one.
 
 The functions are called by `ctypes`, which lets go of Python's lock, and take pointers and sizes. They use the threads
 of PyTorch: OpenMP's symbols are not linked, so that they are found in the library that PyTorch has loaded.
@@ -54,7 +54,7 @@ def instruction_set() -> str | None:
 
 
 def why_no_kernels() -> str | None:
-    """Return why PyTorch's own operations compute in place of the kernels; None where the kernels do."""
+    """Return why PyTorch's own operations compute instead of the kernels; None if the kernels do."""
     library = _library()
     if isinstance(library, str):
         return library
@@ -68,7 +68,7 @@ def about_kernels() -> str:
 
 
 def find_kernel(name: str, *types: Any) -> Callable[..., None] | None:
-    """Return a compiled function, None where PyTorch's own operations are to compute.
+    """Return a compiled function; None if PyTorch's own operations should compute.
 
     Args:
         name: of the function in `csrc`.

@@ -1,4 +1,4 @@
-"""How an operator of the package is made known to PyTorch: `torch.ops.persample.NAME`.
+"""Registering the package's operators with PyTorch: `torch.ops.persample.NAME`.
 
 An operator has a schema, results without values for tensors without values, and forms in PyTorch's own operations that
 run on every device. Whatever records a step sees it as one operation, however many it takes. It lies below autograd:

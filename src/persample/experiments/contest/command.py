@@ -26,14 +26,14 @@ from persample.files import at_home
 
 #: What the options of the command line are, by the arguments of `contest`.
 HELP = {
-    "out": "Folder of the results; what is there already is not done again.",
-    "data_dir": "Folder of the data sets; else $PERSAMPLE_DATA, then a download.",
-    "datasets": "A data set; repeat the option for several. All if left out.",
-    "devices": "Where, and how many tasks at a time on each: cuda:8,cpu:7.",
-    "minutes": "Stop after so many; 0 writes tables and picture from what is there.",
+    "out": "Folder of the results; tasks with results there are not repeated.",
+    "data_dir": "Folder of the data sets. [default: $PERSAMPLE_DATA, then a download]",
+    "datasets": "A data set; repeat the option for several. [default: all]",
+    "devices": "Devices, each with the number of tasks at a time: cuda:8,cpu:7.",
+    "minutes": "Stop after this many minutes; 0 writes tables and picture from existing results.",
     "seeds": "Runs of each method, and ensembles of three; below three, no ensembles.",
     "small": "Rehearse all of it with a few samples.",
-    "eager": "Replay no steps of VOGN as CUDA graphs.",
+    "eager": "Do not replay VOGN's steps as CUDA graphs.",
 }
 
 
@@ -48,7 +48,7 @@ def contest(
     small: bool = False,
     eager: bool = False,
 ) -> str:
-    """Go on with the contest in the folder `out`, write what came out, and return its tables.
+    """Start or continue the contest in the folder `out`, write its results, and return its tables.
 
     Args:
         out: The folder of the results; what is there already is not done again.

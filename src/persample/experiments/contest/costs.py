@@ -1,4 +1,4 @@
-"""What a step of each method costs, in steps of Adam."""
+"""The cost of a step of each method, relative to Adam."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def step_costs(course: Course, rounds: int = 15) -> dict[str, float]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was begun on the device."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

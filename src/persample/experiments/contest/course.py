@@ -1,4 +1,4 @@
-"""What all methods have in common in one training: network, data, epochs, seed, device."""
+"""`Course`: what one training has in common for all methods: network, data, epochs, seed, device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Course:
 
     @property
     def fused(self) -> bool | None:
-        """Whether PyTorch's optimizers shall update all weights by one kernel."""
+        """Whether PyTorch's optimizers should update all weights by one kernel."""
         return True if self.device.type == "cuda" else None
 
 

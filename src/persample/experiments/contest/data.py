@@ -1,4 +1,4 @@
-"""The data of the contest: images in classes, and images of another kind in the same format."""
+"""The data of the contest: classified images, and out-of-distribution images in the same format."""
 
 from __future__ import annotations
 

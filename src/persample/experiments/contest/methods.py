@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 500
 
 
 class Predictor(Protocol):
-    """What training leads to: a distribution over networks."""
+    """The result of a training: a distribution over networks."""
 
     def predict(
         self, inputs: Any, *, samples: int, generator: torch.Generator | None, rows_at_once: int | None

@@ -1,4 +1,4 @@
-"""Perform tasks in processes, several for each device."""
+"""Running tasks in processes, several per device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Plan: TypeAlias = Callable[[Place, Results], Iterable[Task]]
 
 
 def performed(plan: Plan, results: dict[Task, Result], places: Mapping[Place, int]) -> Iterator[Task]:
-    """Perform what the plan says until nothing is left or the time is over; yield each task after it was done.
+    """Run the plan's tasks until none is left or the time is up; yield each task when it is done.
 
     What fails by an error that is not the method's own is warned of, and left out.
 
@@ -72,7 +72,7 @@ def prepare() -> None:
 
 
 def _next(tasks: Iterable[Task], results: Results, others: set[Task]) -> Task | None:
-    """The first task that is neither done nor among `others`, and whose needs are done without problems."""
+    """Return the first task that is neither done nor in `others`, and whose requirements are done without problems."""
     for task in tasks:
         ready = all(need in results and results[need].problem is None for need in task.needs())
         if ready and task not in results and task not in others:

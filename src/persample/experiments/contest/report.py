@@ -30,7 +30,7 @@ Costs = Mapping[str, Mapping[str, float]]
 
 
 def write_json(path: Path, contest: Mapping[str, Any], costs: Costs, results: Results) -> None:
-    """Write what the contest is and what came out, whole or not at all."""
+    """Write the contest's settings and results, whole or not at all."""
     rows = [task.as_dict() | asdict(result) for task, result in results.items()]
     with writing(path) as temporary:
         temporary.write_text(json.dumps({"contest": contest, "costs": costs, "results": rows}, indent=1) + "\n")
@@ -50,7 +50,9 @@ def read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]], 
             results[Task.from_dict(row)] = result
         return content["contest"], content["costs"], results
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not what a contest wrote ({error!r}): choose another folder (--out)") from error
+        raise DataError(
+            f"{path} is not a file of a contest, or is damaged ({error!r}): choose another folder (--out)"
+        ) from error
 
 
 def write_csv(path: Path, results: Results) -> None:

@@ -1,4 +1,4 @@
-"""Perform one task: train, or make something of what was trained, and measure."""
+"""Running one task: train, or start from a trained network, and measure."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _ROWS_AT_ONCE = 500
 
 
 class OutOfTime(Exception):  # noqa: N818
-    """The time of the contest was over before the task was done."""
+    """The contest's time was up before the task was done."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """Where and within which limits tasks are performed.
+    """The device and the limits of tasks.
 
     Attributes:
         data_dir: The folder of the data sets.

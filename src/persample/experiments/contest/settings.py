@@ -1,4 +1,4 @@
-"""What each method may try, and how long everybody trains.
+"""The settings that each method may try, and the training budget.
 
 All methods have the same number of trials on a data set; what is tried lies around values that are known to work.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What all trainings on one data set have in common.
+    """The budget of all trainings on one data set.
 
     Attributes:
         epochs: Passes over the data.

@@ -1,4 +1,4 @@
-"""What a contest consists of: trials on held-out data, then runs with the best settings; and what comes first."""
+"""The tasks of a contest and their order: trials on held-out data, then runs with the best settings."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a task.
+    """The result of a task.
 
     Attributes:
         scores: The metrics by name; empty if there is a problem.

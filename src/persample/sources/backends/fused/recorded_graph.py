@@ -21,7 +21,7 @@ _BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class NotReplayableError(Exception):
-    """A step that cannot be replayed. Nothing of it was run."""
+    """The step cannot be replayed; nothing of it was run."""
 
 
 def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
@@ -31,18 +31,18 @@ def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
         NotReplayableError: it does.
     """
     if not all(type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided for t in examples):
-        raise NotReplayableError("a value that is no ordinary tensor changes from call to call")
+        raise NotReplayableError("a value other than an ordinary tensor changes between calls")
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             source = getattr(node.meta.get("grapharg"), "source", None)
             if "Random" in type(source).__name__ or getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
-                raise NotReplayableError("a number of Python's changes from call to call")
+                raise NotReplayableError("a Python number changes between calls")
         elif node.op == "call_method" and node.target in _METHODS_REFUSED:
             raise NotReplayableError(f"the model calls .{node.target}()")
         elif node.op == "call_function":
             _refuse_function(node.target)
         elif node.op in ("get_attr", "call_module"):
-            raise NotReplayableError(f"Dynamo has made a constant of {node.target}")
+            raise NotReplayableError(f"Dynamo has turned {node.target} into a constant")
         if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
             raise NotReplayableError("the model draws from a generator of its own")
     (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
@@ -53,7 +53,7 @@ def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
 def _refuse_function(target: Any) -> None:
     package = getattr(target, "__module__", None) or ""
     if isinstance(target, torch._ops.HigherOrderOperator):
-        raise NotReplayableError(f"the model has an operation that is made of others ({target})")
+        raise NotReplayableError(f"the model has a higher-order operation ({target})")
     if package.partition(".")[0] not in _PACKAGES or package.startswith(_NOT_OF):
         raise NotReplayableError(f"the model calls {package}.{getattr(target, '__name__', target)}")
 
@@ -98,7 +98,7 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
 
 def _refuse_operation(node: torch.fx.Node) -> None:
     if node.op == "get_attr":
-        raise NotReplayableError("a tensor that was made while the step was recorded is a part of it")
+        raise NotReplayableError("a tensor created during recording is part of the step")
     if node.op != "call_function":
         return
     if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
