@@ -184,7 +184,7 @@ def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seco
     model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
     report: dict[str, Any] = {"batch": batch, "parameters": sum(p.numel() for p in model.parameters())}
     report |= {"moments": {}, "steps": {}, "refused": {}}
-    graphs = {} if device == "cpu" else {"plain": plain, "fused in a CUDA graph": in_cuda_graph}
+    graphs = {} if device == "cpu" else {"plain": plain, IN_A_CUDA_GRAPH: moments_by("fused", compile="cuda-graph")}
     # A capture that fails leaves nothing that works, so it comes last.
     for kind, makers in (("moments", MOMENTS), ("steps", STEPS), ("moments", graphs)):
         calls: dict[str, Call] = {}
@@ -208,7 +208,7 @@ def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seco
             if kind == "moments":
                 report["moments"][way] = {"peak_bytes": peak_memory(call, torch.device(device))}
         if device != "cpu" and makers is not graphs:
-            own = {way: call for way, call in calls.items() if way in ("fused", "VOGN")}
+            own = {way: call for way, call in calls.items() if way in ("fused", "fused, replayed", "VOGN")}
             report.setdefault("waits for the GPU", {}).update({way: waits(call) for way, call in own.items()})
             report.setdefault("kernels", {}).update({way: kernels(call) for way, call in own.items()})
         times = alternate(calls, device, rounds=2 if quick else 9, end=end)
@@ -315,24 +315,12 @@ def moments_by(backend: str, **options: Any) -> Callable[..., Call]:
         few = min(len(inputs), 8)  # the self-check and its loop on some of the samples
         persample.make_source(backend, model, loss_fn, check="first", **options).moments(inputs[:few], targets[:few])
         source = persample.make_source(backend, model, loss_fn, check="never", **options)
+        source.moments(inputs, targets)
+        if options.get("compile") and source.ran == "eager":
+            raise RuntimeError(f"not recorded: {source.ran_because}")
         return lambda: source.moments(inputs, targets)
 
     return make
-
-
-def in_cuda_graph(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
-    """Moments by `fused`, captured once in a CUDA graph and replayed."""
-    call = moments_by("fused")(model, inputs, targets)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def adam(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
@@ -378,13 +366,16 @@ MOMENTS: dict[str, Callable[..., Call]] = {
     "plain": plain,
     "plain, compiled": plain_compiled,
     "fused": moments_by("fused"),
+    "fused, replayed": moments_by("fused", compile=True),
     "hooks": moments_by("hooks"),
     "vmap": moments_by("vmap"),
     "Opacus": moments_by("opacus", machinery="module"),
     "BackPACK": moments_by("backpack", machinery="extend"),
+    "fused, Inductor": moments_by("fused", compile="inductor"),
 }
 STEPS: dict[str, Callable[..., Call]] = {"Adam": adam, "VOGN": vogn, "IVON": ivon}
-SLOW_TO_MAKE = ("plain, compiled",)
+SLOW_TO_MAKE = ("plain, compiled", "fused, Inductor")
+IN_A_CUDA_GRAPH = "fused in a CUDA graph"
 
 
 # The report.
@@ -407,7 +398,7 @@ def tables(report: dict[str, Any]) -> str:
     told = report["machine"]
     lines = [f"{told['device']}, PyTorch {told['torch']}, CUDA {told['CUDA']}, float32 without TF32", ""]
     measured = {name: part for name, part in report["parts"].items() if part.get("moments")}
-    ways = {**MOMENTS, "fused in a CUDA graph": in_cuda_graph}
+    ways = {**MOMENTS, IN_A_CUDA_GRAPH: plain}
     for kind, key, makers in (("moments", "ratio", ways), ("steps", "ratio", STEPS), ("memory", "memory", ways)):
         lines += [f"{kind} ({'ratio to ' + next(iter(makers))})", ""]
         lines += ["| model | batch | " + " | ".join(makers) + " |", "|---" * (len(makers) + 2) + "|"]
@@ -440,11 +431,11 @@ def picture(measured: Mapping[str, Any], path: Path, device: str) -> None:
 
     figure = Figure(figsize=(9, 1.5 + 0.5 * len(measured)), layout="constrained")
     axes = figure.subplots()
-    for index, way in enumerate([*(w for w in MOMENTS if w != "plain"), "fused in a CUDA graph"]):
+    for index, way in enumerate([*(w for w in MOMENTS if w != "plain"), IN_A_CUDA_GRAPH]):
         found = [(i, part["moments"].get(way, {}).get("ratio")) for i, part in enumerate(measured.values())]
         points = [(ratio, i) for i, ratio in found if ratio is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), "o^sDvP*X"[index], label=way, markersize=8)
+            axes.plot(*zip(*points, strict=True), "o^sDvP*X<>"[index], label=way, markersize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(measured)), [f"{name}, batch {part['batch']}" for name, part in measured.items()])

@@ -55,6 +55,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+class Positions(nn.Module):
+    """Looks up embeddings of its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Embedding(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x + self.positions(torch.arange(x.shape[1], device=x.device))).mean(1))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_waits_for_its_losses_and_once_for_its_result(name: str) -> None:
     torch.manual_seed(0)
@@ -66,3 +77,13 @@ def test_a_step_waits_for_its_losses_and_once_for_its_result(name: str) -> None:
         vogn.step()
     assert waits_in(lambda: vogn.observe(inputs, targets)) == ["require_losses"]
     assert waits_in(vogn.step) == ["first_non_finite"]
+
+
+def test_positions_are_looked_at_on_a_cpu_alone() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = Positions(), torch.randn(6, 5, 8), torch.randint(3, (6,))
+    source = persample.make_source("fused", model, persample.losses.cross_entropy, check="never")
+    for _ in range(3):
+        source.moments(inputs, targets)
+    looked = ["_moves"] if inputs.device.type == "cpu" else []
+    assert waits_in(lambda: source.moments(inputs, targets)) == [*looked, "require_losses"]

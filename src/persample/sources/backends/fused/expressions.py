@@ -272,8 +272,10 @@ def _moves(func: Any, source: Expression, args: tuple[Any, ...], kwargs: Mapping
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return all(type(i) is int or isinstance(i, slice) or i is None or i is Ellipsis or _is_number(i) for i in index)
     if func is F.embedding and isinstance(args[0], Tensor) and not source.repeats:
-        # Looking up each row at most once, as position embeddings do, is a slice in another order.
-        return len(args) == 2 and kwargs.get("padding_idx") is None and args[0].unique().numel() == args[0].numel()
+        # Looking up each row at most once, as position embeddings do, is a slice in another order. To see that on a
+        # GPU would be to wait for it; there the gradients of all samples are formed.
+        known = args[0].device.type == "cpu" and len(args) == 2 and kwargs.get("padding_idx") is None
+        return known and args[0].unique().numel() == args[0].numel()
     return False
 
 
