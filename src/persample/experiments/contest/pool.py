@@ -60,7 +60,8 @@ def performed(plan: Plan, results: dict[Task, Result], places: Mapping[Place, in
                     raise error
                 elif not isinstance(error, OutOfTime):
                     failed.add(task)
-                    warnings.warn(f"{task.name()} failed on {place.device}: {error!r}", stacklevel=2)
+                    what = error.__cause__ or repr(error)  # the cause has the traceback of the other process
+                    warnings.warn(f"{task.name()} failed on {place.device}: {what}", stacklevel=2)
                     if isinstance(error, BrokenProcessPool):
                         pools.pop(place, None)
 

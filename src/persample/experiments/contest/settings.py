@@ -47,7 +47,7 @@ _PRECISIONS = ["marginal likelihood", 30.0, 100.0, 300.0, 1000.0, 3000.0]
 TRIALS: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = {
     "cifar10": {
         "VOGN": _grid(lr=[0.04, 0.07, 0.12], prior_precision=[100.0], temperature=[0.3, 0.45], hess_init=[0.1]),
-        "IVON": _grid(lr=[0.3, 0.6, 1.2], hess_init=[0.3, 1.0], prior_precision=[20.0]),
+        "IVON": _grid(lr=[0.1, 0.3], hess_init=[0.01, 0.03, 0.1], prior_precision=[20.0]),
         "Vadam": _grid(lr=[1e-3], prior_precision=[1e3, 1e4], temperature=[1e-4, 3e-4, 1e-3]),
         "SWAG": _grid(lr=[1e-3, 3e-3], swa_lr=[3e-4, 6e-4, 1e-3]),
         "MC dropout": _grid(lr=[1e-3, 2e-3], rate=[0.05, 0.1, 0.2]),
