@@ -5,8 +5,9 @@
 
 Each quantity is timed over an ordinary forward and backward pass; all take turns within one process for each model.
 BackPACK's `BatchL2Grad` gives norms, Opacus' fast gradient clipping a clipped sum, with both of its backward passes;
-these are left out where they refuse the model or give other norms than a loop. Writes `quantities.json` and
-`quantities.md`.
+TorchJD's `autogram` a Gram matrix; these are left out where they are not installed, refuse the model or give other
+norms than a loop. Writes `quantities.json`, `quantities.md` and `quantities.png`; what the folder holds of other models
+stays.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 import persample
@@ -137,7 +142,14 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
             call = make(model, x, y)
             call()
             found = call().detach()
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:  # it refuses
+        except (
+            ImportError,
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:  # it refuses
             left_out[peer] = str(error).splitlines()[0][:200]
             continue
         if torch.allclose(found, due, rtol=1e-3):
@@ -175,6 +187,50 @@ def table(results: list[dict[str, Any]], what: str = "ratios") -> str:
     return "\n".join(lines) + "\n"
 
 
+#: What is to be reached, by quantity and model; all together may take a tenth of a plain pass more than moments.
+LIMITS = {
+    "norms": {"LeNet-5": 1.25, "MLP": 1.15, "Transformer": 1.4, "ResNet-20": 1.4},
+    "clipped sum": {"LeNet-5": 1.5, "MLP": 1.4, "Transformer": 1.6, "ResNet-20": 1.6},
+    "Gram": {"LeNet-5": 1.6, "MLP": 1.3, "Transformer": 1.8, "ResNet-20": 1.8},
+    "moments, norms and noise scale": {},
+}
+HIGHEST = 5.0  # ratio that a bar shows; a number beside it tells of more
+
+
+def draw(results: list[dict[str, Any]], path: Any) -> None:
+    """Draw the ratios: a panel for each quantity, bars for each model, and a line where the limit is."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    colours = dict(zip([*SOURCES, "peer"], ("#0072B2", "#56B4E9", "#009E73", "#D55E00"), strict=True))
+    for axes, (quantity, limits) in zip(figure.subplots(2, 2).flat, LIMITS.items(), strict=True):
+        peer = next((peer for peer in PEERS if peer.endswith(f": {quantity}")), None)
+        rows = {source: f"{source}: {quantity}" for source in SOURCES} | ({"peer": peer} if peer else {})
+        for place, result in enumerate(results):
+            ratios, width = result["ratios"], 0.8 / len(rows)
+            for number, (label, row) in enumerate(rows.items()):
+                where = place + (number - (len(rows) - 1) / 2) * width
+                ratio = ratios.get(row)
+                if ratio is None:
+                    axes.text(where, 0.05, "none", rotation=90, ha="center", va="bottom", fontsize=7, color="0.5")
+                    continue
+                axes.bar(where, min(ratio, HIGHEST), width, color=colours[label])
+                shown = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+                axes.text(where, min(ratio, HIGHEST - 0.3) + 0.04, shown, ha="center", va="bottom", fontsize=7)
+            limit = limits.get(result["model"], ratios.get("fused: moments", 0.0) + 0.1)
+            axes.hlines(limit, place - 0.45, place + 0.45, color="black", linewidth=1, linestyle="--")
+        axes.set_xticks(range(len(results)), [f"{r['model']} ({r['batch']})" for r in results])
+        axes.set(title=quantity if peer is None else f"{quantity}; peer: {peer.partition(':')[0]}", ylim=(0, HIGHEST))
+        axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+    figure.supylabel("time over an ordinary forward and backward pass")
+    handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    handles.append(Line2D([], [], color="black", linewidth=1, linestyle="--", label="to be reached by fused"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _is_installed(distribution: str) -> bool:
+    return any(metadata.distributions(name=distribution))
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quantities"),
     models: Annotated[str, typer.Option(help="Names of models, separated by semicolons.")] = ";".join(MODELS),
@@ -182,15 +238,21 @@ def main(
 ) -> None:
     """Measure all quantities on all models."""
     out.mkdir(parents=True, exist_ok=True)
-    results = []
+    file = out / "quantities.json"
+    known = json.loads(file.read_text())["results"] if file.exists() else []
+    found = {result["model"]: result for result in known}
     for name in models.split(";"):
-        results.append(in_fresh_process(measure, name, MODELS[name], rounds))
-        print(table(results[-1:]), table(results[-1:], "memory"), results[-1]["left_out"], flush=True)
-    report = {"machine": machine("backpack-for-pytorch", "opacus"), "results": results}
-    with replacing(out / "quantities.json") as new:
-        new.write_text(json.dumps(report, indent=2) + "\n")
-    with replacing(out / "quantities.md") as new:
-        new.write_text(f"Time:\n\n{table(results)}\nMemory:\n\n{table(results, 'memory')}")
+        result = found[name] = in_fresh_process(measure, name, MODELS[name], rounds)
+        print(table([result]), table([result], "memory"), result["left_out"], flush=True)
+        results = [found[model] for model in MODELS if model in found]
+        peers = [name for name in ("backpack-for-pytorch", "opacus", "torchjd") if _is_installed(name)]
+        report = {"machine": machine(*peers), "results": results}
+        with replacing(file) as new:
+            new.write_text(json.dumps(report, indent=2) + "\n")
+        with replacing(out / "quantities.md") as new:
+            new.write_text(f"Time:\n\n{table(results)}\nMemory:\n\n{table(results, 'memory')}")
+        with replacing(out / "quantities.png") as new:
+            draw(results, new)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def moments_and_norms(contribution: Contribution, size: int, width: int) -> tupl
 
 @singledispatch
 def numbers_held(contribution: Contribution) -> int:
-    """Return how many numbers the factors are that a contribution holds, where it may be worth to form the gradients.
+    """Return how many numbers the factors are that a contribution holds, where forming the gradients may be better.
 
     Elsewhere that is none: all that is asked for is cheaper to have from the factors.
     """
@@ -103,6 +103,11 @@ def scaled(delta: Tensor, weights: Tensor) -> Tensor:
 def _squares(values: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(as_matrix(values), dim=1)
     return norms.square()
+
+
+@numbers_held.register
+def _(contribution: OuterProducts) -> int:
+    return contribution.delta.numel() + contribution.a.numel()
 
 
 @squared_norms.register

@@ -10,6 +10,7 @@ from persample.kernels.linear import linear_moments, linear_squared_norms
 from persample.sources.backends.shortcuts import (
     gram,
     gram_of_one_position,
+    numbers_held,
     products_of_pairs,
     scaled,
     squared_norms,
@@ -37,6 +38,11 @@ class LinearProducts:
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return linear_moments(self.a, self.delta)
+
+
+@numbers_held.register
+def _(contribution: LinearProducts) -> int:
+    return contribution.delta.numel() + contribution.a.numel()
 
 
 @squared_norms.register
