@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
 from persample.errors import BatchError, MissingPackageError
 
 _TARGETS = ("labels", "label", "targets", "target")
@@ -47,6 +51,55 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         f"{f' with {len(batch)} entries' if isinstance(batch, tuple | list) else ''}: let the loader yield pairs "
         "(inputs, targets), with several inputs in a tuple or a dict."
     )
+
+
+def put_together(
+    pairs: Iterable[tuple[Any, Any]], *, samples: int = 512, max_bytes: int = 2**23
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the same samples in fewer batches, which take less time where a model is small.
+
+    Only batches of which all tensors have the samples in dim 0, and that differ in nothing but their number.
+
+    Args:
+        pairs: inputs and targets of each batch.
+        samples: how many a batch that was put together has at most,
+        max_bytes: and how many bytes its tensors have.
+    """
+    waiting: list[tuple[Any, Any]] = []
+    size, kind = 0, None
+    for pair in pairs:
+        number, bytes_each, new_kind = _kind_of(pair)
+        most = min(samples, max_bytes // bytes_each) if new_kind else -1  # nothing comes beside it
+        if waiting and (new_kind != kind or size + number > most):
+            yield _joined(waiting)
+            waiting, size = [], 0
+        waiting.append(pair)
+        size, kind = size + number, new_kind
+        if size + number > most:  # another one like this would not fit
+            yield _joined(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _kind_of(pair: tuple[Any, Any]) -> tuple[int, int, Any]:
+    """The number of samples, the bytes of each, and what batches that belong together have in common."""
+    leaves, structure = tree_flatten(pair)
+    sizes = {len(leaf) if type(leaf) is Tensor and leaf.dim() > 0 else 0 for leaf in leaves}
+    number = sizes.pop() if len(sizes) == 1 else 0
+    if number == 0 or any(leaf.layout is not torch.strided for leaf in leaves):
+        return 0, 0, None
+    kind = structure, [(leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves]
+    return number, max(1, sum(leaf.nbytes for leaf in leaves) // number), kind
+
+
+def _joined(pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    if len(pairs) == 1:
+        return pairs[0]
+    flat = [tree_flatten(pair) for pair in pairs]
+    leaves = [torch.cat(parts) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
+    joined: tuple[Any, Any] = tree_unflatten(leaves, flat[0][1])
+    return joined
 
 
 def inputs_of(loader: Iterable[Any], *, progress: bool = False) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from persample.curvature.information import Fisher, Kind, require_kind
 from persample.curvature.of_outputs import distribution_of, logits_of
 from persample.errors import UsageError
 from persample.likelihoods import TargetDistribution
-from persample.loaders import batches_of
+from persample.loaders import batches_of, put_together
 from persample.sources import PerSampleGradSource, make_source
 from persample.sources.batch import as_batch
 from persample.sources.model.calling import called
@@ -44,6 +44,8 @@ def fisher(
     Sources: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017; Martens, "New
     Insights and Perspectives on the Natural Gradient Method", JMLR 2020; Kunstner et al., "Limitations of the empirical
     Fisher approximation for natural gradient descent", NeurIPS 2019.
+
+    Small batches are put together, to at most 512 samples and 8 MiB, which gives the same and takes less time.
 
     The model stays in the mode it is in: call `model.eval()` before, to leave dropout out. It is called once more for
     each batch where targets are drawn or expectations are taken. A data set may be done in parts, see `Fisher.merge`.
@@ -76,7 +78,8 @@ def fisher(
     source = make_source(backend, model, of_source, **dict(backend_options or {}))
     sums: dict[str, Tensor] = {}
     size = 0
-    for inputs, targets in batches_of(loader, progress=progress):
+    batches = batches_of(loader, progress=progress)
+    for inputs, targets in batches if kind == "mc" else put_together(batches):
         number = 0
         weight = 1.0 / draws if kind == "mc" else 1.0
         for of_pass in _targets(model, inputs, targets, kind, targets_of, draws, generator):
