@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persample.kernels import compiled
-from persample.kernels.step import draw_
+from persample.kernels.step import all_finite, draw_
 
 FORMS = ["kernels", "PyTorch"]
 SIZES = (0, 1, 3, 7, 8, 15, 16, 17, 33, 4095, 4096, 4097, 12289)  # around the widths of vectors and of pieces
@@ -111,3 +111,22 @@ def test_the_operator_is_registered_as_pytorch_wants_it(name: str) -> None:
     with form(name):
         mean, precision, noise = operands([5, 20], torch.float32, seed=2)
         torch.library.opcheck(draw_, ([torch.zeros(5), torch.zeros(20)], mean, precision, noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_entry_that_is_not_finite_is_seen_wherever_it_is(bad: float, dtype: torch.dtype) -> None:
+    with form("kernels"):
+        for size in SIZES:
+            tensors = [torch.full((5,), torch.finfo(dtype).max, dtype=dtype), torch.zeros(size, dtype=dtype)]
+            assert all_finite(tensors) is True
+            for place in {0, size // 2, size - 1} if size else ():
+                spoilt = tensors[1].clone()
+                spoilt[place] = bad
+                assert all_finite([tensors[0], spoilt]) is False
+
+
+def test_without_kernels_nobody_looks() -> None:
+    with form("PyTorch"):
+        assert all_finite([torch.ones(3)]) is None
+    assert all_finite([torch.ones(3, dtype=torch.float16)]) is None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 # How the names of kernels end, by the dtype that they compute in.
 _NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -17,6 +18,12 @@ def plain_dtype(*lists: Sequence[Tensor]) -> str | None:
     dtype = lists[0][0].dtype if lists[0] else torch.float32
     same = all(t.dtype is dtype and t.is_contiguous() for tensors in lists for t in tensors)
     return _NAMES.get(dtype) if same else None
+
+
+def kernel_serves(*lists: Sequence[Tensor]) -> bool:
+    """Whether a kernel may be called with these tensors outside of an operator, which asks by itself."""
+    kinds = {type(t) for tensors in lists for t in tensors} <= {Tensor, Parameter}
+    return kinds and not torch.compiler.is_compiling() and all(t.is_cpu for tensors in lists for t in tensors)
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

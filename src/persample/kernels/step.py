@@ -1,7 +1,9 @@
-"""The optimizer's step: draws of the weights, in one pass over memory."""
+"""The optimizer's step, in one pass over memory each: drawing weights, updating the posterior, looking at it."""
 
 from __future__ import annotations
 
+import ctypes
+import math
 from typing import TypeAlias
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from persample.kernels.compiled import INT, POINTER, SIZE, find_kernel
 from persample.kernels.library import LIBRARY, ON_ANY_DEVICE, operator
-from persample.kernels.operands import addresses, plain_dtype, refuse_other_shapes, sizes
+from persample.kernels.operands import addresses, kernel_serves, plain_dtype, refuse_other_shapes, sizes
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -38,3 +40,81 @@ def _draw_on_cpu(weights: Tensors, mean: Tensors, precision: Tensors, noise: Ten
 
 
 LIBRARY.impl("draw_", _draw_on_cpu, "CPU")
+
+
+def update(
+    mean: Tensors,
+    curvature: Tensors,
+    momentum: Tensors | None,
+    gradient: Tensors,
+    second_moment: Tensors,
+    *,
+    decay: float,
+    beta: float,
+    mass: float,
+    averaged_prior: float,
+    prior: float,
+    prior_mean: float,
+    shift: float,
+    lr: float,
+    max_update: float | None,
+    order_updated: bool,
+) -> tuple[Tensors, Tensors, Tensors] | None:
+    """Return μ_{t+1}, s_{t+1} and m_{t+1} of `VOGN`; None where no kernel serves. Changes nothing that is passed in.
+
+    Rounded as `persample.vogn.core` does.
+
+    Args:
+        mean: μ_t.
+        curvature: s_t.
+        momentum: m_t; None is none, then m_{t+1} is an empty list.
+        gradient: ĝ.
+        second_moment: h.
+        decay: γ.
+        beta: β.
+        mass: what m_{t+1} is divided by.
+        averaged_prior: by which μ_t − m₀ is added to ĝ before the average;
+        prior: and afterwards.
+        prior_mean: m₀.
+        shift: what is added to the curvature in the divisor.
+        lr: α.
+        max_update: ξ; None does not clip.
+        order_updated: whether the divisor has s_{t+1}, else s_t.
+    """
+    given = [mean, curvature, gradient, second_moment, *([] if momentum is None else [momentum])]
+    dtype_name = plain_dtype(*given)
+    kernel = find_kernel(f"persample_update_{dtype_name}", *[POINTER] * 10, SIZE, INT)
+    if kernel is None or not kernel_serves(*given):
+        return None
+    refuse_other_shapes(mean, curvature=curvature, gradient=gradient, second_moment=second_moment)
+    refuse_other_shapes(mean, momentum=mean if momentum is None else momentum)
+    clip = math.inf if max_update is None else max_update
+    settings = 1 - decay, 1 - beta, mass, averaged_prior, prior, prior_mean, shift, lr, clip, float(order_updated)
+    new_mean, new_curvature = ([torch.empty_like(m) for m in mean] for _ in range(2))
+    new_momentum = [] if momentum is None else [torch.empty_like(m) for m in mean]
+    kernel(
+        (ctypes.c_double * len(settings))(*settings),
+        addresses(mean),
+        addresses(curvature),
+        None if momentum is None else addresses(momentum),
+        addresses(gradient),
+        addresses(second_moment),
+        addresses(new_mean),
+        addresses(new_curvature),
+        None if momentum is None else addresses(new_momentum),
+        sizes(mean),
+        len(mean),
+        torch.get_num_threads(),
+    )
+    return new_mean, new_curvature, new_momentum
+
+
+def all_finite(tensors: Tensors) -> bool | None:
+    """Return whether no entry is infinite or not a number; None where no kernel serves."""
+    dtype_name = plain_dtype(tensors)
+    kernel = find_kernel(f"persample_all_finite_{dtype_name}", POINTER, POINTER, SIZE, POINTER)
+    if kernel is None or not kernel_serves(tensors):
+        return None
+    result = ctypes.c_int(0)
+    kernel(addresses(tensors), sizes(tensors), len(tensors), ctypes.addressof(result))
+    return bool(result.value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import OptionError, PersampleError
+from persample.kernels.step import all_finite
 from persample.warn import warn
 
 # Measured on small convolutional networks: above this length of lr / (hess_init + λ/N), ReLUs die or training diverges.
@@ -60,6 +61,8 @@ def first_non_finite(tensors: list[tuple[str, Tensor]]) -> str | None:
     Args:
         tensors: pairs of a name and a tensor.
     """
+    if all_finite([tensor for _, tensor in tensors]):
+        return None
     # A sum is finite only if all entries are, and far cheaper to get than a look at each entry. Only if it is not, the
     # single entries decide, because the sum of finite numbers may overflow.
     sums = [tensor.sum() for _, tensor in tensors]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import OptionError
+from persample.kernels import step
 from persample.sources import make_source
 from persample.vogn import core
 from persample.vogn.core import Tensors
@@ -195,6 +196,9 @@ def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[
         μ_{t+1} and the new states.
     """
     settings = part.settings
+    found = _by_kernel(part, gradient, second_moment)
+    if found is not None:
+        return found
     curvature = part.state("curvature")
     new_curvature = core.update_curvature(curvature, second_moment, decay=settings["decay"])
     new_states: list[dict[str, Any]] = [{"curvature": s} for s in new_curvature]
@@ -211,12 +215,9 @@ def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[
 
     if settings["average_prior"]:
         gradient = with_prior(gradient)
-    if settings["momentum"] > 0 or any("momentum_buffer" in state for state in part.states):
+    if _has_momentum(part):
         buffers, masses, gradient = core.running_average(
-            [
-                state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(m)
-                for state, m in zip(part.states, part.mean, strict=True)
-            ],
+            _momentum(part),
             [state.get("momentum_mass", 0.0) for state in part.states],
             gradient,
             decay=settings["momentum"],
@@ -232,6 +233,54 @@ def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[
         max_update=settings["max_update"],
     )
     return new_mean, new_states
+
+
+def _by_kernel(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[Tensors, list[dict[str, Any]]] | None:
+    """The same by a compiled kernel; None where there is none, or where weights have their own priors."""
+    settings, prior_mean = part.settings, part.prior_mean
+    masses = {state.get("momentum_mass", 0.0) for state in part.states}
+    if isinstance(part.prior_precision, list | tuple) or isinstance(prior_mean, list | tuple) or len(masses) != 1:
+        return None
+    beta = settings["momentum"]
+    momentum = _momentum(part) if _has_momentum(part) else None
+    mass = beta * masses.pop() + (1 - beta)
+    prior = part.temperature / part.data_size * part.prior_precision
+    found = step.update(
+        part.mean,
+        part.state("curvature"),
+        momentum,
+        gradient,
+        second_moment,
+        decay=settings["decay"],
+        beta=beta,
+        mass=mass if momentum is not None and settings["bias_correction"] else 1.0,
+        averaged_prior=prior if settings["average_prior"] else 0.0,
+        prior=0.0 if settings["average_prior"] else prior,
+        prior_mean=prior_mean,
+        shift=settings["damping"] + prior,
+        lr=settings["lr"],
+        max_update=settings["max_update"],
+        order_updated=settings["order"] == "updated",
+    )
+    if found is None:
+        return None
+    new_mean, new_curvature, new_momentum = found
+    new_states: list[dict[str, Any]] = [{"curvature": s} for s in new_curvature]
+    for new, buffer in zip(new_states, new_momentum, strict=False):
+        new |= {"momentum_buffer": buffer, "momentum_mass": mass}
+    return new_mean, new_states
+
+
+def _has_momentum(part: Part) -> bool:
+    return part.settings["momentum"] > 0 or any("momentum_buffer" in state for state in part.states)
+
+
+def _momentum(part: Part) -> list[Tensor]:
+    """m_t, which is 0 before the first step that uses it."""
+    return [
+        state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(m)
+        for state, m in zip(part.states, part.mean, strict=True)
+    ]
 
 
 def _divisor(part: Part, curvature: Tensors) -> Tensors:
