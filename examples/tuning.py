@@ -110,7 +110,7 @@ def temperature(path: Path, epochs: int) -> dict[str, Course]:
 
 
 def prior(path: Path, epochs: int) -> dict[str, Course]:
-    """Too low: as a low temperature, and wide first draws. Too high: all weights are pulled to 0."""
+    """Too low: slightly more overfitting. Too high: all weights are pulled to 0."""
     courses = {f"prior_precision = {value:g}": train(epochs, prior_precision=value) for value in (0.05, 5.0, 1000.0)}
     labelled = zip(courses.items(), (ORANGE, BLUE, GREEN), ("too low", "default", "too high"), strict=True)
     draw_courses(path, "Prior precision", {f"{name}, {what}": (course, c) for (name, course), c, what in labelled})
