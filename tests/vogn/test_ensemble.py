@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from persample import Ensemble, losses
-from persample.errors import OptionError
+from persample.errors import DataError, OptionError
 from persample.likelihoods import Gaussian
 from persample.testing.devices import generator_of
 from persample.vogn import Posterior
@@ -77,3 +78,51 @@ def test_refusals() -> None:
         Ensemble([Posterior({"a": torch.ones(1)}, {"a": torch.full((1,), math.inf)})])
     with pytest.raises(OptionError, match="Member 0 of the ensemble has the type Linear"):
         Ensemble([nn.Linear(2, 2)])  # type: ignore[list-item]
+
+
+class TestSaving:
+    @pytest.fixture(autouse=True)
+    def _needs_safetensors(self) -> None:
+        pytest.importorskip("safetensors")
+
+    def test_what_was_saved_predicts_the_same(self, x: Tensor, tmp_path: Path) -> None:
+        folder = tmp_path / "new" / "ensemble"
+        ensemble = Ensemble([broad_posterior(model) for model in networks()])
+        ensemble.save(folder)
+        due = ensemble.predict(x, samples=4, generator=generator_of(2)).probabilities
+        for models in (networks(), networks(1)[0]):  # whose own weights do not matter
+            loaded = Ensemble.load(folder, models)
+            found = loaded.predict(x, samples=4, generator=generator_of(2)).probabilities
+            assert torch.equal(found, due)
+
+    def test_networks_without_a_posterior(self, x: Tensor, tmp_path: Path) -> None:
+        models = networks()
+        Ensemble.of_models(models).save(tmp_path)
+        found = Ensemble.load(tmp_path, networks()).predict(x, samples=1).probabilities
+        torch.testing.assert_close(found, torch.stack([model(x).softmax(1) for model in models]).mean(0))
+
+    def test_a_smaller_one_replaces_a_larger_one(self, x: Tensor, tmp_path: Path) -> None:
+        Ensemble([broad_posterior(model) for model in networks(3)]).save(tmp_path)
+        Ensemble([broad_posterior(model) for model in networks(2)]).save(tmp_path)
+        assert len(Ensemble.load(tmp_path, networks(2)).members) == 2
+        with pytest.raises(OptionError, match="2 members, but 3 models"):
+            Ensemble.load(tmp_path, networks(3))
+
+    def test_what_is_damaged_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"ensemble\.json cannot be read"):
+            Ensemble.load(tmp_path, networks())
+        ensemble = Ensemble([broad_posterior(model) for model in networks()])
+        ensemble.save(tmp_path)
+        index = tmp_path / "ensemble.json"
+        for text in ("[]", "{", index.read_text(encoding="utf-8").replace("3", "0"), '{"members": 3}'):
+            ensemble.save(tmp_path)
+            index.write_text(text, encoding="utf-8")
+            with pytest.raises(DataError, match="ensemble"):
+                Ensemble.load(tmp_path, networks())
+        ensemble.save(tmp_path)
+        (tmp_path / "member-1.safetensors").unlink()
+        with pytest.raises(DataError, match=r"member-1\.safetensors does not exist"):
+            Ensemble.load(tmp_path, networks())
+        (tmp_path / "file").touch()
+        with pytest.raises(DataError, match="cannot be written"):
+            ensemble.save(tmp_path / "file")

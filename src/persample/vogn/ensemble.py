@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from persample.errors import OptionError
+from persample.errors import DataError, OptionError
+from persample.files import replacing
 from persample.loaders import batches_of, inputs_of
 from persample.vogn.monte_carlo import DrawOptions, for_each_draw
 from persample.vogn.over_loader import at_the_same_draws, joined
 from persample.vogn.posterior import Posterior
 from persample.vogn.prediction import Likelihood, Summarised, summary_of
+
+_INDEX = "ensemble.json"
+_HEADER: dict[str, Any] = {"format": "persample ensemble", "version": "1"}
+
+
+def _member(index: int) -> str:
+    return f"member-{index}.safetensors"
+
+
+def _members_in(index: Path) -> int:
+    """The number of members that an index tells.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    try:
+        header = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{index} cannot be read ({error}): pass the folder that Ensemble.save wrote.") from error
+    count = header.get("members") if isinstance(header, dict) else None
+    if type(count) is not int or count < 1 or header != _HEADER | {"members": count}:
+        raise DataError(f"{index} is not the index of an ensemble in version {_HEADER['version']}, or is damaged.")
+    return count
 
 
 class Ensemble:
@@ -101,6 +128,58 @@ class Ensemble:
             pairs = batches_of(inputs, progress=progress)
             return torch.cat(list(self._over(pairs, draws, lambda p: self.log_likelihoods(loss_fn, *p, **draws))), 1)
         return torch.cat([m.log_likelihoods(loss_fn, inputs, targets, **draws) for m in self.members])
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write each member to a safetensors file in `folder`, which is made if it is missing.
+
+        An ensemble that was saved there before is replaced. The models are not saved.
+
+        Args:
+            folder: where to write.
+
+        Raises:
+            MissingPackageError: the package safetensors is not installed.
+            DataError: the folder, or a file in it, cannot be written.
+        """
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / _INDEX).unlink(missing_ok=True)  # until all members are there, there is no ensemble
+            for index, member in enumerate(self.members):
+                member.save(place / _member(index))
+            with replacing(place / _INDEX) as temporary:
+                temporary.write_text(json.dumps(_HEADER | {"members": len(self.members)}), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{place} cannot be written ({error}): choose a folder that can.") from error
+
+    @staticmethod
+    def load(
+        folder: str | PathLike[str],
+        models: nn.Module | Iterable[nn.Module],
+        *,
+        device: torch.device | str | None = None,
+    ) -> Ensemble:
+        """Read what `save` wrote.
+
+        Args:
+            folder: where it was written.
+            models: the networks of the members, in order; or one, if they differ in their weights alone. They are not
+                changed.
+            device: as for `Posterior.load`.
+
+        Raises:
+            MissingPackageError: the package safetensors is not installed.
+            OptionError: there are more or fewer models than members; or no such device.
+            DataError: the ensemble is missing or damaged.
+        """
+        place = Path(folder)
+        count = _members_in(place / _INDEX)
+        found = [models] * count if isinstance(models, nn.Module) else list(models)
+        if len(found) != count:
+            raise OptionError(f"{place} has {count} members, but {len(found)} models were given: pass one for each.")
+        return Ensemble(
+            Posterior.load(place / _member(index), model, device=device) for index, model in enumerate(found)
+        )
 
     def _over(self, batches: Iterable[Any], draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterable[Any]:
         devices = {mean.device for member in self.members for mean in member.mean.values()}
