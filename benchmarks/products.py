@@ -57,7 +57,6 @@ LAYERS: dict[str, tuple[int, ...]] = {
     "MLP": (512, 1, 784, 400),
     "ViT-S head": (128, 1, 384, 1000),
 }
-PRECISIONS = ("tf32x3", "ieee")
 SMALL = {"convolution": (3, 8, 6, 6, 3, 1, 1), "positions": (3, 20, 18, 17), "one position": (20, 1, 18, 17)}
 
 
@@ -104,7 +103,7 @@ def a_linear(sizes: tuple[int, ...], device: str) -> tuple[Any, ...]:
     forms.pop("triton", None)
     return (
         *((x, delta), plain, forms, lambda launch: kernels.linear_moments(x, delta, launch=launch)),
-        launches(Shape((), batch, outputs, inputs, batch if positions == 1 else positions), PRECISIONS),
+        launches(Shape((), batch, outputs, inputs, batch if positions == 1 else positions)),
     )
 
 
@@ -132,7 +131,7 @@ def a_convolution(sizes: tuple[int, ...], device: str) -> tuple[Any, ...]:
     }
     return (
         *((x, delta), plain, forms, lambda launch: kernels.convolution_moments(x, delta, *arguments, launch=launch)),
-        launches(Shape((), batch, outputs, channels * window**2, length**2), PRECISIONS, windows=True),
+        launches(Shape((), batch, outputs, channels * window**2, length**2), channels=channels),
     )
 
 

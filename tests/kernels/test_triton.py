@@ -27,8 +27,10 @@ from persample.kernels.triton.tuning import Launch, Shape, launches, parts_of  #
 
 Sums = tuple[Tensor, Tensor]
 SMALLEST = Launch(16, 64, 16)
-PRECISIONS = ("tf32x3", "ieee") if DEVICE == "cuda" else ("ieee",)  # which are one to the interpreter
-EVERY_TILE = [Launch(*tile[:2], 32, tile[2], precision) for tile in tuning.TILES for precision in PRECISIONS]
+TILES = (*tuning.WIDE, *tuning.FEW_COLUMNS, *tuning.FEW_OUTPUTS)
+EVERY_TILE = list({Launch(o, k, 32, warps, precision): None for o, k, warps, precision in TILES})
+if DEVICE == "cpu":  # the interpreter multiplies in one way
+    EVERY_TILE = list({replace(launch, precision="ieee", warps=4): None for launch in EVERY_TILE})
 TOLERANCE = 1e-5
 
 
@@ -193,7 +195,7 @@ def test_trials_are_remembered(tmp_path: Path) -> None:
 def test_every_part_has_samples(samples: int, outputs: int, columns: int) -> None:
     for processors in (1, 2, 132):
         shape = Shape((), samples, outputs, columns, 64)
-        for launch in launches(shape, ("ieee",)):
+        for launch in launches(shape):
             parts = parts_of(shape, launch, processors)
             each = -(-samples // parts)
             assert 1 <= parts <= samples
@@ -231,17 +233,16 @@ def test_without_a_folder_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_tf32_only_where_the_user_allows_it() -> None:
-    exact = ("tf32x3", "ieee")
-    assert kernels.precisions_of_products() == exact == kernels.precisions_of_convolutions()
-    allow_tf32(convolutions=True, products=False)
-    assert kernels.precisions_of_products() == exact
-    assert kernels.precisions_of_convolutions() == ("tf32",)
+    assert not kernels.allows_tf32()
+    allow_tf32(convolutions=True, products=False)  # PyTorch's default, nobody's wish
+    assert not kernels.allows_tf32()
     allow_tf32(convolutions=False, products=True)
-    assert kernels.precisions_of_products() == ("tf32",)
+    assert kernels.allows_tf32()
     torch.set_float32_matmul_precision("highest")
-    assert kernels.precisions_of_products() == exact
+    assert not kernels.allows_tf32()
     torch.set_float32_matmul_precision("high")
-    assert kernels.precisions_of_products() == ("tf32",)
+    assert kernels.allows_tf32()
+    assert {launch.precision for launch in launches(Shape((), 9, 70, 70, 9), tf32=True)} == {"tf32"}
 
 
 def test_what_does_not_run_is_a_runtime_error() -> None:

@@ -132,7 +132,7 @@ def _fake_per_sample(*arguments: Any) -> Tensor:
 def convolution_moments(*arguments: Any) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *K)`, for x `(B·R, C, *S)` and δ `(B·R, O, *L)`; see `arguments`."""
     c = checked(*arguments)
-    return choose(_key("convolution", c), lambda: forms(c) | _forms_of_a_gpu(c), c)
+    return choose(_key("convolution", c), lambda: _with_triton(c, forms(c)), c)
 
 
 @operator(f"convolution_squared_norms{_ARGUMENTS} -> Tensor", _fake_norms)
@@ -167,11 +167,12 @@ def _key(what: str, c: Images) -> Key:
     return Key((what, c.geometry, c.images, c.x.dtype, c.x.device), lengths)
 
 
-def _forms_of_a_gpu(c: Images) -> dict[str, Callable[[Images], Sums]]:
+def _with_triton(c: Images, found: dict[str, Callable[[Images], Sums]]) -> dict[str, Callable[[Images], Sums]]:
     triton = kernels_for(c.x)
     if triton is None or c.x.dim() == 5:
-        return {}
-    return {"triton": lambda c: by_triton(triton.convolution_moments, *arguments(c))}
+        return found
+    form = {"triton": lambda c: by_triton(triton.convolution_moments, *arguments(c))}
+    return form | found if min(c.geometry.weight[:2]) >= 16 else found | form
 
 
 def norm_forms(c: Images) -> dict[str, Callable[[Images], tuple[Tensor]]]:

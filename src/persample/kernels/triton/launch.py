@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,8 @@ def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fi
     _require_small_images(x, delta)
     batch, positions, columns = x.shape
     outputs = delta.shape[2]
-    precisions = precisions_of_products()
-    kind = ("linear", precisions, x.stride(2) == 1, delta.stride(2) == 1)
+    tf32 = allows_tf32()
+    kind = ("linear", tf32, x.stride(2) == 1, delta.stride(2) == 1)
     shape = Shape(kind, batch, outputs, columns, positions)
     if positions == 1:
         shape = Shape(("one position", *kind[1:]), 1, outputs, columns, batch)
@@ -43,7 +42,7 @@ def linear_moments(x: Tensor, delta: Tensor, *, launch: Launch | None = None, fi
         sums = _moments(delta, x, shape, strides, (1, positions, columns, 1, 1), 1, launch)
         return sums[0].view(outputs, columns), sums[1].view(outputs, columns)
 
-    return run(launch or launch_for(shape, launches(shape, precisions), x.device, run, fixed))
+    return run(launch or launch_for(shape, launches(shape, tf32), x.device, run, fixed))
 
 
 def convolution_moments(
@@ -82,9 +81,9 @@ def convolution_moments(
         kernel_size, stride, padding, dilation = (1, *kernel_size), (1, *stride), (0, *padding), (1, *dilation)
     channels, outputs = weight[1], weight[0] // groups
     delta = delta.contiguous()
-    precisions = precisions_of_convolutions()
+    tf32 = allows_tf32()
     geometry = tuple(map(tuple, (kernel_size, stride, padding, dilation)))
-    kind = ("convolution", precisions, geometry, images)
+    kind = ("convolution", tf32, geometry, images)
     columns = channels * math.prod(kernel_size)
     shape = Shape(kind, len(x) // images, outputs, columns, math.prod(delta.shape[2:]), groups)
 
@@ -101,7 +100,7 @@ def convolution_moments(
         sums = _moments(delta, padded, shape, (delta_strides, x_strides), sizes, groups, launch)
         return sums[0].view(weight), sums[1].view(weight)
 
-    return run(launch or launch_for(shape, launches(shape, precisions, windows=True), x.device, run, fixed))
+    return run(launch or launch_for(shape, launches(shape, tf32, channels), x.device, run, fixed))
 
 
 def _require_small_images(x: Tensor, delta: Tensor) -> None:
@@ -210,24 +209,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def precisions_of_products() -> tuple[str, ...]:
-    """Return how float32 may be multiplied in matrix products: as exactly as it is, or as the user allows PyTorch."""
-    return _precisions(_allows_tf32(torch.backends.cuda.matmul))
+def allows_tf32() -> bool:
+    """Whether the user allows PyTorch products of TF32.
 
-
-def precisions_of_convolutions() -> tuple[str, ...]:
-    """Return the same of convolutions, for which PyTorch has a setting of its own, and allows TF32 by default."""
-    return _precisions(_allows_tf32(torch.backends.cudnn, "conv"))
-
-
-def _precisions(tf32: bool) -> tuple[str, ...]:
-    return ("tf32",) if tf32 else ("tf32x3", "ieee")
-
-
-def _allows_tf32(place: Any, part: str = "") -> bool:
-    """Whether the user allowed TF32; PyTorch 2.9 has other words for it, and refuses the old ones beside them."""
-    if not hasattr(place, "fp32_precision"):
-        return bool(place.allow_tf32)
-    places = (getattr(place, part, place), place, torch.backends)
-    said = [str(p.fp32_precision) for p in places if hasattr(p, "fp32_precision")]
-    return next((word for word in said if word != "none"), "ieee") == "tf32"
+    Those of convolutions are allowed by PyTorch's default, without being asked, so the setting of matrix products
+    counts for both.
+    """
+    products = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):  # the word for it since PyTorch 2.9, which refuses a mixture of both
+        return bool(products.allow_tf32)
+    said = str(products.fp32_precision)
+    return (said if said != "none" else str(torch.backends.fp32_precision)) == "tf32"  # type: ignore[attr-defined]

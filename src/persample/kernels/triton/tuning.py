@@ -21,10 +21,14 @@ from persample.files import replacing
 Result = TypeVar("Result")
 
 _TRIALS = 5
-TILES = (  # outputs, columns and warps
-    *((64, 64, 4), (128, 64, 8), (64, 128, 8), (32, 128, 4), (64, 32, 4)),
-    *((32, 64, 4), (32, 64, 2), (16, 128, 4), (16, 64, 4)),
+# Outputs, columns, warps and precision. Those of an H100, of all that fit its registers, the fastest first.
+WIDE = (
+    *((32, 128, 4, "tf32x3"), (64, 64, 4, "ieee"), (32, 128, 4, "ieee"), (128, 64, 8, "tf32x3")),
+    (64, 128, 8, "ieee"),
 )
+FEW_COLUMNS = ((32, 64, 2, "tf32x3"), (64, 32, 4, "tf32x3"), (64, 64, 4, "ieee"))
+FEW_OUTPUTS = ((16, 64, 4, "tf32x3"), (16, 128, 4, "tf32x3"))
+_FEW_CHANNELS = 16
 _MOST_PARTIAL_NUMBERS = 2**24  # of each of the two sums, 64 MiB in float32
 
 
@@ -78,22 +82,23 @@ class Shape:
     groups: int = 1
 
 
-def launches(shape: Shape, precisions: Sequence[str], windows: bool = False) -> list[Launch]:
-    """Return the launches worth trying, the likely one first."""
+def launches(shape: Shape, tf32: bool = False, channels: int | None = None) -> list[Launch]:
+    """Return the launches worth trying, the likely one first.
+
+    Args:
+        shape: what is launched for.
+        tf32: whether a single product of TF32 is exact enough.
+        channels: those of a convolution's group.
+    """
     length = min(32, _power_of_two(shape.positions))
-    outputs, columns = _power_of_two(shape.outputs), _power_of_two(shape.columns)
-    # A tile beyond the weight's edge multiplies zeros; one far smaller reads everything more often.
-    fitting = [tile for tile in TILES if tile[0] <= max(16, outputs) and tile[1] <= max(64, columns)]
-    largest = max(o * k for o, k, _ in fitting)
+    tiles = FEW_OUTPUTS if shape.outputs <= 16 else FEW_COLUMNS if shape.columns <= 64 else WIDE
+    orders = (False, True) if channels is not None and channels < _FEW_CHANNELS else (True,)
     found = [
-        Launch(o, k, length, warps, precision, channels_last=last)
-        for precision in precisions
-        for o, k, warps in fitting
-        if 2 * o * k >= largest
-        for last in ((True, False) if windows else (True,))
+        Launch(o, k, length, warps, "tf32" if tf32 else precision, channels_last=last)
+        for o, k, warps, precision in tiles
+        for last in orders
     ]
-    likely = min(found, key=lambda launch: abs(launch.block_o * launch.block_k - 64 * 64))  # the first such
-    return [likely, *(launch for launch in found if launch != likely)]
+    return list(dict.fromkeys(found))
 
 
 def parts_of(shape: Shape, launch: Launch, processors: int) -> int:
