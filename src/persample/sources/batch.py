@@ -60,7 +60,7 @@ class Batch:
 
     @staticmethod
     def of(tree: Tree, size: int) -> Batch:
-        """Return the batch of these arguments and targets, with `Split`s for parts not split along dim 0."""
+        """Return the batch of these arguments and targets, with a `Split` for each part not split along dim 0."""
         split = not _is_simple(tree) and any(isinstance(leaf, Split) for leaf in pytree.tree_leaves(tree))
         args, kwargs, targets = plain(tree) if split else tree
         return Batch(args, kwargs, targets, size, tree if split else None)

@@ -17,7 +17,7 @@ from persample.sources.splits.tree import Split, sizes_of, tensors_in
 
 
 def with_splits(inputs: Any, targets: Any) -> tuple[Any, Any]:
-    """Return both with `Split`s for lists of samples, for packed sequences, and for objects that hold tensors.
+    """Return both, with a `Split` each, for lists of samples, for packed sequences, and for objects that hold tensors.
 
     A list of B entries has one for each sample, unless dim 0 of all tensors in it is the sample; but if it is one of
     dicts, it has so in any case. In `targets` a list of B numbers becomes a tensor. Arrays become tensors.
@@ -58,7 +58,7 @@ def is_of_samples(entries: list[Any], size: int) -> bool:
 
 
 def _opened(tree: Any) -> Any:
-    """Return `tree` with arrays as tensors, and with `Split`s for packed sequences and objects that hold tensors."""
+    """Return `tree` with arrays as tensors, and with a `Split` each for packed sequences and objects that hold tensors."""
 
     def opened(leaf: Any) -> Any:
         if is_array(leaf) and leaf.dtype.kind in "biuf":

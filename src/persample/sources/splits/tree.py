@@ -97,7 +97,7 @@ class Split(ABC):
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return all tensors in `tree`, including those inside `Split`s."""
+    """Return all tensors in `tree`, including those inside a `Split`."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
