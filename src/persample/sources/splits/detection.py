@@ -58,7 +58,7 @@ def is_of_samples(entries: list[Any], size: int) -> bool:
 
 
 def _opened(tree: Any) -> Any:
-    """Return `tree` with arrays as tensors, and with a `Split` each for packed sequences and objects that hold tensors."""
+    """Return `tree` with arrays as tensors, and a `Split` for each packed sequence or object that holds tensors."""
 
     def opened(leaf: Any) -> Any:
         if is_array(leaf) and leaf.dtype.kind in "biuf":
