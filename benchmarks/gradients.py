@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,20 +29,22 @@ import typer
 from matplotlib.figure import Figure
 
 import persample
-from persample.checks.benchmark import PLAIN, plain_pass
+from persample.checks.benchmark import PLAIN, alternate, plain_pass
 from persample.checks.memory import peak_memory
 from persample.files import replacing
 
 sys.path.insert(0, str(Path(__file__).parent))
-import chunked_vmap
+import further_backends
 from models import PROBLEMS
 
 Result = TypeVar("Result")
 
 BACKENDS = [
-    *("fused", "hooks", "vmap", "vmap in chunks"),
+    *("fused", "fused, replayed", "fused, inductor", "hooks", "vmap", "vmap in chunks"),
     *("backpack (extend)", "backpack (rules)", "opacus (module)", "opacus (rules)"),
 ]
+PLAIN_COMPILED = "plain, compiled"
+COLUMNS = [PLAIN_COMPILED, *BACKENDS]
 OWN_BATCH = {"Transformer": 32, "Transformer, tied head": 32}
 ON_GPUS = "ResNet-18"  # takes minutes for each call of some backends on a CPU
 LARGE = [("LeNet-5", 512), ("ResNet-20", 512)]
@@ -65,19 +68,30 @@ def measure(name: str, batch: int, device: str, rounds: int, backends: list[str]
     return {"model": name, "batch": batch, "costs": {cost.backend: asdict(cost) for cost in costs}}
 
 
+def measure_compiled(name: str, batch: int, device: str, rounds: int) -> dict[str, Any]:
+    """Return what the ordinary pass costs under `torch.compile`, over that without."""
+    model, inputs, targets = problem(name, batch, device)
+    passes = {"": model, PLAIN_COMPILED: torch.compile(model)}
+    calls = {way: plain_pass(m, persample.losses.cross_entropy, inputs, targets) for way, m in passes.items()}
+    seconds = alternate(calls, rounds, torch.device(device))
+    ratios = [own / plain for own, plain in zip(seconds[PLAIN_COMPILED], seconds[""], strict=True)]
+    own = statistics.median(seconds[PLAIN_COMPILED])
+    return {"backend": PLAIN_COMPILED, "problem": None, "seconds": own, "time_ratio": statistics.median(ratios)}
+
+
 def measure_memory(result: dict[str, Any], device: str) -> None:
     """Write the peak memory of all backends into the costs of one model."""
     name, batch = result["model"], result["batch"]
     plain = in_fresh_process(memory, name, batch, device, PLAIN)
     for backend, cost in result["costs"].items():
-        if cost["problem"] is None:
+        if cost["problem"] is None and backend in BACKENDS:
             peak = in_fresh_process(memory, name, batch, device, backend)
             cost |= {"peak_bytes": peak, "memory_ratio": peak / plain}
 
 
 def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
     """Return what `function` returns in a process that has done nothing else, and whose memory is its own."""
-    with ProcessPoolExecutor(1, get_context("spawn"), chunked_vmap.register) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), further_backends.register) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -115,9 +129,10 @@ def machine(*peers: str, device: str = "cpu") -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]], figure: Literal["time_ratio", "memory_ratio"]) -> str:
     """Return the ratios of time or memory as a Markdown table; – where a backend refuses the model."""
-    lines = ["| model | batch | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 2) + "|"]
+    columns = COLUMNS if figure == "time_ratio" else BACKENDS
+    lines = ["| model | batch | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for result in results:
-        cells = [_cell(result["costs"].get(backend), figure) for backend in BACKENDS]
+        cells = [_cell(result["costs"].get(column), figure) for column in columns]
         lines.append(f"| {result['model']} | {result['batch']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -132,10 +147,16 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the time ratios of all backends as points, a line for each model, and name those that refuse it."""
     figure = Figure(figsize=(10, 1.5 + 0.55 * len(results)), layout="constrained")
     axes = figure.subplots()
-    for backend, marker in zip(BACKENDS, "osDdv^<>", strict=True):
+    for backend, marker in zip(COLUMNS, "|oPXsDdv^<>", strict=True):
         costs = [(i, result["costs"].get(backend)) for i, result in enumerate(results)]
         points = [(cost["time_ratio"], i) for i, cost in costs if cost is not None and cost["problem"] is None]
-        axes.plot(*zip(*points, strict=True), marker, label=backend, markersize=9 if backend == "fused" else 6)
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            marker,
+            label=backend,
+            markersize=9 if backend == "fused" else 6,
+        )
     for i, result in enumerate(results):
         refused = [backend for backend in BACKENDS if (result["costs"].get(backend) or {}).get("problem")]
         if refused:
@@ -162,7 +183,7 @@ def main(
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="How often each backend is timed; 0 keeps what is there.")] = 15,
     memory_too: Annotated[bool, typer.Option("--memory/--no-memory", help="Take the peak memory, too.")] = True,
-    backends: Annotated[str, typer.Option(help="Names of backends, separated by semicolons.")] = ";".join(BACKENDS),
+    backends: Annotated[str, typer.Option(help="Names of backends, separated by semicolons.")] = ";".join(COLUMNS),
 ) -> None:
     """Measure all backends on all models."""
     out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +195,11 @@ def main(
     jobs = [(name, batch) for name in wanted] if batch else [job for job in own_jobs if job[0] in wanted]
     for job in jobs:
         if rounds:
-            results[job] = in_fresh_process(measure, *job, device, rounds, backends.split(";"))
+            names = backends.split(";")
+            results[job] = in_fresh_process(measure, *job, device, rounds, [n for n in names if n != PLAIN_COMPILED])
+            if PLAIN_COMPILED in names:
+                costs = results[job]["costs"]
+                costs[PLAIN_COMPILED] = in_fresh_process(measure_compiled, *job, device, rounds)
         if memory_too:
             measure_memory(results[job], device)
         print(table([results[job]], "time_ratio"), flush=True)

@@ -60,16 +60,33 @@ def ivon_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[],
     return step
 
 
-def vogn_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+def vogn_step(model: nn.Module, inputs: Tensor, targets: Tensor, **options: Any) -> Callable[[], None]:
     """Return a step of VOGN with one draw."""
     loss_fn = persample.losses.cross_entropy
-    optimizer = persample.VOGN(model, loss_fn, data_size=DATA_SIZE, lr=1e-4, hess_init=0.1, momentum=0.9)
+    optimizer = persample.VOGN(
+        model, loss_fn, data_size=DATA_SIZE, lr=1e-4, hess_init=0.1, momentum=0.9, backend_options=options
+    )
 
     def step() -> None:
         optimizer.observe(inputs, targets)
         optimizer.step()
 
     return step
+
+
+def replayed_vogn_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Return the same with its moments recorded once."""
+    return vogn_step(model, inputs, targets, compile=True)
+
+
+def inductor_vogn_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Return the same with its moments recorded once, and compiled by Inductor."""
+    return vogn_step(model, inputs, targets, compile="inductor")
+
+
+def compiled_adam_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
+    """Return a step of Adam on the model under `torch.compile`."""
+    return adam_step(torch.compile(model), inputs, targets)  # type: ignore[arg-type]
 
 
 def moments_alone(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], Any]:
@@ -86,8 +103,11 @@ def noise_alone(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[
 
 STEPS = {
     "Adam": adam_step,
+    "Adam, compiled": compiled_adam_step,
     "IVON": ivon_step,
     "VOGN": vogn_step,
+    "VOGN, replayed": replayed_vogn_step,
+    "VOGN, inductor": inductor_vogn_step,
     "moments alone": moments_alone,
     "noise alone": noise_alone,
 }

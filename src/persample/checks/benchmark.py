@@ -100,7 +100,7 @@ def benchmark(
             calls[agreement.backend] = partial(_call, source, inputs, targets, quantities)
     resident = _bytes((list(model.parameters()), list(model.buffers()), inputs, targets))
     with as_it_was(model), random_state_restored(model, random_state(model)):
-        seconds = _alternate(calls, rounds, _device(model))
+        seconds = alternate(calls, rounds, _device(model))
         peaks = {name: resident + peak_memory(call, _device(model)) for name, call in calls.items()}
 
     costs = [_cost(PLAIN, seconds, peaks)]
@@ -133,7 +133,7 @@ def plain_pass(
     return plain_pass
 
 
-def _alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call in each round; the first round is a warm-up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
