@@ -784,6 +784,30 @@ def test_uneven_batches_and_other_dtypes_and_layouts() -> None:
         model.to(memory_format=torch.channels_last if call == 0 else torch.contiguous_format)
 
 
+def test_beyond_the_limit_of_graphs_those_that_are_there_still_serve() -> None:
+    model = scaled(lambda m: 1.0).double()
+    source = source_of(model, check="never")
+    ran = {}
+    for size in [*range(2, 14), *range(2, 14)]:
+        x, y = data(size)
+        require_right(source.moments(x, y), truth(model, x, y))
+        ran[size] = source.ran
+    assert ran[2] == ran[5] == "replayed"
+    assert ran[13] == "eager"
+    assert source.ran_because
+
+
+def test_a_batch_that_fails_once_leaves_the_others_replayed() -> None:
+    model = scaled(lambda m: 1.0).double()
+    source = source_of(model, lambda outputs, targets: (outputs - targets[:, :3]).square().sum(1), check="never")
+    x, y = data()
+    source.moments(x, y)
+    both = torch.cat([x, y], 1)
+    for given in ((x, y), (both[:, :4], both), (x, y)):
+        require_right(source.moments(*given), truth(model, *given, source.loss_fn))
+    assert source.ran == "replayed"
+
+
 def test_tensors_that_share_memory() -> None:
     model = scaled(lambda m: 1.0).double()
     own = Net(lambda m, x: m.last(torch.tanh(m.first(x.add_(1)))), **layers()).double()

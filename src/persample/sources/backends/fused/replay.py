@@ -117,8 +117,7 @@ class Replay:
                     step = _Step(source, self._way)
                     self._steps.append(step)
                 result = step.result(source, batch, what)
-                self.reason = step.reasons.get(what.key, step.ran_because)
-                self.ran = None if result is None or what.key in step.reasons else step.ran
+                self.reason, self.ran = step.ran_because, step.ran
         self._tell()
         return what.compute(source, batch, what.tensors) if result is None else result
 
@@ -156,15 +155,18 @@ class _Step:
     PyTorch's has got anew. So all that modules hold and how their classes are called must be what it was, by identity.
 
     Attributes:
-        reasons: why it cannot be replayed, by what is wanted.
-        ran: how it was run at last, with `ran_because` if not as was asked for.
+        ran: how it was run at last; None if in the ordinary way.
+        ran_because: why not in the way that was asked for.
     """
 
     def __init__(self, source: Ordinary, way: Way) -> None:
-        self.reasons: dict[Hashable, str] = {}
         self.call: _Call | None = None
         self.deterministic = source.deterministic
-        self.way, self.ran, self.ran_because = way, way, ""
+        self.way = way
+        self.ran: Way | None = None
+        self.ran_because = ""
+        self._served: set[Hashable] = set()  # what has been recorded, for a kind of batch at least
+        self._closed: dict[Hashable, str] = {}  # why it is not recorded for further kinds
         self._key = _key(source)
         self._held = Held(source.model)
         self._compiled = _compiled(source.model, source.loss_fn, weakref.ref(self))
@@ -175,19 +177,18 @@ class _Step:
 
     def result(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return what is wanted of `batch`, or None if the step cannot be replayed."""
-        if what.key in self.reasons:
+        self.ran, self.ran_because = None, self._closed.get(what.key, "")
+        if self.ran_because and what.key not in self._served:
             return None
         try:
             # Dynamo captures nothing here: where no graph fits, it runs the function itself, which raises.
             with torch.compiler.set_stance("eager_on_recompile"):
                 return self._replayed(_Call(source, batch, what))
         except _NotRecordedError:
-            return self._recorded(source, batch, what)
-        except NotReplayableError as error:  # before anything was run
-            self.reasons[what.key] = str(error)
-        except _FailedError as error:
+            return None if self.ran_because else self._recorded(source, batch, what)
+        except (NotReplayableError, _FailedError) as error:  # before anything was run, or changed
             self.ran_because = str(error)
-        return None
+            return None
 
     def _replayed(self, call: _Call) -> Any:
         self.call = call
@@ -207,6 +208,7 @@ class _Step:
         """
         call = self.call
         assert call is not None
+        call.graph = graph
         operands, recording = graph.operands(inputs, call), graph.recordings.get(call.what.key)
         if recording is None:
             if not call.may_record:
@@ -237,14 +239,14 @@ class _Step:
         after, drawn = source.state(), random_state(source.model)
         ordinary_state = source.ordinary_state
         if not all(torch.equal(t, before) for t, before in given):
-            self.reasons[what.key] = "the model changes the batch in place, or there are NaNs in it"
+            self._close(what, "the model changes the batch in place, or there are NaNs in it")
             return result
         state.put_back()
         set_random_state(start)
-        reason = ""
+        reason, call = "", _Call(source, batch, what, may_record=True)
         try:
             with _capturing() as warned, _caches_kept_clean():
-                replayed = self._replayed(_Call(source, batch, what, may_record=True))
+                replayed = self._replayed(call)
             if any("lru_cache" in text for text in warned):
                 reason = "a function of the model remembers its results (functools.cache)"
             elif not _agree(result, replayed):
@@ -259,9 +261,18 @@ class _Step:
             after.put_back()
             set_random_state(drawn)
         if reason:
-            self.reasons[what.key] = reason
+            self._close(what, reason)
+            if call.graph is not None:
+                call.graph.recordings.pop(what.key, None)
+        else:
+            self._served.add(what.key)
         source.ordinary_state = ordinary_state
         return result
+
+    def _close(self, what: Request, reason: str) -> None:
+        """Let what is wanted go the ordinary way from now on, but for kinds of batches that have been recorded."""
+        self._closed[what.key] = self.ran_because = reason
+        self.ran = None
 
 
 class _Call:
@@ -269,6 +280,7 @@ class _Call:
 
     Attributes:
         tensors: those of the batch.
+        graph: that of Dynamo's which serves it, once it is known.
         result: what was wanted, once it is there.
     """
 
@@ -277,6 +289,7 @@ class _Call:
         self.parameters = source.parameters()
         self.arguments = batch.for_a_call()
         self.tensors = [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+        self.graph: _Graph | None = None
         self.result: Any = None
 
 
