@@ -222,8 +222,10 @@ class VariationalOptimizer(PosteriorState):
         if closure is not None and not callable(closure):
             raise OptionError(f"closure={closure!r} must be a function without arguments, or None.")
         self._follow_model()
-        loss = None if closure is None else self._observe_closure(closure)
-        self._follow_model()
+        loss = None
+        if closure is not None:
+            loss = self._observe_closure(closure)
+            self._follow_model()
         if closure is None and self._is_asked_for_its_state():
             self._make_states()
             return None
