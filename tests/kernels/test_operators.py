@@ -144,6 +144,24 @@ def test_gradients_of_a_convolution(make: Any) -> None:
     torch.library.opcheck(convolution.convolution_per_sample, arguments)
 
 
+@pytest.mark.parametrize(("positions", "width"), [(1, 3), (4, 3), (2, 40), (6, 90)])
+def test_moments_and_norms_of_a_linear_layer(positions: int, width: int) -> None:
+    x, delta = torch.randn(5, positions, width), torch.randn(5, positions, 2 * width)
+    g = torch.einsum("blo,bli->boi", delta.double(), x.double())
+    for given in ((x, delta), (x.double(), delta.double())):
+        total, squares, norms = linear.linear_moments_and_norms(*given)
+        close = {"rtol": 1e-4, "atol": 1e-4} if given[0] is x else {"rtol": 1e-10, "atol": 1e-10}
+        torch.testing.assert_close(total.double(), g.sum(0), **close)
+        torch.testing.assert_close(squares.double(), g.square().sum(0), **close)
+        torch.testing.assert_close(norms.double(), g.flatten(1).square().sum(1), **close)
+    torch.library.opcheck(linear.linear_moments_and_norms, (x, delta))
+    joint = linear._joint_forms(delta.double(), x.double())
+    for form in joint.values():
+        total, squares, norms = form(delta.double(), x.double())
+        torch.testing.assert_close(squares, g.square().sum(0))
+        torch.testing.assert_close(norms, g.flatten(1).square().sum(1))
+
+
 def test_opcheck_of_the_others() -> None:
     x, delta = torch.randn(5, 6, 3), torch.randn(30, 4)
     for bias in (None, torch.randn(4)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -68,6 +69,21 @@ def linear_squared_norms(x: Tensor, delta: Tensor) -> Tensor:
 def norms_from_products(positions: int, outputs: int, inputs: int) -> bool:
     """Whether the products of positions are cheaper than the gradients."""
     return positions == 1 or 2 * positions * (outputs + inputs) <= outputs * inputs
+
+
+def _fake_moments_and_norms(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_moments(x, delta), _fake_norms(x, delta)
+
+
+@operator("linear_moments_and_norms(Tensor x, Tensor delta) -> (Tensor, Tensor, Tensor)", _fake_moments_and_norms)
+def linear_moments_and_norms(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖² of the same, of gradients that are formed once where both need them."""
+    check(x, delta)
+    batch, positions = delta.shape[:2]
+    if positions == 1 or delta.is_cuda or norms_from_products(positions, delta.shape[2], x.shape[2]):
+        return *linear_moments(x, delta), linear_squared_norms(x, delta)
+    kind = ("with norms", delta.shape[2], x.shape[2], x.dtype, x.device)
+    return choose(Key(("linear on positions", kind), (batch, positions)), lambda: _joint_forms(delta, x), delta, x)
 
 
 def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
@@ -162,20 +178,48 @@ def _pieces(delta: Tensor, a: Tensor) -> Iterator[Tensor]:
         yield d.mT @ x
 
 
-def _batched(delta: Tensor, a: Tensor) -> Sums:
+def _joint_forms(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """The same forms, with the norms of what they form."""
+    product = product_for(a)
+    forms: dict[str, Callable[[Tensor, Tensor, list[Tensor]], Sums]] = {
+        "batched": _batched,
+        "blas one by one": lambda delta, a, norms: _one_by_one(delta, a, lambda d, x: d.mT @ x, norms),
+    }
+    if product is not None:
+        forms[f"{COMPILED} one by one"] = lambda delta, a, norms: _one_by_one(
+            delta, a, lambda d, x: product(d.mT, x.mT), norms
+        )
+    return {name: partial(_with_norms, form) for name, form in forms.items()}
+
+
+def _with_norms(
+    form: Callable[[Tensor, Tensor, list[Tensor]], Sums], delta: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    norms: list[Tensor] = []
+    total, squares = form(delta, a, norms)
+    return total, squares, torch.cat(norms)
+
+
+def _batched(delta: Tensor, a: Tensor, norms: list[Tensor] | None = None) -> Sums:
     total = delta.new_zeros(delta.shape[2], a.shape[2])
     squares = torch.zeros_like(total)
     for g in _pieces(delta, a):
         total += g.sum(0)
+        if norms is not None:
+            norms.append(torch.linalg.vector_norm(g, dim=(1, 2)).square())
         squares += squares_of(g)
     return total, squares
 
 
-def _one_by_one(delta: Tensor, a: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Sums:
+def _one_by_one(
+    delta: Tensor, a: Tensor, product: Callable[[Tensor, Tensor], Tensor], norms: list[Tensor] | None = None
+) -> Sums:
     total = delta.new_zeros(delta.shape[2], a.shape[2])
     squares = torch.zeros_like(total)
     for d, x in zip(delta, a, strict=True):
         g = product(d, x)
         total += g
         squares.addcmul_(g, g)
+        if norms is not None:
+            norms.append(torch.linalg.vector_norm(g).square().unsqueeze(0))
     return total, squares

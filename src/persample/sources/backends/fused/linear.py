@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from persample.kernels.linear import linear_moments, linear_squared_norms
+from persample.kernels.linear import linear_moments, linear_moments_and_norms, linear_squared_norms
 from persample.sources.backends.shortcuts import (
     gram,
     gram_of_one_position,
+    moments_and_norms,
     numbers_held,
     products_of_pairs,
     scaled,
@@ -48,6 +49,11 @@ def _(contribution: LinearProducts) -> int:
 @squared_norms.register
 def _(contribution: LinearProducts, size: int, width: int) -> Tensor:
     return linear_squared_norms(contribution.a, contribution.delta)
+
+
+@moments_and_norms.register
+def _(contribution: LinearProducts, size: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_moments_and_norms(contribution.a, contribution.delta)
 
 
 @weighted_sum.register
