@@ -112,6 +112,13 @@ def _linear_squared_norms(x: Tensor, delta: Tensor) -> Any:
     return found[0] if found else ON_ANY_DEVICE["linear_squared_norms"](x, delta)
 
 
+def _linear_moments_and_norms(x: Tensor, delta: Tensor) -> Any:
+    c = _of_linear(x, delta)
+    found = None if norms_from_products(x.shape[1], *c.geometry.weight[:2]) else _product(c, True, True)
+    sums = _in_shape(found, c.geometry.weight[:2])
+    return ON_ANY_DEVICE["linear_moments_and_norms"](x, delta) if found is None or sums is None else (*sums, found[2])
+
+
 def _outer_moments(delta: Tensor, a: Tensor) -> Any:
     found = _product(_of_outer(delta, a), True, False) if a.shape[3] > 1 else None
     shape = delta.shape[1], delta.shape[2], a.shape[2]
@@ -124,6 +131,6 @@ def _in_shape(found: tuple[Tensor, ...] | None, shape: Sequence[int]) -> Sums | 
 
 for implementation in (
     *(_convolution_moments, _convolution_squared_norms, _convolution_moments_and_norms),
-    *(_linear_moments, _linear_squared_norms, _outer_moments),
+    *(_linear_moments, _linear_squared_norms, _linear_moments_and_norms, _outer_moments),
 ):
     LIBRARY.impl(implementation.__name__.removeprefix("_"), implementation, "CPU")
