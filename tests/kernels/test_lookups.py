@@ -1,4 +1,4 @@
-"""What single contributions are made of."""
+"""Look-ups of rows by numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persample.sources.backends.contributions import unique_at_most
+from persample.kernels.lookups import unique_at_most
 
 
 @given(values=st.lists(st.integers(0, 6), min_size=1, max_size=12), rows=st.integers(1, 3))
