@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import persample
+from persample.kernels.compiled import without_kernels
 
 #: Operations whose results Python reads, or whose shape depends on values.
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
@@ -30,6 +31,13 @@ class Waits(TorchDispatchMode):
             own = [frame for frame in traceback.extract_stack() if "persample" in Path(frame.filename).parts]
             self.found.append(own[-1].name)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu() -> Iterator[None]:
+    """Without the kernels of CPUs, in which nothing is seen."""
+    with without_kernels():
+        yield
 
 
 def waits_in(call: Callable[[], object]) -> list[str]:
