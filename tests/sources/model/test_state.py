@@ -431,7 +431,7 @@ def test_parameters_that_the_forward_pass_replaces_are_refused(backend: str, che
         with pytest.raises(UnsupportedModelError, match=r"'last.weight' by a new nn.Parameter.*copy_"):
             make(backend, model, check=check).moments(*batch())
         explained = str(persample.explain(model, batch()[0], backend=backend))
-        assert "in the place of its parameter 'last.weight'" in explained
+        assert "replaces its parameter 'last.weight' by a new nn.Parameter" in explained
 
 
 # Passes that cannot be repeated.

@@ -166,7 +166,7 @@ pytestmark = pytest.mark.usefixtures("wrong_backends")
         ("NotANumber", "per_sample", "sum of the per-sample gradients of '2.weight'"),
         ("SlightlyOff", "moments", "mean gradient of '2.weight'"),
         ("SlightlyOff", "per_sample", "sum of the per-sample gradients of '2.weight'"),
-        ("TooManyRows", "per_sample", r"shape \(10, 2, 4\) for parameter '2.weight', but 5 samples"),
+        ("TooManyRows", "per_sample", r"shape \(10, 2, 4\) for parameter '2.weight', but expected 5 samples"),
         ("MissingParameter", "moments", "other parameters than the model's: 2.weight"),
         ("MissingParameter", "per_sample", "other parameters than the model's: 2.weight"),
         ("WrongLosses", "moments", "the losses"),
