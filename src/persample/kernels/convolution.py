@@ -16,7 +16,7 @@ is good at:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -29,7 +29,7 @@ from persample.kernels.autotune import COMPILED, Key, choose
 from persample.kernels.gpu import by_triton, kernels_for
 from persample.kernels.library import operator
 from persample.kernels.onednn import product_for
-from persample.kernels.pieces import Sums, samples_at_once, squares_of
+from persample.kernels.pieces import Sums, added_up, samples_at_once, squared_norms
 from persample.kernels.unfolding import unfold, windows_of
 
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
@@ -189,7 +189,7 @@ def _norms(form: Callable[[Images], Sums], c: Images) -> tuple[Tensor]:
     """The squared norms of what `form` adds up; the order of the entries, and zeros among them, change none."""
     assert isinstance(form, partial)
     pieces, dim, _ = _PIECES[form.func]
-    return (torch.cat([_squared_norms(g, dim) for g in pieces(c, **form.keywords)]),)
+    return (torch.cat([squared_norms(g, dim) for g in pieces(c, **form.keywords)]),)
 
 
 def _moments_and_norms(form: Callable[..., Sums], c: Images) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,38 +272,6 @@ def _pieces(c: Images, entries: int, *budgets: int) -> list[int]:
     return sorted({min(batch, samples_at_once(entries, c.x.device, budget)) for budget in budgets})
 
 
-def _added_up(gradients: Iterable[Tensor], dim: int = 0, norms: list[Tensor] | None = None) -> Sums:
-    """Return Σ_i g_i and Σ_i g_i² from pieces of the g_i, which may be overwritten; `dim` is that of the samples.
-
-    Those who want ‖g_i‖², too, give a list, to which those of each piece are appended.
-    """
-    pieces = iter(gradients)
-    first = next(pieces)  # a batch has samples
-    total, squares = first.sum(dim), _squares_with_norms(first, dim, norms)
-    for g in pieces:
-        if g.shape[dim] == 1:
-            total += g.select(dim, 0)
-            squares.addcmul_(g.select(dim, 0), g.select(dim, 0))
-            if norms is not None:
-                norms.append(_squared_norms(g, dim))
-        else:
-            total += g.sum(dim)
-            squares += _squares_with_norms(g, dim, norms)
-    return total, squares
-
-
-def _squares_with_norms(g: Tensor, dim: int, norms: list[Tensor] | None) -> Tensor:
-    if norms is None:
-        return squares_of(g, dim)
-    norms.append(_squared_norms(g, dim))
-    return squares_of(g, dim)
-
-
-def _squared_norms(g: Tensor, dim: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(g, dim=[d for d in range(g.dim()) if d != dim])
-    return norms.square()
-
-
 def _parts(c: Images, rows: int) -> Iterator[Images]:
     for start in range(0, len(c.x) // c.images, rows):
         yield c.take(slice(start, start + rows))
@@ -339,7 +307,7 @@ def _patches(c: Images) -> Tensor:
 
 
 def _by_patches(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
-    sums = _added_up(_patch_gradients(c, rows), norms=norms)
+    sums = added_up(_patch_gradients(c, rows), norms=norms)
     return sums if c.geometry.groups > 1 or c.images > 1 else _transposed(sums, c.geometry.weight)
 
 
@@ -360,7 +328,7 @@ def _by_products(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sum
         total += g
         squares.addcmul_(g, g)
         if norms is not None:
-            norms.append(_squared_norms(g.unsqueeze(0), 0))
+            norms.append(squared_norms(g.unsqueeze(0), 0))
     return _transposed((total, squares), c.geometry.weight)
 
 
@@ -382,7 +350,7 @@ def _transposed(sums: Sums, weight: tuple[int, ...]) -> Sums:
 def _by_rows(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
     """g_i[o, c, k₁, k₂] = Σ_{l₁ l₂} δ_i[o, l₁, l₂] x_i[c, l₁ + d k₁, l₂ + k₂]: along l₁ nothing needs to be copied."""
     outputs, channels, first, *others = c.geometry.weight
-    total, squares = _added_up(_row_gradients(c, rows), dim=1, norms=norms)
+    total, squares = added_up(_row_gradients(c, rows), dim=1, norms=norms)
     order = (len(others) + 2, 1, 0, *range(2, 2 + len(others)))
     shape = (first, channels, *others, outputs)
     return total.reshape(shape).permute(order).contiguous(), squares.reshape(shape).permute(order).contiguous()
@@ -416,7 +384,7 @@ def _by_aligned_windows(c: Images, rows: int, shifts: int, norms: list[Tensor] |
     number = channels * math.prod(copied)
     total, squares = (
         s[..., :number].reshape(shifts, outputs, channels, *copied).movedim(0, 2).contiguous().view(c.geometry.weight)
-        for s in _added_up(_aligned_gradients(c, rows, shifts), dim=1, norms=norms)
+        for s in added_up(_aligned_gradients(c, rows, shifts), dim=1, norms=norms)
     )
     return total, squares
 
@@ -440,7 +408,7 @@ def _aligned_gradients(c: Images, rows: int, shifts: int) -> Iterator[Tensor]:
 
 
 def _by_groups(c: Images, rows: int, norms: list[Tensor] | None = None) -> Sums:
-    return _added_up(_group_gradients(c, rows), norms=norms)
+    return added_up(_group_gradients(c, rows), norms=norms)
 
 
 def _group_gradients(c: Images, rows: int) -> Iterator[Tensor]:

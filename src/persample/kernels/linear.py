@@ -14,7 +14,7 @@ from persample.kernels.autotune import COMPILED, Key, choose
 from persample.kernels.gpu import by_triton, kernels_for
 from persample.kernels.library import operator
 from persample.kernels.onednn import product_for
-from persample.kernels.pieces import Sums, samples_at_once, squares_of
+from persample.kernels.pieces import Sums, added_up, samples_at_once, squared_norms
 
 Form = TypeVar("Form", bound=Callable[..., object])
 
@@ -63,7 +63,7 @@ def linear_squared_norms(x: Tensor, delta: Tensor) -> Tensor:
     if norms_from_products(positions, outputs, inputs):
         products = (delta @ delta.mT).mul_(x @ x.mT)
         return products.flatten(1).sum(1).clamp_(min=0)  # rounding may leave less than nothing
-    return torch.cat([torch.linalg.vector_norm(g, dim=(1, 2)).square() for g in _pieces(delta, x)])
+    return torch.cat([squared_norms(g) for g in _pieces(delta, x)])
 
 
 def norms_from_products(positions: int, outputs: int, inputs: int) -> bool:
@@ -155,20 +155,37 @@ def linear_gradient_of_inputs(delta: Tensor, weight: Tensor, lengths: Sequence[i
 
 def many_positions(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
     """Forms for tensors like these. Positions are summed before squaring, so the g_i are formed, a few at a time."""
-    forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
-        "batched": _batched,
-        "blas one by one": lambda delta, a: _one_by_one(delta, a, lambda d, x: d.mT @ x),
-    }
-    if delta.shape[-1] * a.shape[-1] > 2**15 and not delta.is_cuda:  # the likely winner first
-        forms = dict(reversed(forms.items()))
-    product = product_for(a)
-    if product is not None:
-        forms[f"{COMPILED} one by one"] = lambda delta, a: _one_by_one(delta, a, lambda d, x: product(d.mT, x.mT))
+    forms = _forming(delta, a)
     triton = kernels_for(a)
     if triton is not None:
         # The first, which stays where results must repeat: on an H100 it was the fastest on every shape tried.
         forms = {"triton": lambda delta, a: by_triton(triton.linear_moments, a, delta), **forms}
     return forms
+
+
+def _forming(delta: Tensor, a: Tensor) -> dict[str, Callable[..., Sums]]:
+    """The forms that form the g_i, and append their squared norms to `norms` if that is given."""
+    forms: dict[str, Callable[..., Sums]] = {
+        "batched": _batched,
+        "blas one by one": partial(_one_by_one, product=lambda d, x: d.mT @ x),
+    }
+    if delta.shape[-1] * a.shape[-1] > 2**15 and not delta.is_cuda:  # the likely winner first
+        forms = dict(reversed(forms.items()))
+    product = product_for(a)
+    if product is not None:
+        forms[f"{COMPILED} one by one"] = partial(_one_by_one, product=lambda d, x: product(d.mT, x.mT))
+    return forms
+
+
+def _joint_forms(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """The same, with the norms of what they form."""
+    return {name: partial(_with_norms, form) for name, form in _forming(delta, a).items()}
+
+
+def _with_norms(form: Callable[..., Sums], delta: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    norms: list[Tensor] = []
+    total, squares = form(delta, a, norms=norms)
+    return total, squares, torch.cat(norms)
 
 
 def _pieces(delta: Tensor, a: Tensor) -> Iterator[Tensor]:
@@ -178,41 +195,12 @@ def _pieces(delta: Tensor, a: Tensor) -> Iterator[Tensor]:
         yield d.mT @ x
 
 
-def _joint_forms(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """The same forms, with the norms of what they form."""
-    product = product_for(a)
-    forms: dict[str, Callable[[Tensor, Tensor, list[Tensor]], Sums]] = {
-        "batched": _batched,
-        "blas one by one": lambda delta, a, norms: _one_by_one(delta, a, lambda d, x: d.mT @ x, norms),
-    }
-    if product is not None:
-        forms[f"{COMPILED} one by one"] = lambda delta, a, norms: _one_by_one(
-            delta, a, lambda d, x: product(d.mT, x.mT), norms
-        )
-    return {name: partial(_with_norms, form) for name, form in forms.items()}
-
-
-def _with_norms(
-    form: Callable[[Tensor, Tensor, list[Tensor]], Sums], delta: Tensor, a: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    norms: list[Tensor] = []
-    total, squares = form(delta, a, norms)
-    return total, squares, torch.cat(norms)
-
-
 def _batched(delta: Tensor, a: Tensor, norms: list[Tensor] | None = None) -> Sums:
-    total = delta.new_zeros(delta.shape[2], a.shape[2])
-    squares = torch.zeros_like(total)
-    for g in _pieces(delta, a):
-        total += g.sum(0)
-        if norms is not None:
-            norms.append(torch.linalg.vector_norm(g, dim=(1, 2)).square())
-        squares += squares_of(g)
-    return total, squares
+    return added_up(_pieces(delta, a), norms=norms)
 
 
 def _one_by_one(
-    delta: Tensor, a: Tensor, product: Callable[[Tensor, Tensor], Tensor], norms: list[Tensor] | None = None
+    delta: Tensor, a: Tensor, *, product: Callable[[Tensor, Tensor], Tensor], norms: list[Tensor] | None = None
 ) -> Sums:
     total = delta.new_zeros(delta.shape[2], a.shape[2])
     squares = torch.zeros_like(total)

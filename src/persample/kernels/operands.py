@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# How the names of kernels end, by the dtype that they compute in.
-_NAMES = {torch.float32: "float", torch.float64: "double"}
+#: How the names of kernels end, by the dtype that they compute in.
+NAMES = {torch.float32: "float", torch.float64: "double"}
 
 
 def plain_dtype(*lists: Sequence[Tensor]) -> str | None:
     """Return "float" or "double" if all tensors are of that dtype, in order and without gaps; else None."""
     dtype = lists[0][0].dtype if lists[0] else torch.float32
     same = all(t.dtype is dtype and t.is_contiguous() for tensors in lists for t in tensors)
-    return _NAMES.get(dtype) if same else None
+    return NAMES.get(dtype) if same else None
 
 
 def kernel_serves(*lists: Sequence[Tensor]) -> bool:

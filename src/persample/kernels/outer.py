@@ -9,7 +9,7 @@ from torch import Tensor
 
 from persample.kernels.library import operator
 from persample.kernels.linear import linear_squared_norms
-from persample.kernels.pieces import Sums, samples_at_once, squares_of
+from persample.kernels.pieces import Sums, added_up, samples_at_once, squared_norms
 
 
 def check(delta: Tensor, a: Tensor) -> None:
@@ -42,12 +42,7 @@ def outer_moments(delta: Tensor, a: Tensor) -> Sums:
     if a.shape[3] == 1:
         # One position: g_i² = (δ_i)² (a_iᵀ)², so that no per-sample gradient is needed (Goodfellow, 2015).
         return product(delta, a), product(delta.square(), a.square())
-    total = delta.new_zeros(delta.shape[1], delta.shape[2], a.shape[2])
-    squares = torch.zeros_like(total)
-    for g in _pieces(delta, a):
-        total += g.sum(0)
-        squares += squares_of(g)
-    return total, squares
+    return added_up(_pieces(delta, a))
 
 
 @operator("outer_squared_norms(Tensor delta, Tensor a) -> Tensor", _fake_norms)
@@ -58,8 +53,7 @@ def outer_squared_norms(delta: Tensor, a: Tensor) -> Tensor:
         return linear_squared_norms(a.squeeze(1).mT, delta.squeeze(1).mT)
     if a.shape[3] == 1:
         return (delta.square().sum((2, 3)) * a.square().sum((2, 3))).sum(1)
-    norms = [torch.linalg.vector_norm(g, dim=(1, 2, 3)).square() for g in _pieces(delta, a)]
-    return torch.cat(norms)
+    return torch.cat([squared_norms(g) for g in _pieces(delta, a)])
 
 
 @operator("outer_weighted_sum(Tensor delta, Tensor a, Tensor weights) -> Tensor", _fake_weighted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,31 @@ def squares_of(g: Tensor, dim: int = 0) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(g, dim=dim)  # reads them once, and writes none
         return norms.square()
     return g.square_().sum(dim)
+
+
+def added_up(gradients: Iterable[Tensor], dim: int = 0, norms: list[Tensor] | None = None) -> Sums:
+    """Return Σ_i g_i and Σ_i g_i² from pieces of the g_i, which may be overwritten; `dim` is that of the samples.
+
+    Those who want ‖g_i‖², too, give a list, to which those of each piece are appended.
+    """
+    total = squares = None
+    for g in gradients:
+        if norms is not None:
+            norms.append(squared_norms(g, dim))
+        if total is None or squares is None:
+            total, squares = g.sum(dim), squares_of(g, dim)
+        elif g.shape[dim] == 1:
+            total += g.select(dim, 0)
+            squares.addcmul_(g.select(dim, 0), g.select(dim, 0))
+        else:
+            total += g.sum(dim)
+            squares += squares_of(g, dim)
+    assert total is not None  # a batch has samples
+    assert squares is not None
+    return total, squares
+
+
+def squared_norms(g: Tensor, dim: int = 0) -> Tensor:
+    """Return ‖g_i‖² of per-sample gradients; `dim` is that of the samples."""
+    norms: Tensor = torch.linalg.vector_norm(g, dim=[d for d in range(g.dim()) if d != dim])
+    return norms.square()

@@ -15,17 +15,17 @@ from persample.kernels.convolution import Geometry, Images, checked
 from persample.kernels.library import LIBRARY, ON_ANY_DEVICE
 from persample.kernels.linear import check as check_linear
 from persample.kernels.linear import norms_from_products
+from persample.kernels.operands import NAMES
 from persample.kernels.outer import check as check_outer
 from persample.kernels.pieces import Sums
 
-_DTYPES = {torch.float32: "float", torch.float64: "double"}
 _SUMS_OF_THREADS = 2**25  # bytes at most of the sums that threads take for themselves
 _WORTH_A_THREAD = 2**18  # multiplications
 
 
 def _product(c: Images, sums: bool, norms: bool) -> tuple[Tensor, ...] | None:
     """Return Σ_i g_i and Σ_i g_i², and ‖g_i‖², as wanted; None where PyTorch's own operations are to compute."""
-    dtype = _DTYPES.get(c.x.dtype)
+    dtype = NAMES.get(c.x.dtype)
     if dtype is None or c.delta.dtype != c.x.dtype or math.prod(c.geometry.weight) == 0 or not _fits(c):
         return None
     kernel = find_kernel(f"persample_products_{dtype}", *[POINTER] * 6, INT)

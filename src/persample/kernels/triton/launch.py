@@ -142,12 +142,7 @@ def _moments(
         *strides[1],
         windows=window_size > 1 or in_rows,
         one_block=images == 1 and shape.positions <= launch.block_l,
-        precision=launch.precision,
-        block_o=launch.block_o,
-        block_k=launch.block_k,
-        block_l=launch.block_l,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        **launch.options(),
     )
     return _added_up(sums)
 
@@ -170,12 +165,7 @@ def _one_position(x: Tensor, delta: Tensor, launch: Launch) -> Sums:
         -(-blocks // parts) * launch.block_l,
         *delta.stride(),
         *x.stride(),
-        precision=launch.precision,
-        block_o=launch.block_o,
-        block_k=launch.block_k,
-        block_l=launch.block_l,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        **launch.options(),
     )
     return _added_up(sums)
 

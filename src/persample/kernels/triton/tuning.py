@@ -60,6 +60,11 @@ class Launch:
         """How many programs run on a multiprocessor, about."""
         return max(1, 8 // self.warps)
 
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of a kernel's launch that every kernel takes."""
+        blocks = {"block_o": self.block_o, "block_k": self.block_k, "block_l": self.block_l}
+        return blocks | {"precision": self.precision, "num_warps": self.warps, "num_stages": self.stages}
+
 
 @dataclass(frozen=True)
 class Shape:

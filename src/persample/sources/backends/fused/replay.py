@@ -33,10 +33,9 @@ from torch.utils import _pytree as pytree
 from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.sources.backends.fused import nan_probe
-from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
 from persample.sources.backends.fused.request import Request, put_together, taken_apart
-from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, runner
+from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, first_line, runner
 from persample.sources.batch import Batch
 from persample.sources.model.isolation import Held, State
 from persample.sources.model.modules import modules_of
@@ -123,8 +122,7 @@ class Replay:
 
     def _has_come(self, batch: Batch, what: Request) -> bool:
         """Whether batches of this kind have come a few times before."""
-        shapes = [t.shape for t in tensors_in((batch.args, dict(batch.kwargs), batch.targets))]
-        kind = what.key, batch.kind(), *shapes
+        kind = what.key, batch.kind(), *[t.shape for t in _tensors_of(batch)]
         self._came[kind] += 1
         return self._came[kind] > self._patience
 
@@ -447,11 +445,9 @@ def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakre
 
 def _beyond_replay(source: Ordinary, batch: Batch) -> str:
     """Return why a step is not worth trying; empty if it is."""
-    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if batch.split_tree is not None:
         return "the samples are not in dim 0 of all tensors of the batch"
-    if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in tensors):
+    if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in _tensors_of(batch)):
         return "a tensor of the batch requires a gradient, or is of a special kind"
     if (
         torch._C._len_torch_function_stack()
@@ -467,6 +463,11 @@ def _beyond_replay(source: Ordinary, batch: Batch) -> str:
     if any(module._backward_hooks or module._backward_pre_hooks for module in modules_of(source.model)):
         return "a module has backward hooks"
     return ""
+
+
+def _tensors_of(batch: Batch) -> list[Tensor]:
+    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs), batch.targets))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -533,11 +534,10 @@ def _in_one_line(error: Exception) -> str:
         return "where entries go depends on the values of tensors"
     if "convert all Tensors to FakeTensors" in text:
         return "whose the entries of a tensor are is found out by trial, which takes values"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     name = "" if isinstance(error, NotReplayableError) else f"{type(error).__name__}: "
     places = re.findall(r'File "([^"]+)", line (\d+)', text.partition("from user code")[2])
     place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
-    return (name + (lines[0] if lines else "no message")).rstrip(".") + place
+    return (name + first_line(text)).rstrip(".") + place
 
 
 _BY_VALUES = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")

@@ -54,8 +54,7 @@ def by_inductor(recorded: GraphModule, operands: Sequence[Tensor]) -> Run:
     try:
         compiled: Any = compile_fx(recorded, [t.detach() for t in operands], config_patches={"fallback_random": True})
     except Exception as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise NotServedError(f"Inductor failed ({type(error).__name__}: {first})") from error
+        raise NotServedError(f"Inductor failed ({type(error).__name__}: {first_line(str(error))})") from error
     run: Run = compiled
     return run
 
@@ -116,7 +115,7 @@ class CudaGraph:
                     self._results = list(self._run(*self._own))
                 self._done.record()
         except RuntimeError as error:
-            raise NotServedError(f"it cannot be captured in a CUDA graph ({str(error).splitlines()[0]})") from error
+            raise NotServedError(f"it cannot be captured in a CUDA graph ({first_line(str(error))})") from error
         finally:
             torch.cuda.set_rng_state(drawn, self._device)
 
@@ -134,6 +133,11 @@ def _gpu_of(recorded: GraphModule, operands: Sequence[Tensor]) -> torch.device:
             f"a CUDA graph needs one GPU for all of the step, which runs on {', '.join(sorted(map(str, devices)))}"
         )
     return next(iter(devices))
+
+
+def first_line(text: str) -> str:
+    """Return the first line of an error's text that is not empty."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
 
 
 def changes_nothing(recorded: GraphModule) -> bool:
