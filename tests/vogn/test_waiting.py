@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import persample
 from persample.kernels.compiled import without_kernels
 
+#: Not by its name, which that of the checkout may be, too.
+PACKAGE = Path(persample.__file__).parent
+
 #: Operations whose results Python reads, or whose shape depends on values.
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
 
@@ -28,7 +31,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name.removeprefix("aten::") in WAITING:
-            own = [frame for frame in traceback.extract_stack() if "persample" in Path(frame.filename).parts]
+            own = [frame for frame in traceback.extract_stack() if PACKAGE in Path(frame.filename).parents]
             self.found.append(own[-1].name)
         return func(*args, **(kwargs or {}))
 
