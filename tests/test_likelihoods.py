@@ -133,6 +133,26 @@ def test_categorical_is_cross_entropy() -> None:
     torch.testing.assert_close(summary.result().probabilities, outputs.softmax(1))
 
 
+def test_categorical_with_the_classes_last() -> None:
+    """As with the classes in dim 1, where predictions have them; ignored positions have no loss."""
+    g = generator_of(0)
+    outputs, targets = torch.randn(6, 4, 3, generator=g), torch.randint(3, (6, 4), generator=g)
+    targets[2:4, 1:] = 0
+    last, second = Categorical(classes_last=True, ignore_index=0), nn.CrossEntropyLoss(ignore_index=0, reduction="none")
+    torch.testing.assert_close(last(outputs, targets), second(outputs.movedim(-1, 1), targets).sum(1))
+    soft = outputs.flip(0).softmax(-1)
+    due = losses.cross_entropy(outputs.movedim(-1, 1), soft.movedim(-1, 1))
+    torch.testing.assert_close(Categorical(classes_last=True)(outputs, soft), due)
+    summary = last.summary()
+    summary.add(torch.stack([outputs, outputs + 1]))
+    torch.testing.assert_close(summary.result().probabilities, outputs.softmax(-1).movedim(-1, 1))
+    assert summary.result().entropy.shape == (6, 4)
+    with pytest.raises(LossError, match=r"one class index for each position.*classes_last=True"):
+        Categorical()(outputs, targets)
+    with pytest.raises(LossError, match=r"logits of shape \(B, C, …\).*Bernoulli"):
+        Categorical()(outputs[:, 0, 0], targets[:, 0])
+
+
 def test_learned_noise_finds_the_noise() -> None:
     """Of a linear function with noise 0.3, and none of the posterior's making."""
     g = generator_of(0)

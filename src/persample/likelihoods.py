@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persample import losses
-from persample.errors import LossError, OptionError, UsageError
+from persample.errors import LossError, OptionError
 from persample.vogn.prediction import ClassSummary, NumberSummary, Summary
 
 
@@ -44,40 +45,104 @@ class TargetDistribution(ABC):
 
     @abstractmethod
     def roots(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Yield vectors v_c with Σ_c v_c v_cᵀ the Fisher information of the outputs of each sample.
+        """Yield vectors v_c with Σ_c v_c v_cᵀ the Fisher information of the outputs of each sample."""
+
+    def left_out(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """Return where the loss leaves these targets of the data out: True in a tensor that expands to the outputs.
+
+        None if it leaves out none.
 
         Raises:
-            UsageError: there are more than can be gone through.
+            LossError: the targets do not belong to the outputs.
         """
+        return None
+
+    def draw_for(self, outputs: Tensor, targets: Any, generator: torch.Generator | None) -> Tensor:
+        """Draw a target for each sample, but keep those of the data that the loss leaves out."""
+        left_out, drawn = self.left_out(outputs, targets), self.draw(outputs, generator)
+        return drawn if left_out is None else torch.where(left_out.view_as(drawn), targets, drawn)
+
+    def roots_for(self, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
+        """Yield what `roots` does, with zeros where the loss leaves targets of the data out."""
+        left_out = self.left_out(outputs, targets)
+        for vectors in self.roots(outputs):
+            yield vectors if left_out is None else vectors.masked_fill(left_out, 0.0)
 
 
 @dataclass(frozen=True)
 class Categorical(TargetDistribution):
-    """Classes; outputs are logits `(B, C, …)`, targets class indices `(B, …)`; as `persample.losses.cross_entropy`."""
+    """Classes; outputs are logits `(B, C, …)`, targets class indices `(B, …)`; as `persample.losses.cross_entropy`.
+
+    Attributes:
+        classes_last: whether the logits are `(B, …, C)`, as language models return them.
+        ignore_index: the target of positions that do not count.
+    """
+
+    classes_last: bool = False
+    ignore_index: int = -100
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return losses.cross_entropy(outputs, targets)
+        self._refuse_other_positions(outputs, targets)
+        if targets.is_floating_point():  # probabilities of the classes
+            return losses.cross_entropy(self._classes_second(outputs), self._classes_second(targets))
+        logits = self._classes_second(outputs)
+        entries = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
+        return entries.flatten(1).sum(1) if entries.dim() > 1 else entries
 
     def summary(self) -> Summary:
-        return ClassSummary("categorical")
+        return ClassSummary("categorical", classes_last=self.classes_last)
 
     def draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        probabilities = outputs.movedim(1, -1).softmax(-1)
+        probabilities = self._classes_second(outputs).movedim(1, -1).softmax(-1)
         rows = probabilities.reshape(-1, probabilities.shape[-1])
         return torch.multinomial(rows, 1, generator=generator).view(probabilities.shape[:-1])
 
     def roots(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Yield sqrt(p_c) (p − e_c), as diag(p) − p pᵀ = Σ_c p_c (p − e_c)(p − e_c)ᵀ."""
-        if outputs.dim() != 2:
-            raise UsageError(
-                f'kind="exact" needs logits of shape (B, C), but the model returned {tuple(outputs.shape)}: use '
-                'kind="mc".'
+        """Yield sqrt(p_c) (p − e_c) of each position, as diag(p) − p pᵀ = Σ_c p_c (p − e_c)(p − e_c)ᵀ.
+
+        Given the outputs, the targets of positions are independent: the information of a sample is the sum of theirs.
+        """
+        p = self._classes_second(outputs).softmax(1)
+        of_positions = p.reshape(*p.shape[:2], -1)
+        for position in range(of_positions.shape[2]):
+            for c in range(of_positions.shape[1]):
+                v = torch.zeros_like(of_positions)
+                v[:, :, position] = of_positions[:, :, position]
+                v[:, c, position] -= 1
+                v = (of_positions[:, c : c + 1].sqrt() * v).view(p.shape)
+                yield v.movedim(1, -1) if self.classes_last else v
+
+    def left_out(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        self._refuse_other_positions(outputs, targets)
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return None
+        ignored = targets == self.ignore_index
+        return ignored.unsqueeze(-1 if self.classes_last else 1) if bool(ignored.any()) else None
+
+    def _classes_second(self, tensor: Tensor) -> Tensor:
+        return tensor.movedim(-1, 1) if self.classes_last else tensor
+
+    def _refuse_other_positions(self, outputs: Tensor, targets: Any) -> None:
+        """Raise unless there are logits, and one target for each position.
+
+        Raises:
+            LossError: there are not.
+        """
+        if outputs.dim() < 2:
+            raise LossError(
+                f"Categorical needs logits of shape (B, C, …), but the model returned {tuple(outputs.shape)}: use "
+                "Bernoulli for the logit of one class."
             )
-        p = outputs.softmax(1)
-        for c in range(p.shape[1]):
-            e = torch.zeros_like(p)
-            e[:, c] = 1
-            yield p[:, c : c + 1].sqrt() * (p - e)
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return
+        shape = tuple(self._classes_second(outputs).select(1, 0).shape)
+        if tuple(targets.shape) != shape:
+            other = "" if self.classes_last else ", or Categorical(classes_last=True) if the classes come last"
+            raise LossError(
+                f"Logits of shape {tuple(outputs.shape)} have their classes in dim {-1 if self.classes_last else 1}, "
+                f"and targets of shape {shape}, but the data's have {tuple(targets.shape)}: pass one class index for "
+                f"each position{other}."
+            )
 
 
 @dataclass(frozen=True)

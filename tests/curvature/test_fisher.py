@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import persample
 from persample import Fisher, backends, fisher, losses
-from persample.errors import BatchError, DataError, OptionError, PersampleError, UsageError
+from persample.errors import BatchError, DataError, LossError, OptionError, PersampleError, UsageError
+from persample.likelihoods import Categorical
 from persample.testing.devices import generator_of
 
 Squares = dict[str, Tensor]
@@ -136,8 +137,87 @@ def test_draws_repeat_with_their_generator_and_positions_are_drawn() -> None:
     )
     assert torch.equal(one.diagonal["weight"], same.diagonal["weight"])
     assert not torch.equal(one.diagonal["weight"], other.diagonal["weight"])
-    with pytest.raises(UsageError, match=r'logits of shape \(B, C\).*kind="mc"'):
-        fisher(model, loader(x, y), loss_fn=losses.cross_entropy, kind="exact")
+
+
+class Tokens(nn.Module):
+    """Logits of each position that depend on all positions, with the classes last or in dim 1."""
+
+    def __init__(self, *, classes_last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.classes_last = classes_last
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(self.mix(x).cumsum(1).tanh())
+        return logits if self.classes_last else logits.movedim(-1, 1)
+
+
+TOKENS = torch.randn(5, 4, 3, dtype=torch.float64, generator=generator_of(2))
+LABELS = torch.randint(3, (5, 4), generator=generator_of(3))
+
+
+@pytest.mark.parametrize("classes_last", [False, True])
+class TestPositions:
+    def loss_fn(self, classes_last: bool) -> Any:
+        return Categorical(classes_last=True) if classes_last else losses.cross_entropy
+
+    def due(self, counted: Tensor) -> Squares:
+        """Σ over samples and positions of Σ_c p_c (∂ log p_c / ∂w)², by a loop."""
+        model = Tokens(classes_last=True)
+        total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for x, counts in zip(TOKENS, counted, strict=True):
+            logs = model(x[None])[0].log_softmax(1)
+            for of_position in logs[counts]:
+                for log_p in of_position:
+                    gradients = torch.autograd.grad(log_p, list(model.parameters()), retain_graph=True)
+                    for square, gradient in zip(total.values(), gradients, strict=True):
+                        square += log_p.detach().exp() * gradient.square()
+        return total
+
+    @pytest.mark.parametrize("backend", ["fused", "vmap"])
+    def test_exact(self, classes_last: bool, backend: str) -> None:
+        model = Tokens(classes_last=classes_last)
+        found = fisher(model, loader(TOKENS, LABELS), loss_fn=self.loss_fn(classes_last), kind="exact", backend=backend)
+        assert_is(found, self.due(torch.ones(5, 4).bool()), 5)
+
+    def test_targets_that_are_left_out_carry_no_information(self, classes_last: bool) -> None:
+        """As in padded sequences; one sample has none that counts."""
+        counted = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]).bool()
+        labels = LABELS.masked_fill(~counted, -100)
+        model, loss_fn = Tokens(classes_last=classes_last), self.loss_fn(classes_last)
+        exact = fisher(model, loader(TOKENS, labels), loss_fn=loss_fn, kind="exact")
+        assert_is(exact, self.due(counted), 5)
+        repeated = TensorDataset(TOKENS.repeat(400, 1, 1), labels.repeat(400, 1))
+        drawn = fisher(model, DataLoader(repeated, 2000), loss_fn=loss_fn, kind="mc", generator=generator_of(0))
+        for name, due in exact.diagonal.items():
+            torch.testing.assert_close(drawn.diagonal[name], due, rtol=0.3, atol=0.06 * due.max().item())
+
+    def test_exact_is_what_drawn_targets_lead_to(self, classes_last: bool) -> None:
+        model, loss_fn = Tokens(classes_last=classes_last), self.loss_fn(classes_last)
+        exact = fisher(model, loader(TOKENS, LABELS), loss_fn=loss_fn, kind="exact")
+        repeated = TensorDataset(TOKENS.repeat(400, 1, 1), LABELS.repeat(400, 1))
+        drawn = fisher(model, DataLoader(repeated, 2000), loss_fn=loss_fn, kind="mc", generator=generator_of(0))
+        for name, due in exact.diagonal.items():
+            torch.testing.assert_close(drawn.diagonal[name], due, rtol=0.3, atol=0.06 * due.max().item())
+
+    @pytest.mark.parametrize("kind", ["mc", "exact", "empirical"])
+    def test_classes_in_another_dimension_are_refused(self, classes_last: bool, kind: Any) -> None:
+        model = Tokens(classes_last=not classes_last)
+        loss_fn = Categorical(classes_last=classes_last)
+        with pytest.raises(LossError, match=r"have their classes in dim.*one class index for each position"):
+            fisher(model, loader(TOKENS, LABELS), loss_fn=loss_fn, kind=kind)
+
+
+def test_an_ignored_class_carries_no_information() -> None:
+    model, (x, y) = network(), data()
+    ignoring = nn.CrossEntropyLoss(ignore_index=1)
+    exact = fisher(model, loader(x, y), loss_fn=ignoring, kind="exact")
+    others = fisher(model, loader(x[y != 1], y[y != 1]), loss_fn=losses.cross_entropy, kind="exact")
+    assert exact.data_size == 11
+    for name, value in others.diagonal.items():
+        torch.testing.assert_close(11 * exact.diagonal[name], others.data_size * value)
 
 
 @pytest.mark.parametrize("kind", ["empirical", "mc", "exact"])

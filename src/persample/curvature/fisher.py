@@ -41,6 +41,10 @@ def fisher(
         mc:         Σ_i Σ_k g_i(y_ik)² / (N K)               with K targets drawn from the model, y_ik ~ p(y | x_i, w)
         exact:      Σ_i E_{y ~ p(y | x_i, w)}[g_i(y)²] / N   by one backward pass for each output
 
+    The loss of a sample is the sum over its positions, if it has several: targets of "mc" are drawn for each of them,
+    and "exact" takes a backward pass for each output at each. Positions whose target is `ignore_index` carry no
+    information.
+
     Sources: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017; Martens, "New
     Insights and Perspectives on the Natural Gradient Method", JMLR 2020; Kunstner et al., "Limitations of the empirical
     Fisher approximation for natural gradient descent", NeurIPS 2019.
@@ -107,10 +111,10 @@ def _targets(
         args, kwargs, _ = as_batch(inputs, None, model).for_a_call()
         outputs = logits_of(called(model, args, kwargs)).detach()
     if kind == "exact":
-        yield from targets_of.roots(outputs)
+        yield from targets_of.roots_for(outputs, targets)
         return
     for _ in range(draws):
-        yield targets_of.draw(outputs, generator)
+        yield targets_of.draw_for(outputs, targets, generator)
 
 
 def _add(sums: dict[str, Tensor], source: PerSampleGradSource, inputs: Any, targets: Any, weight: float) -> int:

@@ -31,7 +31,7 @@ def distribution_of(loss_fn: Callable[..., Any]) -> TargetDistribution:
     weighted = [n for n, plain in _SETTINGS.items() if keywords.get(n, getattr(loss_fn, n, plain)) not in (plain, None)]
     if not weighted:
         if loss_fn in (losses.cross_entropy, F.cross_entropy) or isinstance(loss_fn, nn.CrossEntropyLoss):
-            return Categorical()
+            return Categorical(ignore_index=keywords.get("ignore_index", getattr(loss_fn, "ignore_index", -100)))
         if loss_fn in (losses.bernoulli, F.binary_cross_entropy_with_logits) or isinstance(
             loss_fn, nn.BCEWithLogitsLoss
         ):

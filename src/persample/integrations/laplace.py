@@ -138,7 +138,7 @@ class MonteCarloFisher(EmpiricalFisher):
         with torch.no_grad():
             outputs = _logits(self.model(x))
         for _ in range(self.draws):
-            yield self._distribution.draw(outputs, self.generator), 1.0 / self.draws
+            yield self._distribution.draw_for(outputs, y, self.generator), 1.0 / self.draws
 
 
 def _logits(outputs: Any) -> Tensor:

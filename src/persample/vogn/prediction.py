@@ -112,13 +112,14 @@ def summary_of(likelihood: Likelihood | Summarised) -> Summary:
 class ClassSummary:
     """Accumulates a `ClassPrediction`, chunk by chunk of draws."""
 
-    def __init__(self, likelihood: Likelihood) -> None:
+    def __init__(self, likelihood: Likelihood, *, classes_last: bool = False) -> None:
         if likelihood not in get_args(Likelihood):
             raise OptionError(
                 f'likelihood={likelihood!r} must be "categorical" or "bernoulli"; for real numbers there is '
                 "predict_gaussian()."
             )
         self._categorical = likelihood == "categorical"
+        self._classes_last = classes_last
         self._draws = 0
         self._probabilities = torch.zeros(
             (), device="cpu"
@@ -127,6 +128,8 @@ class ClassSummary:
 
     def add(self, logits: Tensor) -> None:
         """Add the outputs of some draws, shape `(k, B, …)`."""
+        if self._classes_last and logits.dim() > 3:
+            logits = logits.movedim(-1, 2)
         if self._categorical and logits.dim() < 3:
             raise UsageError(
                 f"Class probabilities need logits of shape (B, C, …), but the model returned {tuple(logits.shape[1:])}:"
