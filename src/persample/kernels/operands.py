@@ -22,8 +22,13 @@ def plain_dtype(*lists: Sequence[Tensor]) -> str | None:
 
 def kernel_serves(*lists: Sequence[Tensor]) -> bool:
     """Whether a kernel may be called with these tensors outside of an operator, which asks by itself."""
-    kinds = {type(t) for tensors in lists for t in tensors} <= {Tensor, Parameter}
-    return kinds and not torch.compiler.is_compiling() and all(t.is_cpu for tensors in lists for t in tensors)
+    on_cpu = all(t.is_cpu for tensors in lists for t in tensors)
+    return on_cpu and are_plain(*lists) and not torch.compiler.is_compiling()
+
+
+def are_plain(*lists: Sequence[Tensor]) -> bool:
+    """Whether no tensor is of a class that may keep its numbers elsewhere."""
+    return {type(t) for tensors in lists for t in tensors} <= {Tensor, Parameter}
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

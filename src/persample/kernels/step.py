@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from persample.kernels import gpu
 from persample.kernels.compiled import INT, POINTER, SIZE, find_kernel
 from persample.kernels.library import LIBRARY, ON_ANY_DEVICE, operator
 from persample.kernels.operands import addresses, kernel_serves, plain_dtype, refuse_other_shapes, sizes
+from persample.kernels.step_kinds import Update
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -39,7 +42,18 @@ def _draw_on_cpu(weights: Tensors, mean: Tensors, precision: Tensors, noise: Ten
     kernel(*map(addresses, operands), sizes(weights), len(weights), torch.get_num_threads())
 
 
+def _draw_on_gpu(weights: Tensors, mean: Tensors, precision: Tensors, noise: Tensors) -> None:
+    operands = weights, mean, precision, noise
+    kernels = gpu.step_kernels("draw", *operands)
+    if kernels is None:
+        ON_ANY_DEVICE["draw_"](*operands)
+        return
+    refuse_other_shapes(weights, mean=mean, precision=precision, noise=noise)
+    kernels.draw(*operands)
+
+
 LIBRARY.impl("draw_", _draw_on_cpu, "CPU")
+LIBRARY.impl("draw_", _draw_on_gpu, "CUDA")
 
 
 def update(
@@ -81,32 +95,40 @@ def update(
         max_update: ξ; None does not clip.
         order_updated: whether the divisor has s_{t+1}, else s_t.
     """
+    clip = math.inf if max_update is None else max_update
+    settings = 1 - decay, 1 - beta, mass, averaged_prior, prior, prior_mean, shift, lr, clip, float(order_updated)
     given = [mean, curvature, gradient, second_moment, *([] if momentum is None else [momentum])]
-    dtype_name = plain_dtype(*given)
-    kernel = find_kernel(f"persample_update_{dtype_name}", *[POINTER] * 10, SIZE, INT)
-    if kernel is None or not kernel_serves(*given):
+    kernel = _updating_on_cpu(*given) or _updating_on_gpu(settings, *given)
+    if kernel is None:
         return None
     refuse_other_shapes(mean, curvature=curvature, gradient=gradient, second_moment=second_moment)
     refuse_other_shapes(mean, momentum=mean if momentum is None else momentum)
-    clip = math.inf if max_update is None else max_update
-    settings = 1 - decay, 1 - beta, mass, averaged_prior, prior, prior_mean, shift, lr, clip, float(order_updated)
     new_mean, new_curvature = ([torch.empty_like(m) for m in mean] for _ in range(2))
     new_momentum = [] if momentum is None else [torch.empty_like(m) for m in mean]
-    kernel(
-        (ctypes.c_double * len(settings))(*settings),
-        addresses(mean),
-        addresses(curvature),
-        None if momentum is None else addresses(momentum),
-        addresses(gradient),
-        addresses(second_moment),
-        addresses(new_mean),
-        addresses(new_curvature),
-        None if momentum is None else addresses(new_momentum),
-        sizes(mean),
-        len(mean),
-        torch.get_num_threads(),
-    )
+    kernel(settings, mean, curvature, momentum, gradient, second_moment, new_mean, new_curvature, new_momentum)
     return new_mean, new_curvature, new_momentum
+
+
+def _updating_on_cpu(*given: Tensors) -> Callable[..., None] | None:
+    kernel = find_kernel(f"persample_update_{plain_dtype(*given)}", *[POINTER] * 10, SIZE, INT)
+    if kernel is None or not kernel_serves(*given):
+        return None
+
+    def run(settings: tuple[float, ...], *operands: Tensors | None) -> None:
+        mean = given[0]
+        of_all = [addresses(tensors) if tensors else None for tensors in operands]
+        numbers = (ctypes.c_double * len(settings))(*settings)
+        kernel(numbers, *of_all, sizes(mean), len(mean), torch.get_num_threads())
+
+    return run
+
+
+def _updating_on_gpu(settings: tuple[float, ...], *given: Tensors) -> Callable[..., None] | None:
+    if torch.compiler.is_compiling():
+        return None
+    *_, clip, order_updated = settings
+    kernels = gpu.step_kernels(Update(len(given) == 5, clip < math.inf, order_updated != 0), *given)
+    return None if kernels is None else kernels.update
 
 
 def all_finite(tensors: Tensors) -> bool | None:
