@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from backpack.extensions import BatchGrad, SumGradSquared
 from torch import Tensor, nn
 
-from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.moments import Moments
 from persample.sources.backends.external.backpack_extend import BackpackExtend
-from persample.sources.backends.external.backpack_layers import BATCH_NORMS, reason_against
-from persample.sources.backends.external.layer_rules import LayerCall, PeerRulesSource, trainable
+from persample.sources.backends.external.backpack_layers import reason_against
+from persample.sources.backends.external.backpack_norms import (
+    BATCH_GRAD,
+    BATCH_L2_GRAD,
+    SUM_GRAD_SQUARED,
+    extended,
+    reason_against_norms,
+    weighted_sum,
+)
+from persample.sources.backends.external.layer_gradients import LayerCall, trainable
+from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.source import PeerSource
 from persample.sources.batch import Batch
-
-# Neither holds anything of a call, and to make one takes as long as to use it on a small layer.
-_BATCH_GRAD = BatchGrad()
-_SUM_GRAD_SQUARED = SumGradSquared()
 
 
 class BackpackRules(PeerRulesSource):
@@ -35,7 +37,7 @@ class BackpackRules(PeerRulesSource):
     added up for each sample before they are squared.
     """
 
-    package = "BackPACK"
+    package, by_gradients, by_norms = "BackPACK", "BatchGrad", "BatchL2Grad"
 
     def compute_moments(self, batch: Batch) -> Moments:
         parameters = self.parameters()
@@ -60,16 +62,32 @@ class BackpackRules(PeerRulesSource):
         others = []
         for use in uses:
             if _is_summable(use, times):
-                squares |= self.by_rule(_square_sums, use)
+                squares |= self.by_rule(_squares, use)
             else:
                 others.append(use)
         return squares | super().square_sums(others)
 
     def rows(self, use: LayerCall) -> dict[nn.Parameter, Tensor]:
-        return _extended(_BATCH_GRAD, use)
+        return extended(BATCH_GRAD, use)
 
     def reason_against(self, layer: nn.Module) -> str | None:
         return reason_against(layer)
+
+    def reason_against_norms(self, use: LayerCall) -> str:
+        return reason_against_norms(use)
+
+    def squared_norms(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
+        return extended(BATCH_L2_GRAD, use)
+
+    def own_squares(self, uses: Sequence[LayerCall]) -> Tensor | None:
+        if len(uses) > 1 or _on_sequence(uses[0]):
+            return None
+        (squares,) = self.by_rule(_squares, uses[0]).values()
+        return squares
+
+    def own_weighted_sum(self, use: LayerCall, weights: Tensor) -> Tensor | None:
+        (total,) = self.by_rule(lambda use: weighted_sum(use, weights), use).values()
+        return total
 
 
 class BackpackSource(PeerSource):
@@ -102,24 +120,16 @@ def _is_summable(use: LayerCall, times: Counter[nn.Parameter]) -> bool:
     It does not if a parameter is used elsewhere too, because all uses must be added up before they are squared. On a
     sequence of L positions its contraction for linear layers needs B·L·I·O numbers where opt_einsum is missing.
     """
-    on_sequence = isinstance(use.layer, nn.Linear) and use.delta.dim() > 2
-    return not on_sequence and all(times[p] == 1 for p in trainable(use.layer))
+    return not _on_sequence(use) and all(times[p] == 1 for p in trainable(use.layer))
 
 
-def _square_sums(use: LayerCall) -> dict[nn.Parameter, Tensor]:
+def _on_sequence(use: LayerCall) -> bool:
+    return isinstance(use.layer, nn.Linear) and use.delta.dim() > 2
+
+
+def _squares(use: LayerCall) -> dict[nn.Parameter, Tensor]:
     """Σ_i g_i² for the parameters of one layer."""
-    return _extended(_SUM_GRAD_SQUARED, use)
-
-
-def _extended(extension: BatchGrad | SumGradSquared, use: LayerCall) -> dict[nn.Parameter, Tensor]:
-    """Apply `extension` to one use, as BackPACK's backward hook would."""
-    # A copy that shares the parameters, so that the attributes which BackPACK reads are not put on the user's module.
-    layer = copy.copy(use.layer)
-    if isinstance(layer, FrozenBatchNorm):
-        layer.__class__ = BATCH_NORMS[use.delta.dim()]
-    layer.input0, layer.output = use.inputs[0], use.delta
-    extension(layer, (None,), (use.delta,))
-    return {p: vars(p).pop(extension.savefield) for p in trainable(layer)}
+    return extended(SUM_GRAD_SQUARED, use)
 
 
 def _zeros(parameter: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.moments import Moments
 from persample.sources.backends.external.backpack_layers import reason_against
-from persample.sources.backends.external.layer_rules import trainable
+from persample.sources.backends.external.layer_gradients import trainable
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.backends.external.stand_in import Copies
 from persample.sources.batch import Batch

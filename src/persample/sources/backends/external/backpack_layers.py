@@ -10,13 +10,13 @@ from torch import nn
 from persample.frozen_batch_norm import FrozenBatchNorm
 from persample.sources.backends.external.layer_rules import alteration
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS = (
     nn.Linear,
     nn.Embedding,
-    *_CONVOLUTIONS,
-    *_TRANSPOSED,
+    *CONVOLUTIONS,
+    *TRANSPOSED,
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -32,12 +32,12 @@ def reason_against(layer: nn.Module) -> str | None:
         if isinstance(layer, _KINDS):
             return "is a subclass of a layer that BackPACK supports, and may compute something different."
         return "has parameters, and BackPACK has no rule that is exact for it in every use."
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         if layer.padding == "same":
             return "has padding='same', which BackPACK computes incorrectly: pass numbers."
         if layer.padding_mode != "zeros":
             return f"has padding_mode={layer.padding_mode!r}, but BackPACK pads with zeros: pad before the layer."
-    if isinstance(layer, _TRANSPOSED) and any(layer.output_padding):
+    if isinstance(layer, TRANSPOSED) and any(layer.output_padding):
         return f"has output_padding={layer.output_padding}, which BackPACK ignores."
     if isinstance(layer, nn.Embedding):
         return _reason_against_embedding(layer) or alteration(layer)

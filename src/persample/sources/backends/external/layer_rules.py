@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +18,14 @@ from torch import Tensor, nn
 
 from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
+from persample.quantities.block import Block
 from persample.quantities.protocol import Quantity
 from persample.sources.backends.contributions import precise
+from persample.sources.backends.external.layer_gradients import LayerCall, LayerGradients, cancels, positions, trainable
 from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
+from persample.sources.contract import Check
+from persample.sources.contract import Receive as ReceiveBlock
 from persample.sources.model.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -37,25 +40,11 @@ from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
 from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.oracle import gradients_at
+from persample.sources.selfcheck.rounds import MAX_BYTES
 from persample.sources.source import PerSampleGradSource
 
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer that the losses depend on.
-
-    Attributes:
-        name: how errors name the layer.
-        layer: the module; it owns trainable parameters.
-        inputs: the tensors that it was given, detached; dim 0 is the sample.
-        delta: δ, the gradient of Σ_i loss_i at its output.
-    """
-
-    name: str
-    layer: nn.Module
-    inputs: tuple[Tensor, ...]
-    delta: Tensor
-
+#: As many numbers of per-sample gradients of a parameter as are formed at once.
+_AT_ONCE = 2**20
 
 #: What a package computes for the parameters of a layer from one use of it.
 Rule = Callable[[LayerCall], Mapping[nn.Parameter, Tensor]]
@@ -65,12 +54,22 @@ class PeerRulesSource(PerSampleGradSource):
     """Per-sample gradients by another package's rules for single layers.
 
     A subclass names the package, says which layers it has no right rule for, and applies its rule to one use.
+
+    Attributes:
+        norms_by: by parameter, what gave the norms of its gradients when they were last asked for: the package's own
+            rule for norms, or the gradients and why not that rule.
     """
 
-    #: How errors name the package.
+    #: How errors name the package, its rule for gradients and that for norms.
     package: ClassVar[str]
+    by_gradients: ClassVar[str]
+    by_norms: ClassVar[str]
 
     ordinary_state = True
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Any], *, check: Check = "first") -> None:
+        super().__init__(model, loss_fn, check=check)
+        self.norms_by: dict[str, str] = {}
 
     @abstractmethod
     def reason_against(self, layer: nn.Module) -> str | None:
@@ -80,14 +79,29 @@ class PeerRulesSource(PerSampleGradSource):
     def rows(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         """Return the package's per-sample gradients, `(B, *p.shape)`, of the layer's parameters."""
 
+    @abstractmethod
+    def reason_against_norms(self, use: LayerCall) -> str:
+        """Return why the package's own norms are not right for the one trainable parameter of a call; empty if so.
+
+        A sentence without its subject.
+        """
+
+    @abstractmethod
+    def squared_norms(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
+        """Return ‖g_i‖², `(B,)`, of the layer's parameters by the package's own rule for norms."""
+
+    def own_squares(self, uses: Sequence[LayerCall]) -> Tensor | None:
+        return None
+
+    def own_weighted_sum(self, use: LayerCall, weights: Tensor) -> Tensor | None:
+        return None
+
     def refuse_unsupported(self) -> None:
         self.layers()
 
     def find_uses(self, batch: Batch | None) -> Iterable[Use]:
         def try_rule(call: ModuleCall, delta: Tensor) -> None:
-            few = slice(0, 2)
-            use = _use(call, delta)
-            self.by_rule(self.rows, replace(use, inputs=tuple(a[few] for a in use.inputs), delta=use.delta[few]))
+            self.by_rule(self.rows, _use(call, delta).take(slice(0, 2)))
 
         return uses_of_layers(self, batch, self.reason_against, try_rule)
 
@@ -98,6 +112,46 @@ class PeerRulesSource(PerSampleGradSource):
             name: rows[p].to(p.dtype) if p in rows else p.new_zeros((batch.size, *p.shape))
             for name, p in self.parameters().items()
         }
+
+    def compute_blocks(self, batch: Batch, receive: ReceiveBlock, max_bytes: int) -> Tensor:
+        losses, _, uses = self.backward(batch)
+        for block in self.blocks(uses, batch.size, max_bytes):
+            receive(block)
+        return losses
+
+    def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
+        return batch.size
+
+    def blocks(self, uses: Iterable[LayerCall], size: int, max_bytes: int = MAX_BYTES) -> Iterator[Block]:
+        """Yield the gradients of each parameter in use, as what its calls give."""
+        calls: dict[nn.Parameter, list[LayerCall]] = {}
+        for use in uses:
+            for p in trainable(use.layer):
+                calls.setdefault(p, []).append(use.of_one(p))
+        for name, p in self.parameters().items():
+            if p in calls:
+                most = max(1, max_bytes // (max(4, p.element_size()) * max(1, p.numel())))
+                rows = max(1, min(most, _AT_ONCE // max(1, p.numel())))
+                yield LayerGradients(name, 0, size, calls[p], self, rows, most)
+
+    def gradients(self, use: LayerCall) -> Tensor:
+        """Return g_i, `(b, *p.shape)`, of the one trainable parameter of a call."""
+        return _only(self.by_rule(self.rows, use))
+
+    def own_squared_norms(self, name: str, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
+        """Return ‖g_i‖² by the package's own rule for norms, or None, and note in `norms_by` why."""
+        use, found = uses[0], None
+        reason = "is used more than once." if len(uses) > 1 else self.reason_against_norms(use)
+        if not reason:
+            try:
+                parts = [use] if positions(use) == 1 else [use.take(part) for part in _parts(use, rows)]
+                found = torch.cat([_only(self.by_rule(self.squared_norms, part)) for part in parts])
+            except UnsupportedModelError as refusal:
+                reason = str(refusal)
+        if found is not None and positions(use) > 1 and cancels(use, found):
+            found, reason = None, "has gradients that are small beside the products which the rule adds up."
+        self.norms_by[name] = f"{self.by_gradients}: {name!r} {reason}" if reason else self.by_norms
+        return found
 
     def layers(self) -> dict[str, nn.Module]:
         """Return, by path, the modules that own trainable parameters.
@@ -208,9 +262,14 @@ class PeerRecorder(CallRecorder):
         return {}, {name: squares[p] for name, p in self.recorded.parameters.items() if p in squares}
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of `module` itself that require a gradient."""
-    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+def _only(of_each: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    (result,) = of_each.values()
+    return result
+
+
+def _parts(use: LayerCall, rows: int) -> Iterator[slice]:
+    for start in range(0, len(use.delta), rows):
+        yield slice(start, start + rows)
 
 
 def alteration(layer: nn.Module) -> str | None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from persample.sources.backends.external.layer_rules import LayerCall, PeerRulesSource
+from persample.sources.backends.external.layer_gradients import LayerCall
+from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.opacus_layers import (
     EMBEDDING_BAG,
     KNOWN,
@@ -21,6 +22,7 @@ from persample.sources.backends.external.opacus_layers import (
     refuse_chosen_output_size,
 )
 from persample.sources.backends.external.opacus_module import OpacusModule
+from persample.sources.backends.external.opacus_norms import as_one_sample, reason_against_norms, squared_norms
 from persample.sources.backends.external.source import PeerSource
 
 
@@ -32,7 +34,7 @@ class OpacusRules(PeerRulesSource):
     known, with the sum of the losses; the model is not wrapped.
     """
 
-    package = "Opacus"
+    package, by_gradients, by_norms = "Opacus", "grad sampler", "norm sampler"
 
     def rows(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         inputs = list(use.inputs)
@@ -61,6 +63,16 @@ class OpacusRules(PeerRulesSource):
         if isinstance(layer, KNOWN):
             return "is a subclass of a layer that Opacus supports, and may compute something different."
         return "has parameters, and Opacus has no rule for it (opacus.grad_sample.register_grad_sampler adds one)."
+
+    def reason_against_norms(self, use: LayerCall) -> str:
+        return reason_against_norms(use)
+
+    def squared_norms(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
+        return squared_norms(use)
+
+    def own_weighted_sum(self, use: LayerCall, weights: Tensor) -> Tensor | None:
+        together = as_one_sample(use, weights)
+        return None if together is None else self.gradients(together).squeeze(0)
 
 
 class OpacusSource(PeerSource):

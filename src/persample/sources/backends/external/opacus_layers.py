@@ -29,10 +29,13 @@ def _logging_untouched() -> Iterator[None]:
 
 with _logging_untouched():
     from opacus.grad_sample import GradSampleModule as GradSampleModule
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
     from opacus.grad_sample.functorch import ft_compute_per_sample_gradient as ft_compute_per_sample_gradient
     from opacus.layers import DPGRU, DPLSTM, DPRNN, SequenceBias
     from opacus.layers.dp_rnn import RNNLinear
 
+#: Opacus' norms of single samples, by the exact class of a layer.
+NORM_SAMPLERS = GradSampleModuleFastGradientClipping.NORM_SAMPLERS
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

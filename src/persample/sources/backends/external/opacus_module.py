@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from persample.errors import DisagreementError
-from persample.sources.backends.external.layer_rules import own_callable, trainable
+from persample.sources.backends.external.layer_gradients import trainable
+from persample.sources.backends.external.layer_rules import own_callable
 from persample.sources.backends.external.machinery import PeerMachinerySource, UnfitError
 from persample.sources.backends.external.opacus_layers import (
     EMBEDDING_BAG,

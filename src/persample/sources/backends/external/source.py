@@ -14,7 +14,7 @@ from persample.quantities.protocol import Quantity
 from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.batch import Batch
-from persample.sources.contract import Check
+from persample.sources.contract import Check, Receive
 from persample.sources.model.isolation import State
 from persample.sources.model.refusals import FUSED_OR_VJP
 from persample.sources.model.usage import Use
@@ -31,6 +31,8 @@ class PeerSource(PerSampleGradSource):
         machinery: the option: the name of the machinery, `"rules"`, or `"auto"`.
         ran: which of the two served the last call, or the last `explain`; None before.
         ran_because: with `"auto"`, why that was not the machinery; empty if it was.
+        norms_by: by parameter, what gave the norms of its gradients when quantities were last taken by the rules: the
+            package's own rule for norms, or the gradients, and why.
     """
 
     #: What the option calls the machinery.
@@ -46,6 +48,7 @@ class PeerSource(PerSampleGradSource):
         if machinery not in known:
             raise OptionError(f"machinery={machinery!r} is not known: use one of {', '.join(map(repr, known))}.")
         self.machinery = machinery
+        self.norms_by: dict[str, str] = {}
         self._found: dict[tuple[Any, ...], str] = {}
         self._moved_attributes = False  # whether the stand-in of the last call has other attributes than the model
 
@@ -58,6 +61,18 @@ class PeerSource(PerSampleGradSource):
 
     def compute_moments(self, batch: Batch) -> Moments:
         return self._served(batch, lambda source: source.compute_moments(batch))
+
+    def compute_blocks(self, batch: Batch, receive: Receive, max_bytes: int) -> Tensor:
+        if not self._quantities_by_rules():
+            return super().compute_blocks(batch, receive, max_bytes)
+        self.ran, self._moved_attributes = "rules", False
+        self.ran_because = "" if self.machinery == "rules" else "Quantities are taken from single layers."
+        rules = self._rules()
+        self.norms_by = rules.norms_by
+        return rules.compute_blocks(batch, receive, max_bytes)
+
+    def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
+        return batch.size if self._quantities_by_rules() else super().samples_at_once(batch, max_bytes)
 
     def find_uses(self, batch: Batch | None) -> Iterable[Use]:
         if self.machinery == self.own:
@@ -79,7 +94,7 @@ class PeerSource(PerSampleGradSource):
         The rules are applied to the user's own pass. The machinery, whose hooks are not on the user's model, repeats
         it; with `machinery="auto"` only where the rules do not serve the model.
         """
-        if self.machinery == "rules" or (self.machinery == "auto" and self._rules_serve()):
+        if self._quantities_by_rules():
             self.ran = "rules"
             recording = self._rules().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale)
         else:
@@ -133,6 +148,9 @@ class PeerSource(PerSampleGradSource):
             return refusal
         rules = "use machinery='rules', or " if self._rules_serve() else ""
         return UnsupportedModelError(f"{refusal} {(rules + FUSED_OR_VJP).capitalize()}.")
+
+    def _quantities_by_rules(self) -> bool:
+        return self.machinery == "rules" or (self.machinery == "auto" and self._rules_serve())
 
     def _rules_serve(self) -> bool:
         try:
