@@ -16,6 +16,9 @@ from torch import Tensor
 
 from persample.dtypes import at_least_float32
 
+#: As many numbers of sums over groups as are held at once where the samples are in no order.
+_AT_ONCE = 2**25
+
 
 @dataclass(frozen=True)
 class Block(ABC):
@@ -167,17 +170,37 @@ class Scaled(Block):
 
 @dataclass(frozen=True)
 class Grouped(Block):
-    """The sums of gradients over groups of samples that follow each other.
+    """The sums of gradients over groups of samples.
 
     Attributes:
         inner: the gradients of the samples.
-        groups: for each sample of `inner` the number of its group, counted from the first of this block, ascending.
+        groups: for each sample of `inner` the number of its group, counted from the first of this block.
     """
 
     inner: Block
     groups: Tensor
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        return self._in_order() if bool((self.groups.diff() >= 0).all()) else self._in_rounds()
+
+    def _in_rounds(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the sums of some groups after the other, of samples in any order: each time of all that are in one."""
+        first = 0
+        while first < self.size:
+            total = None
+            for where, g in self.inner.pieces():
+                if total is None:
+                    rows = max(1, _AT_ONCE // max(1, g[0].numel()))
+                    total = g.new_zeros(min(rows, self.size - first), *g.shape[1:])
+                place = self.groups[where] - first
+                here = (place >= 0) & (place < len(total))
+                total.index_add_(0, place[here], g[here])
+            assert total is not None  # a block has samples
+            yield slice(first, first + len(total)), total
+            first += len(total)
+
+    def _in_order(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the sums of samples whose groups are ascending."""
         first, total = 0, None  # the groups from `first` on have no more than a part of their samples in `total`
         for where, g in self.inner.pieces():
             groups = self.groups[where]

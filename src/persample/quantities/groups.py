@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +11,26 @@ from torch import Tensor
 from persample.errors import BatchError
 
 
-def as_groups(groups: Tensor | Sequence[int], size: int) -> Tensor:
-    """Return the number of each sample's group as a tensor on the CPU.
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a batch, in ascending order of their numbers.
+
+    Attributes:
+        of_each: for each sample the number of its group.
+        numbers: of the groups.
+        index: for each sample the place of its group among these.
+    """
+
+    of_each: Tensor
+    numbers: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def as_groups(groups: Tensor | Sequence[int], size: int) -> Groups:
+    """Return the groups of a batch of `size` samples, as tensors on the CPU.
 
     Raises:
         BatchError: these are not `size` whole numbers.
@@ -25,4 +44,5 @@ def as_groups(groups: Tensor | Sequence[int], size: int) -> Tensor:
             f"groups must be a whole number for each of the {size} samples, such as that of its user; got "
             f"{numbers.dtype} of shape {tuple(numbers.shape)}."
         )
-    return numbers.long()
+    numbers = numbers.long()
+    return Groups(numbers, *numbers.unique(return_inverse=True))

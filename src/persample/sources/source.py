@@ -225,6 +225,7 @@ class PerSampleGradSource(Contract):
         loss_reduction: LossReduction = "mean",
         *,
         quantities: Sequence[Quantity[Any]] = (),
+        groups: Tensor | Sequence[int] | None = None,
         loss_scale: float | None = None,
     ) -> Iterator[Recorded]:
         """Record the moments of the user's own forward and backward passes, inside a `with` block.
@@ -246,17 +247,20 @@ class PerSampleGradSource(Contract):
         Args:
             loss_reduction: how the losses of the samples were reduced to a scalar, `"mean"` or `"sum"`. A mean is one
                 over all samples that the model was called with.
-            quantities: what is wanted beside the moments, such as `persample.quantities.Norms()`. `fused` and `hooks`
-                take them from the pass itself, all others repeat it.
+            quantities: what is wanted beside the moments, such as `persample.quantities.Norms()`. `fused`, `hooks`
+                and the rules of `backpack` and `opacus` take them from the pass itself, all others repeat it.
+            groups: for each sample of a pass the number of its user, document or the like, as for `compute`; the same
+                for each pass of the block.
             loss_scale: the number by which the losses are multiplied before the backward pass, as by a gradient scaler
                 of mixed precision (`scaler.get_scale()`).
 
         Raises:
+            BatchError: `groups` are not a whole number for each sample of a pass.
             UsageError: nothing was recorded, or backward passes cannot be told apart.
             UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend; or the
                 forward pass cannot be repeated, by a backend that runs the model itself.
         """
-        with ReplayRecorder(self, loss_reduction, Wanted(quantities, loss_scale)) as recorder:
+        with ReplayRecorder(self, loss_reduction, Wanted(quantities, groups, loss_scale)) as recorder:
             yield recorder.recorded
 
     # What a backend implements, where it can do better.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
+from persample.quantities.groups import Groups
 from persample.sources.batch import Batch
 from persample.sources.model.isolation import State
 from persample.sources.splits.objects import tensors_held
@@ -23,6 +24,7 @@ class ForwardPass:
 
     Attributes:
         batch: what it was called with; the targets are the numbers of the samples.
+        groups: those of its samples, where quantities are taken of sums over groups.
         autocast: the dtypes of `torch.autocast` then, by kinds of device.
         state: that of the model when it began, where the self-check needs it.
         edges: where the tensors that it returned stand in the graph, those of them that do.
@@ -36,6 +38,7 @@ class ForwardPass:
     """
 
     batch: Batch
+    groups: Groups | None = None
     autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
     state: State | None = None
     edges: dict[int, GradientEdge] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from persample.errors import OptionError, UnsupportedModelError, UsageError
 from persample.quantities.computed import Quantities
+from persample.quantities.groups import as_groups
 from persample.sources.batch import Batch, split_batch
 from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_from, outer_backward, variables_of
@@ -128,11 +129,18 @@ class Recorder(TorchFunctionMode):
         if source.check_is_due(forward_pass.batch, self.method):
             forward_pass.state = source.state()
 
-    def reading(self, forward_pass: ForwardPass) -> Reading:
-        """Return what reads the blocks of rows of a backward pass for the quantities that are wanted."""
-        wanted, size = self.recorded.wanted, forward_pass.batch.size
+    def reading(self, forward_pass: ForwardPass, *, sums: bool = True) -> Reading | None:
+        """Return what reads the blocks of rows of a backward pass for the quantities that are wanted; None if none is.
+
+        Args:
+            forward_pass: to which the backward pass belongs.
+            sums: whether to add up what is in the blocks, and their squares.
+        """
+        wanted, size, groups = self.recorded.wanted, forward_pass.batch.size, forward_pass.groups
+        if not wanted.quantities:
+            return None
         factor = wanted.factor(self.recorded.reduction, size)
-        return Reading(wanted.quantities, self.recorded.parameters, size, factor=factor)
+        return Reading(wanted.quantities, self.recorded.parameters, size, factor=factor, groups=groups, sums=sums)
 
     def reach(self, forward_pass: ForwardPass) -> None:
         """Note that a backward pass goes through `forward_pass`.
@@ -158,7 +166,8 @@ class Recorder(TorchFunctionMode):
     def method(self) -> str:
         """By what name the self-check remembers that this was checked."""
         asked = self.recorded.wanted.quantities
-        return " ".join(["recording", *(type(quantity).__qualname__ for quantity in asked)])
+        by_group = ["by group"] if self.recorded.wanted.groups is not None else []
+        return " ".join(["recording", *by_group, *(type(quantity).__qualname__ for quantity in asked)])
 
     @property
     def current(self) -> ForwardPass | None:
@@ -276,7 +285,9 @@ class Recorder(TorchFunctionMode):
             kinds = {p.device.type for p in self.recorded.parameters.values()}
             autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
             numbered = Batch.of((*batch.inputs(), torch.arange(batch.size)), batch.size)
-            self.passes.append(ForwardPass(numbered, autocast))
+            groups = self.recorded.wanted.groups
+            of_pass = None if groups is None else as_groups(groups, batch.size)
+            self.passes.append(ForwardPass(numbered, of_pass, autocast))
             self.begin(self.passes[-1])
         return unwrapped((args, kwargs))
 
@@ -353,7 +364,8 @@ class Recorder(TorchFunctionMode):
             self.recorded.sums.append(self.after_backward(forward_pass))
             if asked := self.recorded.wanted.quantities:
                 losses = unknown_losses(forward_pass.batch.size, self.recorded.parameters)
-                self.recorded.quantities.append(Quantities(losses, asked, self.quantities(forward_pass)))
+                numbers = None if forward_pass.groups is None else forward_pass.groups.numbers
+                self.recorded.quantities.append(Quantities(losses, asked, self.quantities(forward_pass), numbers))
             self.recorded.left = self._left_by(forward_pass, self.recorded.sums[-1])
 
     def _look_at_roots(self, roots: Sequence[Tensor]) -> None:
@@ -487,8 +499,9 @@ class Recorder(TorchFunctionMode):
             with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
                 if state is not None:
                     state.put_back()
-                asked = self.recorded.wanted.quantities
-                computes: list[Compute] = [moments_of, QuantitiesOf(asked)] if asked else [moments_of]
+                computes: list[Compute] = [moments_of]
+                if asked := self.recorded.wanted.quantities:
+                    computes.append(QuantitiesOf(asked, forward_pass.groups))
                 check_once(source, batch.with_targets(batch.targets), loss_fn, method, computes)
         finally:
             self.checking = False

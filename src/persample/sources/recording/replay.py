@@ -25,6 +25,7 @@ from persample.dtypes import at_least_float32
 from persample.errors import DisagreementError, UnsupportedModelError, UsageError
 from persample.moments import Moments
 from persample.quantities.block import Unknown
+from persample.quantities.groups import Groups
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
 from persample.sources.model.random_state import random_state, same_random_state
@@ -104,7 +105,7 @@ class ReplayRecorder(Recorder):
             ):
                 moments = self._repeated(source, batch, unit)
                 if self.recorded.wanted.quantities:
-                    self._quantities = self._quantities_of(source, batch, unit)
+                    self._quantities = self._quantities_of(source, batch, forward_pass.groups, unit)
         finally:
             self.checking = False
         squares = {name: at_least_float32(s) * (size * unit**2) for name, s in moments.second_moment.items()}
@@ -116,17 +117,20 @@ class ReplayRecorder(Recorder):
     def left_out(self) -> Iterable[str]:
         return self.gradients
 
-    def _quantities_of(self, source: Contract, batch: Batch, unit: float) -> Sequence[Any]:
+    def _quantities_of(self, source: Contract, batch: Batch, groups: Groups | None, unit: float) -> Sequence[Any]:
         """Return the quantities of the pass, repeated once more."""
         wanted = self.recorded.wanted
-        compute = QuantitiesOf(wanted.quantities, factor=unit * wanted.factor(self.recorded.reduction, batch.size))
+        factor = unit * wanted.factor(self.recorded.reduction, batch.size)
+        compute = QuantitiesOf(wanted.quantities, groups, factor=factor)
         self._state.put_back()
         with replayed(source, self._start):
             return compute(source, batch).results
 
     def _of_unknown(self, forward_pass: ForwardPass) -> Sequence[Any]:
         """Return quantities of gradients that are not a number."""
-        reading = self.reading(forward_pass)
+        reading = self.reading(forward_pass, sums=False)
+        if reading is None:
+            return ()
         for name, p in self.recorded.parameters.items():
             reading.receive(Unknown(name, 0, forward_pass.batch.size, p.detach()))
         return reading.results()

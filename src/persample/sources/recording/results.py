@@ -45,14 +45,20 @@ class Wanted:
 
     Attributes:
         quantities: what is asked for.
+        groups: for each sample of a pass the number of its group; None if each stands alone.
         loss_scale: the number by which the losses are multiplied before the backward pass; None if it is not known.
     """
 
     quantities: Sequence[Quantity[Any]] = ()
+    groups: Tensor | Sequence[int] | None = None
     loss_scale: float | None = None
 
     def __post_init__(self) -> None:
         refuse_quantities(self.quantities)
+        if self.groups is not None and not self.quantities:
+            raise OptionError(
+                "groups= says of what sums quantities are taken, and none is asked for: pass quantities=."
+            )
         if self.loss_scale is not None and not 0 < self.loss_scale < math.inf:
             raise OptionError(f"loss_scale={self.loss_scale!r} must be positive and finite.")
 

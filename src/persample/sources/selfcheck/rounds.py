@@ -13,6 +13,7 @@ from persample.dtypes import at_least_float32, without_autocast
 from persample.errors import ContractError, UnsupportedModelError
 from persample.quantities.block import Block, Formed, Grouped, Scaled
 from persample.quantities.computed import Quantities
+from persample.quantities.groups import Groups
 from persample.quantities.protocol import Quantity, Setting
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract, Receive
@@ -29,13 +30,13 @@ class QuantitiesOf:
 
     Attributes:
         asked: the quantities.
-        groups: for each sample the group to which it belongs, whole numbers on the CPU; None if each stands alone.
+        groups: those of the samples; None if each stands alone.
         max_bytes: as many bytes of per-sample gradients may be formed at once, by backends that form them.
         factor: by what the gradients are multiplied before anything is made of them.
     """
 
     asked: Sequence[Quantity[Any]]
-    groups: Tensor | None = None
+    groups: Groups | None = None
     max_bytes: int = MAX_BYTES
     factor: float = 1.0
 
@@ -51,13 +52,12 @@ class QuantitiesOf:
             else:
                 losses, results = self._results(source, batch, batch.size)
             return Quantities(losses, self.asked, results)
-        order = self.groups.argsort(stable=True)
-        numbers, index = self.groups[order].unique_consecutive(return_inverse=True)
+        order = self.groups.index.argsort(stable=True)
         in_order = torch.arange(batch.size, device="cpu")
         ordered = batch if torch.equal(order, in_order) else batch.take(order.tolist())
-        losses, results = self._results(source, ordered, len(numbers), index)
+        losses, results = self._results(source, ordered, len(self.groups), self.groups.index[order])
         back = torch.empty_like(order).scatter_(0, order, in_order)
-        return Quantities(losses[back.to(losses.device)], self.asked, results, numbers)
+        return Quantities(losses[back.to(losses.device)], self.asked, results, self.groups.numbers)
 
     def _of_blocks(self, source: Contract, batch: Batch, asked: Sequence[Quantity[Any]]) -> tuple[Tensor, list[Any]]:
         return replace(self, asked=asked)._results(source, batch, batch.size)
@@ -89,6 +89,11 @@ class Reading:
         size: how many gradients there are by each.
         kept: whether blocks are to be kept where a quantity needs them again; otherwise they will come again.
         factor: by what the gradients are multiplied first.
+        groups: over which those of blocks of all samples are added up first; None to take them as they come.
+        sums: whether to add up the gradients in the blocks, and their squares, too.
+
+    Attributes:
+        total, squares: these sums, by parameter.
     """
 
     def __init__(
@@ -99,25 +104,42 @@ class Reading:
         *,
         kept: bool = True,
         factor: float = 1.0,
+        groups: Groups | None = None,
+        sums: bool = False,
     ) -> None:
-        setting = Setting(size, {name: p.detach() for name, p in parameters.items()})
+        setting = Setting(size if groups is None else len(groups), {name: p.detach() for name, p in parameters.items()})
+        self._size = setting.size
         self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self._accumulations = self._wanting = [quantity.begin(setting) for quantity in asked]
         self._keeps = kept and any(accumulation.rereads for accumulation in self._accumulations)
         self._never_again = kept and not self._keeps
-        self._reads_both = {"sums", "squared_norms"} <= {each for a in self._accumulations for each in a.reads}
+        reads = {each for a in self._accumulations for each in a.reads}
+        self._index = None if groups is None else groups.index.to(self.device)
+        self._reads_both = {"sums", "squared_norms"} <= reads | ({"sums"} if sums and groups is None else set())
         self._kept: list[Block] = []
         self._factor = factor
+        self._adds_up = sums
+        self.total: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
 
     def receive(self, block: Block) -> None:
         """Take a block of the first round."""
         with without_autocast(self.device):
+            if self._index is not None:
+                self._add_up(block)
+                block = Grouped(block.name, 0, self._size, block, self._index)
             if self._keeps:
                 block = block.to_keep()
                 self._kept.append(block)
             if self._reads_both:
                 block.prepare_moments_and_norms()
+            if self._index is None:
+                self._add_up(block)
         self._give(block)
+
+    def _add_up(self, block: Block) -> None:
+        if self._adds_up:
+            self.total[block.name], self.squares[block.name] = block.sums()
 
     def reread(self, receive: Receive) -> None:
         """Give `receive` the blocks that were kept."""

@@ -40,7 +40,7 @@ from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
 from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.oracle import gradients_at
-from persample.sources.selfcheck.rounds import MAX_BYTES
+from persample.sources.selfcheck.rounds import MAX_BYTES, Reading
 from persample.sources.source import PerSampleGradSource
 
 #: As many numbers of per-sample gradients of a parameter as are formed at once.
@@ -197,13 +197,10 @@ class PeerRulesSource(PerSampleGradSource):
         loss_reduction: LossReduction = "mean",
         *,
         quantities: Sequence[Quantity[Any]] = (),
+        groups: Tensor | Sequence[int] | None = None,
         loss_scale: float | None = None,
     ) -> Iterator[Recorded]:
-        if quantities:  # their rules form all gradients of a layer at once; repeated, the pass comes in parts
-            with super().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale) as recorded:
-                yield recorded
-            return
-        with PeerRecorder(self, loss_reduction, Wanted(loss_scale=loss_scale)) as recorder:
+        with PeerRecorder(self, loss_reduction, Wanted(quantities, groups, loss_scale)) as recorder:
             yield recorder.recorded
 
     def square_sums(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
@@ -249,17 +246,27 @@ class PeerRecorder(CallRecorder):
     def __init__(self, source: PeerRulesSource, reduction: LossReduction, wanted: Wanted) -> None:
         super().__init__(source, source.layers(), reduction, wanted)
         self._uses: dict[ForwardPass, list[LayerCall]] = {}
+        self._reading: Reading | None = None
 
     def begin(self, forward_pass: ForwardPass) -> None:
         super().begin(forward_pass)
         self._uses[forward_pass] = []
+        self._reading = self.reading(forward_pass)
 
     def receive(self, forward_pass: ForwardPass, call: ModuleCall, delta: Tensor) -> None:
         self._uses[forward_pass].append(_use(call, delta))
 
     def sums(self, forward_pass: ForwardPass) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        squares = self.source.square_sums(self._uses.pop(forward_pass))
-        return {}, {name: squares[p] for name, p in self.recorded.parameters.items() if p in squares}
+        uses = self._uses.pop(forward_pass)
+        if self._reading is None:
+            squares = self.source.square_sums(uses)
+            return {}, {name: squares[p] for name, p in self.recorded.parameters.items() if p in squares}
+        for block in self.source.blocks(uses, forward_pass.batch.size):
+            self._reading.receive(block)
+        return self._reading.total, self._reading.squares
+
+    def quantities(self, forward_pass: ForwardPass) -> Sequence[Any]:
+        return () if self._reading is None else self._reading.results()
 
 
 def _only(of_each: Mapping[nn.Parameter, Tensor]) -> Tensor:

@@ -87,6 +87,7 @@ class PeerSource(PerSampleGradSource):
         loss_reduction: LossReduction = "mean",
         *,
         quantities: Sequence[Quantity[Any]] = (),
+        groups: Tensor | Sequence[int] | None = None,
         loss_scale: float | None = None,
     ) -> Iterator[Recorded]:
         """Record the moments of passes that the user runs, see `PerSampleGradSource.recording`.
@@ -96,11 +97,12 @@ class PeerSource(PerSampleGradSource):
         """
         if self._quantities_by_rules():
             self.ran = "rules"
-            recording = self._rules().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale)
+            rules = self._rules()
+            self.norms_by, record = rules.norms_by, rules.recording
         else:
             self.ran = self.own
-            recording = super().recording(loss_reduction, quantities=quantities, loss_scale=loss_scale)
-        with recording as recorded:
+            record = super().recording
+        with record(loss_reduction, quantities=quantities, groups=groups, loss_scale=loss_scale) as recorded:
             yield recorded
 
     def state_changed(self, state: State) -> bool:

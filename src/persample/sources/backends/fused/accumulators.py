@@ -122,25 +122,6 @@ class Blocks:
             self.give(SeveralUses(name, 0, self.batch_size, uses, width, p.detach()))
 
 
-class BlockSums(Blocks):
-    """Gives blocks on, too, and adds up what is in them.
-
-    Args:
-        batch_size: B.
-        give: takes the blocks.
-    """
-
-    def __init__(self, batch_size: int, give: Callable[[Block], None]) -> None:
-        super().__init__(batch_size, self._add_up)
-        self.total: dict[str, Tensor] = {}
-        self.squares: dict[str, Tensor] = {}
-        self._give_on = give
-
-    def _add_up(self, block: Block) -> None:
-        self.total[block.name], self.squares[block.name] = block.sums()
-        self._give_on(block)
-
-
 def added_up(waiting: list[tuple[Expression, Contribution]], rows: slice) -> dict[str, Tensor]:
     """Return g_i of the samples in `rows`, added up over all contributions, for each parameter that has any."""
     g: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ from persample.dtypes import at_least_float32, without_autocast
 from persample.errors import PersampleError, UnsupportedModelError
 from persample.quantities.block import Formed
 from persample.sources.backends.contributions import Contribution
-from persample.sources.backends.fused.accumulators import BlockSums, Moment
+from persample.sources.backends.fused.accumulators import Blocks, Moment
 from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.expressions import Expression, version_of
@@ -49,7 +49,7 @@ class FusedRecorder(Recorder):
         super().__init__(source.model, parameters, reduction, wanted)
         self.source = source
         self.capture: Capture | None = None
-        self._sums: Moment | BlockSums = Moment(0)
+        self._sums: Moment | Blocks = Moment(0)
         self._reading: Reading | None = None
         self._unseen_outputs = False  # whether an output with entries for the samples seems made of parameters alone
         self._finishing = False  # whether gradients are pulled back to the parameters, after the backward pass
@@ -64,11 +64,11 @@ class FusedRecorder(Recorder):
         self.remember_state(self.source, forward_pass)
         self.capture = None
         self._mixed.clear()
-        self._reading = self.reading(forward_pass) if self.recorded.wanted.quantities else None
+        self._reading = self.reading(forward_pass)
         if forward_pass.batch.size == 1:  # the gradient of a single sample is the ordinary one
             return
         recorder, size = self, forward_pass.batch.size
-        self._sums = Moment(size) if self._reading is None else BlockSums(size, self._reading.receive)
+        self._sums = Moment(size) if self._reading is None else Blocks(size, self._reading.receive)
 
         class Watched:
             expect = self._sums.expect
@@ -150,17 +150,19 @@ class FusedRecorder(Recorder):
         with torch.enable_grad(), without_autocast(device):
             sink.finish()
         self._finishing = False
-        for name, total in sink.total.items():
+        found = self._reading if isinstance(sink, Blocks) else sink
+        assert found is not None  # what reads blocks is there where they are made
+        for name, total in found.total.items():
             p = self.recorded.parameters[name]
             gradient = total.detach().to(p.dtype, copy=True)
             p.grad = gradient if p.grad is None else p.grad + gradient
         self.capture = None
-        for name in sink.total:  # as autograd does it, which has not accumulated these gradients
+        for name in found.total:  # as autograd does it, which has not accumulated these gradients
             p = self.recorded.parameters[name]
             for hook in list((p._post_accumulate_grad_hooks or {}).values()):
                 hook(p)
         self._check(forward_pass)
-        return Sums(forward_pass.batch.size, sink.total, sink.squares)
+        return Sums(forward_pass.batch.size, found.total, found.squares)
 
     def quantities(self, forward_pass: ForwardPass) -> Sequence[Any]:
         if self._reading is None:

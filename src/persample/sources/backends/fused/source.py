@@ -150,9 +150,10 @@ class FusedSource(PerSampleGradSource):
         loss_reduction: LossReduction = "mean",
         *,
         quantities: Sequence[Quantity[Any]] = (),
+        groups: Tensor | Sequence[int] | None = None,
         loss_scale: float | None = None,
     ) -> Iterator[Recorded]:
-        recorder = FusedRecorder(self, loss_reduction, Wanted(quantities, loss_scale))
+        recorder = FusedRecorder(self, loss_reduction, Wanted(quantities, groups, loss_scale))
         with deterministic_choice(self.deterministic), recorder:
             yield recorder.recorded
 

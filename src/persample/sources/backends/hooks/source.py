@@ -124,9 +124,10 @@ class HooksSource(PerSampleGradSource):
         loss_reduction: LossReduction = "mean",
         *,
         quantities: Sequence[Quantity[Any]] = (),
+        groups: Tensor | Sequence[int] | None = None,
         loss_scale: float | None = None,
     ) -> Iterator[Recorded]:
-        wanted = Wanted(quantities, loss_scale)
+        wanted = Wanted(quantities, groups, loss_scale)
         with HooksRecorder(self, modules_with_rules(self.model), loss_reduction, wanted) as recorder:
             yield recorder.recorded
 
