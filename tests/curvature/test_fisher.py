@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import persample
 from persample import Fisher, backends, fisher, losses
+from persample.checks.memory import peak_memory
 from persample.errors import BatchError, DataError, LossError, OptionError, PersampleError, UsageError
 from persample.likelihoods import Categorical
 from persample.testing.devices import generator_of
@@ -366,3 +367,13 @@ def test_half_precision_is_summed_in_float32() -> None:
     model = network().bfloat16()
     found = persample.fisher(model, loader(x.bfloat16(), y), loss_fn=losses.cross_entropy)
     assert {value.dtype for value in found.diagonal.values()} == {torch.float32}
+
+
+def test_memory_for_a_few_numbers_per_weight() -> None:
+    """The self-check of the first batch included; gradients of the 32 samples would be 32 times the weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 1000), nn.ReLU(), nn.Linear(1000, 10))
+    batches = [(torch.randn(32, 400), torch.randint(10, (32,))) for _ in range(3)]
+    fisher(model, batches, loss_fn=losses.cross_entropy)  # forms of products are tried once
+    peak = peak_memory(lambda: fisher(model, batches, loss_fn=losses.cross_entropy), torch.device("cpu"))
+    assert peak < 10 * sum(p.nbytes for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def fisher(
     Insights and Perspectives on the Natural Gradient Method", JMLR 2020; Kunstner et al., "Limitations of the empirical
     Fisher approximation for natural gradient descent", NeurIPS 2019.
 
-    Small batches are put together, to at most 512 samples and 8 MiB, which gives the same and takes less time.
+    Small batches after the first are put together, to at most 512 samples and 8 MiB, which gives the same and takes
+    less time. The first is as the loader gives it, because the source checks itself on it.
 
     The model stays in the mode it is in: call `model.eval()` before, to leave dropout out. It is called once more for
     each batch where targets are drawn or expectations are taken. A data set may be done in parts, see `Fisher.merge`.
@@ -83,7 +85,8 @@ def fisher(
     sums: dict[str, Tensor] = {}
     size = 0
     batches = batches_of(loader, progress=progress)
-    for inputs, targets in batches if kind == "mc" else put_together(batches):
+    first = islice(batches, 1)
+    for inputs, targets in batches if kind == "mc" else chain(first, put_together(batches)):
         number = 0
         weight = 1.0 / draws if kind == "mc" else 1.0
         for of_pass in _targets(model, inputs, targets, kind, targets_of, draws, generator):

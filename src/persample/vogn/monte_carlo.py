@@ -33,10 +33,8 @@ class Gaussian(Protocol):
     def scale(self) -> Mapping[str, Tensor]: ...
 
 
-# Measured on a CPU: with more weights than this in one pass, the draws one by one are as fast or faster.
-_MOST_WEIGHTS_ON_CPU = 2**15
 # A gibibyte of float32 in one pass; with more, an accelerator has enough to do in any case.
-_MOST_WEIGHTS_ELSEWHERE = 2**28
+_MOST_WEIGHTS = 2**28
 
 
 class DrawOptions(TypedDict, total=False):
@@ -47,7 +45,7 @@ class DrawOptions(TypedDict, total=False):
         generator: source of the noise; None is PyTorch's global generator, or the optimizer's own if an optimizer
             is asked (whose later draws then differ from those of a run without this call).
         draws_at_once: number of draws per pass of the model, by `torch.func.vmap`; memory grows with it. None
-            takes few at once on a CPU, where one by one is faster for all but tiny models, and up to a gibibyte of
+            takes them one by one on a CPU, which is faster there but for single inputs, and up to a gibibyte of
             weights elsewhere. Where vmap cannot run the model, they go one by one. The draws are the same anyway.
         rows_at_once: number of samples per pass of the model; None takes all. All samples meet the same draws.
         pick: takes the tensor that matters out of what the model returns, for example
@@ -163,10 +161,10 @@ def _draws(posterior: Gaussian, params: Weights, samples: int, generator: torch.
 
 
 def _affordable(params: Weights) -> int:
-    """Number of draws that fit one pass."""
-    on_cpu = all(p.device.type == "cpu" for p in params.values())
-    most = _MOST_WEIGHTS_ON_CPU if on_cpu else _MOST_WEIGHTS_ELSEWHERE
-    return max(1, most // max(1, sum(p.numel() for p in params.values())))
+    """Number of draws for one pass; on a CPU one, see `benchmarks/draws.py`."""
+    if all(p.device.type == "cpu" for p in params.values()):
+        return 1
+    return max(1, _MOST_WEIGHTS // max(1, sum(p.numel() for p in params.values())))
 
 
 def _one_by_one(forward: Forward, params: Weights, draws: Iterable[Weights], consume: Callable[[Tensor], None]) -> None:
