@@ -59,7 +59,7 @@ def test_moments_cannot_be_changed() -> None:
 
 
 def test_variance_and_noise_scale() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     g = 0.5 + torch.randn(6, 4, dtype=torch.float64, generator=generator)
     moments = Moments(torch.zeros(6), {"a": g.mean(0)}, {"a": g.square().mean(0)})
     torch.testing.assert_close(moments.variance()["a"], g.var(0))
@@ -76,7 +76,7 @@ def test_variance_and_noise_scale() -> None:
 
 def test_noise_scale_is_unbiased_in_both_of_its_parts() -> None:
     """Averaged over many batches of two, numerator and denominator are those of the distribution."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_of(0)
     expectation = torch.tensor([1.0, 2.0], dtype=torch.float64)
     traces, squares = [], []
     for _ in range(4000):

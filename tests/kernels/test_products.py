@@ -18,6 +18,7 @@ from persample.kernels.convolution import (
     convolution_squared_norms,
 )
 from persample.kernels.linear import linear_moments
+from persample.testing.devices import generator_of
 
 FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -67,7 +68,7 @@ def convolutions(draw: Any) -> tuple[Any, ...]:
     size = [max(1, span) + extra for span, extra in zip(spans, each([0, 1, 4, 7]), strict=True)]
     batch, images = draw(st.sampled_from([1, 2, 5, 19])), draw(st.sampled_from([1, 1, 2]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = generator_of(draw(st.integers(0, 2**31)))
     x = torch.randn(batch * images, inputs * groups, *size, dtype=dtype, generator=generator)
     weight = x.new_zeros(outputs * groups, inputs, *kernel)
     shape = FUNCTIONS[dimensions - 1](x, weight, None, stride, padding, dilation, groups).shape

@@ -63,10 +63,10 @@ def first_non_finite(tensors: list[tuple[str, Tensor]]) -> str | None:
     """
     if all_finite([tensor for _, tensor in tensors]):
         return None
-    # A sum is finite only if all entries are, and far cheaper to get than a look at each entry. Only if it is not, the
-    # single entries decide, because the sum of finite numbers may overflow.
-    sums = [tensor.sum() for _, tensor in tensors]
-    if math.isfinite(torch.stack([total.to(sums[0].device) for total in sums]).sum().item()):
+    # A norm is finite only if all entries are, and far cheaper to get than a look at each entry. Only if it is not, the
+    # single entries decide, because the squares of finite numbers may overflow.
+    norms = torch._foreach_norm([tensor for _, tensor in tensors])
+    if math.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]).sum().item()):
         return None
     return next((name for name, tensor in tensors if not bool(tensor.isfinite().all())), None)
 

@@ -34,7 +34,9 @@ def standard_noise(like: Tensors, generator: torch.Generator | None) -> list[Ten
     for (dtype, device), indices in kinds.items():
         sizes = [like[index].numel() for index in indices]
         source = generator.device if generator is not None else device
-        vector = torch.randn(sum(sizes), dtype=dtype, device=source, generator=generator).to(device)
+        pinned = source.type == "cpu" and device.type == "cuda"  # so that nobody waits for the copy
+        vector = torch.randn(sum(sizes), dtype=dtype, device=source, generator=generator, pin_memory=pinned)
+        vector = vector.to(device, non_blocking=pinned)
         for index, piece in zip(indices, vector.split(sizes), strict=True):
             noise[index] = piece.view(like[index].shape)
     return noise

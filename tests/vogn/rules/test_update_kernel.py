@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persample.kernels import compiled, step
+from persample.testing.devices import generator_of
 from persample.vogn.param_group import Part
 from persample.vogn.rules.vogn import vogn_update
 
@@ -32,7 +33,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 def part(sizes: list[int], settings: dict[str, Any], dtype: torch.dtype, seed: int, **changed: Any) -> Part:
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     mean = [torch.randn(n, generator=generator, dtype=dtype) for n in sizes]
     states: list[dict[str, Any]] = [{"curvature": torch.rand(n, generator=generator, dtype=dtype)} for n in sizes]
     if seed % 2:

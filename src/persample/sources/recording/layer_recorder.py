@@ -24,7 +24,7 @@ from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.reduction import refuse_uses_past_outputs
 from persample.sources.recording.results import LossReduction, Sums, Wanted
-from persample.sources.selfcheck.tolerances import Allowance
+from persample.sources.selfcheck.tolerances import Allowance, read
 from persample.sources.selfcheck.verify import require_close
 
 
@@ -146,6 +146,6 @@ class CallRecorder(Recorder):
         if self.source.check == "never":
             return
         ordinary = {name: g for name, g in self.gradients.items() if name in total}
-        if all(bool(g.isfinite().all()) for g in ordinary.values()):  # else a gradient scaler will skip the step
+        if all(read([g.isfinite().all() for g in ordinary.values()])):  # else a gradient scaler will skip the step
             claimed = {name: total[name] for name in ordinary}
             require_close(self.source, "sum of the per-sample gradients", claimed, ordinary, self._allowance)

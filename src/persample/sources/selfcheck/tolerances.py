@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,25 @@ MOVED = 5e-2
 
 def largest_entry(values: Tensor) -> float:
     """Return the largest absolute entry; NaN counts as 0."""
-    return values.detach().abs().nan_to_num(nan=0.0).max().item() if values.numel() else 0.0
+    return largest_entries([values])[0]
+
+
+def largest_entries(tensors: Iterable[Tensor]) -> list[float]:
+    """Return the largest absolute entry of each; NaN counts as 0. A GPU is waited for once."""
+    return read(
+        [
+            t.detach().abs().nan_to_num(nan=0.0).max() if t.numel() else t.new_zeros((), dtype=t.dtype.to_real())
+            for t in tensors
+        ]
+    )
+
+
+def read(numbers: Sequence[Tensor]) -> list[float]:
+    """Return the numbers of tensors that have one each. A GPU is waited for once."""
+    if len(numbers) < 2:
+        return [number.item() for number in numbers]
+    found: list[float] = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
+    return found
 
 
 def tolerance(values: Tensor) -> float:

@@ -32,7 +32,7 @@ from persample.sources.selfcheck.oracle import (
     sample_gradients,
 )
 from persample.sources.selfcheck.returned import ADVICE, moments_of, name_of
-from persample.sources.selfcheck.tolerances import Allowance, largest_entry, tolerance
+from persample.sources.selfcheck.tolerances import Allowance, largest_entries, read, tolerance
 from persample.sources.selfcheck.verify_quantities import verify_quantities
 
 #: What is checked: moments, losses with per-sample gradients, or quantities.
@@ -346,27 +346,33 @@ def require_close(
         allowance: what rounding explains.
         samples: number of gradients that are added up.
     """
-    largest = max((largest_entry(e) for e in expected.values()), default=0.0)
-    for name, value in expected.items():
-        _require_comparable(source, f"{what} of {name!r}", claimed[name], value)
-        difference = largest_entry(claimed[name] - value)
-        if difference > allowance.difference(name, largest_entry(value), largest, samples):
+    pairs = [(claimed[name], value) for name, value in expected.items()]
+    for name, (found, value) in zip(expected, pairs, strict=True):
+        _require_same_device(source, f"{what} of {name!r}", found, value)
+    nan_elsewhere = read([(found.isnan() != value.isnan()).any() for found, value in pairs])
+    sizes, differences = largest_entries(expected.values()), largest_entries(found - value for found, value in pairs)
+    for name, wrong, size, difference in zip(expected, nan_elsewhere, sizes, differences, strict=True):
+        if wrong:
+            _refuse_nan(source, f"{what} of {name!r}", claimed[name], expected[name])
+        if difference > allowance.difference(name, size, max(sizes), samples):
             raise DisagreementError(
                 f"Backend {name_of(source)} is wrong on this model: the {what} of {name!r} differs from the ordinary "
-                f"one by {difference:.3g}, where its largest entry is {largest_entry(value):.3g}. {ADVICE}"
+                f"one by {difference:.3g}, where its largest entry is {size:.3g}. {ADVICE}"
             )
 
 
-def _require_comparable(source: Contract, what: str, claimed: Tensor, expected: Tensor) -> None:
-    """Raise if the two are on different devices, or have NaN in different entries."""
+def _require_same_device(source: Contract, what: str, claimed: Tensor, expected: Tensor) -> None:
     if claimed.device != expected.device:
         raise ContractError(
             f"Backend {name_of(source)} returned the {what} on {claimed.device}, expected {expected.device}. {ADVICE}"
         )
+
+
+def _refuse_nan(source: Contract, what: str, claimed: Tensor, expected: Tensor) -> None:
+    """Raise because the two have NaN in different entries."""
     wrong = claimed.isnan() != expected.isnan()
-    if bool(wrong.any()):
-        numbers = "has numbers" if bool(claimed[wrong].isnan().all()) else "is NaN elsewhere"
-        raise DisagreementError(
-            f"Backend {name_of(source)} is wrong on this model: the {what} is NaN in {int(claimed.isnan().sum())} of "
-            f"{claimed.numel()} entries, where the ordinary one {numbers}. {ADVICE}"
-        )
+    numbers = "has numbers" if bool(claimed[wrong].isnan().all()) else "is NaN elsewhere"
+    raise DisagreementError(
+        f"Backend {name_of(source)} is wrong on this model: the {what} is NaN in {int(claimed.isnan().sum())} of "
+        f"{claimed.numel()} entries, where the ordinary one {numbers}. {ADVICE}"
+    )

@@ -139,5 +139,5 @@ def _with_decay(part: Part, hessian: Tensors) -> Tensors:
 
 def _first(part: Part) -> Tensors:
     """Return h_0 + δ of each weight, or one number for all weights of a parameter."""
-    start = [m.new_tensor(part.settings["hess_init"]) for m in part.mean]
+    start = [m.new_full((), part.settings["hess_init"]) for m in part.mean]  # `new_tensor` would wait for a GPU
     return _with_decay(part, start)

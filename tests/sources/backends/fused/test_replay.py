@@ -12,6 +12,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import persample
 from persample.errors import PersampleError
@@ -35,6 +37,7 @@ from persample.quantities import (
 )
 from persample.quantities.computed import numbers_in
 from persample.sources.backends.fused import FusedSource
+from persample.testing.devices import generator_of
 from persample.testing.zoo.case import Net
 
 SETTINGS: dict[str, Any] = {}
@@ -76,7 +79,7 @@ def layers() -> dict[str, nn.Module]:
 
 
 def data(size: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     x = torch.randn(size, 4, generator=generator, dtype=torch.float64)
     return x, torch.randn(size, 3, generator=generator, dtype=torch.float64)
 
@@ -713,7 +716,7 @@ def test_the_tensor_that_the_forward_pass_keeps_is_that_of_the_last_batch() -> N
 
 
 def noise(kind: str) -> nn.Module:
-    generator = torch.Generator().manual_seed(3)
+    generator = generator_of(3)
     own = np.random.default_rng(3)
     draws: dict[str, Callable[[Any, Tensor], Tensor]] = {
         "dropout": lambda m, h: F.dropout(h, 0.5),
@@ -722,7 +725,7 @@ def noise(kind: str) -> nn.Module:
         "python": lambda m, h: h * random.random(),
         "python choice": lambda m, h: h.sin() if random.random() < 0.5 else h.cos(),
         "numpy": lambda m, h: h * float(np.random.rand()),
-        "numpy tensor": lambda m, h: h * torch.from_numpy(np.random.rand(5)),
+        "numpy tensor": lambda m, h: h * torch.from_numpy(np.random.rand(5)).to(h.device),
         "generator": lambda m, h: h * torch.rand(h.shape, generator=m.generator, dtype=h.dtype),
         "numpy generator": lambda m, h: h * m.own.random(),
         "seeded": lambda m, h: (torch.manual_seed(5), h + torch.randn_like(h))[1],
@@ -830,6 +833,22 @@ def test_tensors_that_share_memory() -> None:
                 require_right(source.moments(x, y), expected)
                 assert torch.equal(x, changed)
             x.copy_(kept[0]), y.copy_(kept[1])
+
+
+def test_a_default_device_is_no_hindrance_and_another_mode_is() -> None:
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    model = Net(lambda m, x: m.last(torch.tanh(m.first(x)) + torch.arange(5)), **layers()).double()
+    source, ran = source_of(model), []
+    for call in range(6):
+        x, y = data(seed=call)
+        with Watching() if call == 4 else torch.device(x.device) if call in (1, 2) else nullcontext():
+            found = source.moments(x, y)
+        require_right(found, truth(model, x, y))
+        ran.append(source.ran)
+    assert ran == ["replayed"] * 4 + ["eager", "replayed"]
 
 
 def test_python_values_among_the_arguments() -> None:

@@ -28,7 +28,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 
 from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
@@ -409,6 +411,7 @@ def _key(source: Ordinary) -> tuple[Any, ...]:
     classes = dict.fromkeys(map(type, modules_of(source.model)))
     return (
         *(id(source.model), id(source.loss_fn), source.deterministic, nn.Module._call_impl),
+        torch.get_default_device(),
         *[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
         *[(kind, kind.__call__, getattr(kind, "forward", None)) for kind in classes],
     )
@@ -450,12 +453,12 @@ def _beyond_replay(source: Ordinary, batch: Batch) -> str:
     if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in _tensors_of(batch)):
         return "a tensor of the batch requires a gradient, or is of a special kind"
     if (
-        torch._C._len_torch_function_stack()
+        any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
-        return "a mode of PyTorch is active (a default device, a transform, hooks on saved tensors)"
+        return "a mode of PyTorch is active (one of your own, a transform, hooks on saved tensors)"
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "it is captured in a CUDA graph of your own"
     if nn.modules.module._has_any_global_hook():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import UnsupportedModelError
+from persample.testing.devices import generator_of
 
 
 class Frames(nn.Module):
@@ -61,7 +62,7 @@ def loss_fn(outputs: Tensor, _: Any) -> Tensor:
 
 
 def videos(count: int, frames: int) -> Tensor:
-    return torch.randn(count, frames, 2, 4, generator=torch.Generator().manual_seed(1)).double()
+    return torch.randn(count, frames, 2, 4, generator=generator_of(1)).double()
 
 
 @pytest.mark.parametrize("count", [(3, 2), (2, 3), (4, 1)])
