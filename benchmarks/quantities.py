@@ -1,13 +1,16 @@
 """Time of quantities of the single gradients with `fused` and `hooks`, and of the peers that have them.
 
-    pip install ".[opacus,backpack]" --group benchmarks
+    pip install ".[opacus,backpack]" torchjd --group benchmarks
     python benchmarks/quantities.py --out runs/quantities
+    python benchmarks/quantities.py --out runs/quantities --models ResNet-20    # one column anew
 
-Each quantity is timed over an ordinary forward and backward pass; all take turns within one process for each model.
-BackPACK's `BatchL2Grad` gives norms, Opacus' fast gradient clipping a clipped sum, with both of its backward passes;
-TorchJD's `autogram` a Gram matrix; these are left out where they are not installed, refuse the model or give other
-norms than a loop. Writes `quantities.json`, `quantities.md` and `quantities.png`; what the folder holds of other models
-stays.
+Each quantity is timed over an ordinary forward and backward pass; all take turns within one process for each model,
+until the time for each is used up. BackPACK's `BatchL2Grad` gives norms, Opacus' fast gradient clipping a clipped sum,
+with both of its backward passes; TorchJD's `autogram` a Gram matrix; where one is not installed, fails or gives other
+norms than a loop, the table says so. Peak memory includes parameters and batch.
+
+Writes `quantities.md`, first the tables of docs/howto/quantities.md, then those of all sources; `quantities.png`, the
+picture there (docs/images); and `quantities.json`. What the folder holds of other models stays.
 """
 
 from __future__ import annotations
@@ -120,15 +123,21 @@ def torchjd_gram(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]
 
 
 PEERS = {"BackPACK: norms": backpack_norms, "Opacus: clipped sum": opacus_clipped, "TorchJD: Gram": torchjd_gram}
+FEWEST = 3  # rounds of what is slow
+SLOW = 1.0  # seconds of a call from which on it is not run once more before it is timed
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Return seconds and ratios for one model."""
+def measure(name: str, batch: int, rounds: int, budget: float) -> dict[str, Any]:
+    """Return ratios of time and memory for one model."""
     warnings.simplefilter("ignore")
     model, x, y = problem(name, batch)
     loss_fn = persample.losses.cross_entropy
+    plain = plain_pass(model, loss_fn, x, y)
+    plain()
+    start = clock()
     due = persample.make_source("fused", model, loss_fn).norms(x, y)
-    calls: dict[str, Callable[[], Any]] = {"plain": plain_pass(model, loss_fn, x, y)}
+    first = clock() - start
+    calls: dict[str, Callable[[], Any]] = {}
     for name_of, (backend, options) in SOURCES.items():
         try:
             persample.make_source(backend, model, loss_fn).norms(x, y)
@@ -140,51 +149,111 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     for peer, make in PEERS.items():
         try:
             call = make(model, x, y)
-            call()
             found = call().detach()
-        except (
-            ImportError,
-            RuntimeError,
-            NotImplementedError,
-            ValueError,
-            TypeError,
-            AttributeError,
-        ) as error:  # it refuses
-            left_out[peer] = str(error).splitlines()[0][:200]
-            continue
-        if torch.allclose(found, due, rtol=1e-3):
-            calls[peer] = call
+        except ImportError:
+            left_out[peer] = "not installed"
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+            left_out[peer] = f"fails: {type(error).__name__}, {str(error).splitlines()[0][:150]}"
         else:
-            left_out[peer] = f"other norms, by a factor of up to {float((found / due).max()):.2f}"
-    # On one thread its own time counts, whatever else the machine does.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {each: [] for each in calls}
-    for round_number in range(rounds + 1):
+            if torch.allclose(found, due, rtol=1e-3):
+                calls[peer] = call
+            else:
+                left_out[peer] = f"wrong: norms differ by a factor of up to {float((found / due).max()):.2f}"
+    seconds, ratios = timed(plain, calls, rounds, budget)
+    resident = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), x, y))
+    of_plain = resident + peak_memory(plain, x.device)
+    memory = {each: (resident + peak_memory(call, x.device)) / of_plain for each, call in calls.items()}
+    return {
+        "model": name, "batch": batch, "plain_seconds": seconds, "ratios": ratios, "memory": memory,
+        "first_call": first / seconds, "left_out": left_out,
+    }  # fmt: skip
+
+
+def timed(
+    plain: Callable[[], Any], calls: dict[str, Callable[[], Any]], rounds: int, budget: float
+) -> tuple[float, dict[str, float]]:
+    """Return the median time of `plain`, and for each of the calls the median over that of the same round.
+
+    Args:
+        plain: the ordinary pass.
+        calls: what takes turns with it.
+        rounds: how often each is timed at most.
+        budget: the seconds for each; after that, and some rounds, it is timed no more.
+    """
+    seconds: list[float] = []
+    ratios: dict[str, list[float]] = {each: [] for each in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    for round_number in range(rounds + 1):  # the first is a warm-up
+        own = _seconds(plain)
+        seconds.append(own)
         for each, call in calls.items():
-            call()
-            start = clock()
-            call()
-            if round_number:
-                seconds[each].append(clock() - start)
-    ratios = {
-        each: statistics.median(own / plain for own, plain in zip(found, seconds["plain"], strict=True))
-        for each, found in seconds.items()
-    }
-    peaks = {each: peak_memory(call, torch.device("cpu")) for each, call in calls.items()}
-    memory = {each: peak / peaks["plain"] for each, peak in peaks.items()}
-    return {"model": name, "batch": batch, "ratios": ratios, "memory": memory, "left_out": left_out}
+            if spent[each] < budget or len(ratios[each]) <= FEWEST:
+                start = clock()
+                ratios[each].append(_seconds(call) / own)
+                spent[each] += clock() - start
+        if not any(len(found) > round_number for found in ratios.values()):
+            break
+    return statistics.median(seconds[1:]), {each: statistics.median(found[1:]) for each, found in ratios.items()}
 
 
-def table(results: list[dict[str, Any]], what: str = "ratios") -> str:
-    """Return the ratios, of time or of memory, as a Markdown table."""
-    rows = dict.fromkeys(each for result in results for each in result[what] if each != "plain")
-    rows |= dict.fromkeys(PEERS)
+def _seconds(call: Callable[[], Any]) -> float:
+    for _ in range(2):  # the first finds the caches that another one left
+        start = clock()
+        call()
+        took = clock() - start
+        if took > SLOW:
+            break
+    return took
+
+
+def clock() -> float:
+    """Return the time: on one thread its own, which counts whatever else the machine does."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def table(results: list[dict[str, Any]], what: str, rows: dict[str, str]) -> str:
+    """Return ratios of time or of memory as a Markdown table; `rows` has for each what it is called there."""
     lines = ["| quantity | " + " | ".join(f"{r['model']} ({r['batch']})" for r in results) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
-    for row in rows:
-        cells = [f"{r[what][row]:.2f}" if row in r[what] else "–" for r in results]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    for row, label in rows.items():
+        lines.append(f"| {label} | " + " | ".join(_cell(r, what, row) for r in results) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(result: dict[str, Any], what: str, row: str) -> str:
+    if row in result[what]:
+        return f"{result[what][row]:.2f}"
+    return str(result["left_out"].get(row, "–")).partition(":")[0]
+
+
+#: The rows of the documentation: `fused`, and below each quantity the peer that has it.
+IN_DOCS = {
+    "fused: moments": "moments, `fused`",
+    "fused: norms": "norms, `fused`",
+    "BackPACK: norms": "norms, BackPACK's `BatchL2Grad`",
+    "fused: clipped sum": "clipped sum, `fused`",
+    "Opacus: clipped sum": "clipped sum, Opacus' ghost clipping, both backward passes",
+    "fused: Gram": "Gram matrix, `fused`",
+    "TorchJD: Gram": "Gram matrix, TorchJD's `autogram`",
+    "fused: moments, norms and noise scale": "moments, norms and noise scale, `fused`",
+}
+
+
+def written(results: list[dict[str, Any]]) -> str:
+    """Return all tables, those of the documentation first."""
+    every = {row: row for result in results for row in result["ratios"]} | {peer: peer for peer in PEERS}
+    reasons = [
+        f"- {peer}, {result['model']}: {reason}" for result in results for peer, reason in result["left_out"].items()
+    ]
+    firsts = [f"- {r['model']}: {r['first_call']:.0f} ({1e3 * r['plain_seconds']:.1f} ms)" for r in results]
+    return "\n".join([
+        f"Time over an ordinary pass:\n\n{table(results, 'ratios', IN_DOCS)}",
+        f"Peak memory over that of an ordinary pass:\n\n{table(results, 'memory', IN_DOCS)}",
+        *["Without a figure:\n", *reasons, ""],
+        *["First call of norms, with the self-check, over an ordinary pass (which takes):\n", *firsts],
+        f"\nTime, all sources:\n\n{table(results, 'ratios', every)}",
+        f"Memory, all sources:\n\n{table(results, 'memory', every)}",
+    ])  # fmt: skip
 
 
 #: What is to be reached, by quantity and model; all together may take a tenth of a plain pass more than moments.
@@ -210,7 +279,8 @@ def draw(results: list[dict[str, Any]], path: Any) -> None:
                 where = place + (number - (len(rows) - 1) / 2) * width
                 ratio = ratios.get(row)
                 if ratio is None:
-                    axes.text(where, 0.05, "none", rotation=90, ha="center", va="bottom", fontsize=7, color="0.5")
+                    word = _cell(result, "ratios", row).replace("–", "refused")
+                    axes.text(where, 0.05, word, rotation=90, ha="center", va="bottom", fontsize=7, color="0.5")
                     continue
                 axes.bar(where, min(ratio, HIGHEST), width, color=colours[label])
                 shown = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
@@ -234,7 +304,8 @@ def _is_installed(distribution: str) -> bool:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/quantities"),
     models: Annotated[str, typer.Option(help="Names of models, separated by semicolons.")] = ";".join(MODELS),
-    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 15,
+    rounds: Annotated[int, typer.Option(help="How often each is timed at most.")] = 15,
+    budget: Annotated[float, typer.Option(help="Seconds for each quantity of each source and model.")] = 4.0,
 ) -> None:
     """Measure all quantities on all models."""
     out.mkdir(parents=True, exist_ok=True)
@@ -242,17 +313,19 @@ def main(
     known = json.loads(file.read_text())["results"] if file.exists() else []
     found = {result["model"]: result for result in known}
     for name in models.split(";"):
-        result = found[name] = in_fresh_process(measure, name, MODELS[name], rounds)
-        print(table([result]), table([result], "memory"), result["left_out"], flush=True)
+        start = time.perf_counter()
+        found[name] = in_fresh_process(measure, name, MODELS[name], rounds, budget)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         results = [found[model] for model in MODELS if model in found]
         peers = [name for name in ("backpack-for-pytorch", "opacus", "torchjd") if _is_installed(name)]
         report = {"machine": machine(*peers), "results": results}
         with replacing(file) as new:
             new.write_text(json.dumps(report, indent=2) + "\n")
         with replacing(out / "quantities.md") as new:
-            new.write_text(f"Time:\n\n{table(results)}\nMemory:\n\n{table(results, 'memory')}")
+            new.write_text(written(results))
         with replacing(out / "quantities.png") as new:
             draw(results, new)
+    print(written(results))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import given
@@ -72,6 +74,33 @@ def test_variance_and_noise_scale() -> None:
     one = Moments(torch.zeros(1), {"a": g[0]}, {"a": g[0].square()})
     with pytest.raises(UsageError, match="one gradient"):
         one.variance()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_noise_scale_of_many_numbers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (3, 700), "b": (512,), "c": (5,), "d": (), "e": (64, 4, 3, 3), "f": (0, 2)}
+    g = {name: 1 + torch.randn(6, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    mean = {name: rows.mean(0).to(dtype) for name, rows in g.items()}
+    mean["a"] = mean["a"].T.contiguous().T
+    second = {name: rows.square().mean(0).to(dtype) for name, rows in g.items()}
+    moments = Moments(torch.zeros(6), mean, second)
+
+    def expected(names: Iterable[str]) -> float:
+        squares = sum(float(second[name].double().sum()) for name in names)
+        total = sum(float(mean[name].double().square().sum()) for name in names)
+        trace = (squares - total) * 6 / 5
+        return trace / (total - trace / 6)
+
+    close = {"rel": 1e-12 if dtype == torch.float64 else 1e-6}
+    assert moments.noise_scale() == pytest.approx(expected(shapes), **close)
+    groups = {name: [name] for name in "abcde"} | {"two": ["a", "c"]}
+    by_group = moments.noise_scale(per=groups | {"none": []})
+    positive = {group: names for group, names in groups.items() if expected(names) > 0}
+    assert len(positive) > 2
+    for group, names in positive.items():
+        assert by_group[group] == pytest.approx(expected(names), **close)
+    assert by_group["none"] == float("inf")
 
 
 def test_noise_scale_is_unbiased_in_both_of_its_parts() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
+
+_ROW = 512
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,28 @@ class Moments:
         return {group: self._noise_scale(names) for group, names in per.items()}
 
     def _noise_scale(self, names: Iterable[str]) -> float:
-        squares = total = 0.0
-        for name in names:
-            squares += self.second_moment[name].sum(dtype=torch.float64).item()
-            total += torch.linalg.vector_norm(self.mean[name], dtype=torch.float64).item() ** 2
+        names = list(names)
+        squares = _few_numbers([self.second_moment[name] for name in names], torch.sum).sum().item()
+        norms = _few_numbers([self.mean[name] for name in names], torch.linalg.vector_norm)
+        total = norms.square().sum().item()
         trace = max(0.0, (squares - total) * self.batch_size / (self.batch_size - 1))
         squared_norm = total - trace / self.batch_size
         return trace / squared_norm if squared_norm > 0 else math.inf
+
+
+def _few_numbers(tensors: Sequence[Tensor], reduced: Callable[..., Tensor]) -> Tensor:
+    """Return in float64 what `reduced` makes of rows of 512 numbers, and the numbers that are left over.
+
+    To read all numbers as float64 would take three times as long.
+    """
+    parts = [torch.empty(0, device=tensors[0].device)] if tensors else [torch.empty(0)]
+    for tensor in tensors:
+        numbers = at_least_float32(tensor).reshape(-1)
+        rows, left_over = numbers.split([len(numbers) // _ROW * _ROW, len(numbers) % _ROW])
+        if len(rows) > 0:
+            parts.append(reduced(rows.view(-1, _ROW), dim=1).to(parts[0].device))
+        parts.append(left_over.to(parts[0].device))
+    return torch.cat(parts).double()
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:

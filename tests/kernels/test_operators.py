@@ -155,7 +155,7 @@ def test_moments_and_norms_of_a_linear_layer(positions: int, width: int) -> None
         torch.testing.assert_close(squares.double(), g.square().sum(0), **close)
         torch.testing.assert_close(norms.double(), g.flatten(1).square().sum(1), **close)
     torch.library.opcheck(linear.linear_moments_and_norms, (x, delta))
-    joint = linear._joint_forms(delta.double(), x.double())
+    joint = linear._joint(linear._forming(delta.double(), x.double()))
     for form in joint.values():
         total, squares, norms = form(delta.double(), x.double())
         torch.testing.assert_close(squares, g.square().sum(0))

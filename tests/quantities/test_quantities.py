@@ -1,5 +1,7 @@
 """Every quantity from every backend, compared with what NumPy-like arithmetic makes of a loop in float64."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import persample
+from persample.errors import ContractError
 from persample.quantities import (
     Accumulation,
     Block,
@@ -25,6 +28,7 @@ from persample.quantities import (
     clipping,
 )
 from persample.quantities.block import Formed
+from persample.sources.selfcheck.rounds import Reading
 
 BACKENDS = ("loop", "hooks", "fused", "vmap", "vjp", "backpack", "opacus")
 SAMPLES = 7
@@ -451,3 +455,72 @@ def test_projections_keep_products() -> None:
     g = matrix(rows_of(problem.model, problem.x, problem.y))
     sketch = problem.source("fused").project(problem.x, problem.y, Projection(4000))
     assert float((sketch @ sketch.T - g @ g.T).abs().max()) < 0.1 * float((g @ g.T).abs().max())
+
+
+class ThreeRounds(Accumulation[int]):
+    """Counts the blocks of three rounds, and says `rereads` as long as it is told to."""
+
+    rereads = True
+
+    def __init__(self, says_so: bool) -> None:
+        self.says_so, self.rounds, self.blocks = says_so, 1, 0
+
+    def add(self, block: Block) -> None:
+        self.blocks += 1
+
+    def another_round(self) -> bool:
+        self.rounds, self.rereads = self.rounds + 1, self.says_so
+        return self.rounds <= 3
+
+    def result(self) -> int:
+        return self.blocks
+
+
+@dataclass(frozen=True)
+class Thrice:
+    says_so: bool
+    name: str = "thrice"
+
+    def begin(self, setting: Setting) -> Accumulation[int]:
+        return ThreeRounds(self.says_so)
+
+
+def with_blocks(*asked: Any) -> tuple[Reading, list[weakref.ref[Block]], dict[str, Tensor]]:
+    rows = {"a": torch.randn(3, 2), "b": torch.randn(3, 4, 5)}
+    reading = Reading(asked, {name: g[0] for name, g in rows.items()}, 3)
+    blocks = []
+    for name, g in rows.items():
+        block = Formed(name, 0, 3, g)
+        blocks.append(weakref.ref(block))
+        reading.receive(block)
+    return reading, blocks, rows
+
+
+@pytest.mark.parametrize("others", [(), (Thrice(True),)], ids=["alone", "beside one that reads on"])
+def test_blocks_are_let_go_one_by_one_when_they_are_read_for_the_last_time(others: tuple[Thrice, ...]) -> None:
+    torch.manual_seed(0)
+    reading, blocks, rows = with_blocks(WeightedSum(clipping(1.0)), *others)
+    gc.collect()
+    alive = []
+
+    def again(receive: Any) -> None:
+        def counted(block: Block) -> None:
+            del block
+            alive.append(sum(ref() is not None for ref in blocks))
+
+        reading.reread(lambda block: (receive(block), counted(block)))
+
+    found, *counts = reading.results(again)
+    norms = torch.cat([g.double().flatten(1) for g in rows.values()], 1).norm(dim=1)
+    weights = (1 / norms).clamp(max=1)
+    for name, g in rows.items():
+        expected = torch.tensordot(weights, g.double(), 1)
+        torch.testing.assert_close(found.gradient[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert alive == ([2, 2, 2, 2] if others else [2, 1])
+    assert counts == [6 for _ in others]
+
+
+def test_blocks_that_were_let_go_are_not_read_again() -> None:
+    reading, _, _ = with_blocks(Thrice(False))
+    with pytest.raises(ContractError, match="ThreeRounds wants to read the gradients once more"):
+        reading.results()

@@ -80,30 +80,48 @@ def linear_moments_and_norms(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, 
     """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖² of the same, of gradients that are formed once where both need them."""
     check(x, delta)
     batch, positions = delta.shape[:2]
-    if positions == 1 or delta.is_cuda or norms_from_products(positions, delta.shape[2], x.shape[2]):
+    if delta.is_cuda or (positions > 1 and norms_from_products(positions, delta.shape[2], x.shape[2])):
         return *linear_moments(x, delta), linear_squared_norms(x, delta)
     kind = ("with norms", delta.shape[2], x.shape[2], x.dtype, x.device)
-    return choose(Key(("linear on positions", kind), (batch, positions)), lambda: _joint_forms(delta, x), delta, x)
+    if positions == 1:
+        d, a = delta.squeeze(1), x.squeeze(1)
+        return choose(Key(("linear", kind), (batch,)), lambda: _joint(_likely_first(one_position(a), d, a)), d, a)
+    key = Key(("linear on positions", kind), (batch, positions))
+    return choose(key, lambda: _joint(_forming(delta, x)), delta, x)
 
 
-def one_position(a: Tensor) -> dict[str, Callable[[Tensor, Tensor], Sums]]:
-    """Forms for inputs like `a`. g_i² = (δ_i)² (a_iᵀ)², so both sums are products over the batch (Goodfellow, 2015)."""
-    forms: dict[str, Callable[[Tensor, Tensor], Sums]] = {
-        "blas": lambda delta, a: (delta.mT @ a, delta.square().mT @ a.square())
-    }
+def one_position(a: Tensor) -> dict[str, Callable[..., Sums]]:
+    """Forms for inputs like `a`, which append the squared norms to `norms` if that is given.
+
+    g_i² = (δ_i)² (a_iᵀ)², so both sums are products over the batch, and ‖g_i‖² = ‖δ_i‖² ‖a_i‖² (Goodfellow, 2015).
+    """
+    forms: dict[str, Callable[..., Sums]] = {"blas": _by_blas}
     product = product_for(a)
     if product is not None:
-
-        def onednn(delta: Tensor, a: Tensor) -> Sums:
-            d, x = (t.mT.clone(memory_format=torch.contiguous_format) for t in (delta, a))
-            return product(d, x), product(d.square_(), x.square_())
-
-        forms[COMPILED] = onednn
+        forms[COMPILED] = partial(_by_columns, product=product)
     triton = kernels_for(a)
     if triton is not None:
         moments = triton.linear_moments
         forms["triton"] = lambda delta, a: by_triton(moments, a.unsqueeze(1), delta.unsqueeze(1))
     return forms
+
+
+def _by_blas(delta: Tensor, a: Tensor, norms: list[Tensor] | None = None) -> Sums:
+    d, x = delta.square(), a.square()
+    if norms is not None:
+        norms.append(d.sum(1) * x.sum(1))
+    return delta.mT @ a, d.mT @ x
+
+
+def _by_columns(
+    delta: Tensor, a: Tensor, *, product: Callable[[Tensor, Tensor], Tensor], norms: list[Tensor] | None = None
+) -> Sums:
+    d, x = (t.mT.clone(memory_format=torch.contiguous_format) for t in (delta, a))
+    total = product(d, x)
+    d.square_(), x.square_()
+    if norms is not None:
+        norms.append(d.sum(0) * x.sum(0))
+    return total, product(d, x)
 
 
 def _likely_first(forms: dict[str, Form], left: Tensor, right: Tensor) -> dict[str, Form]:
@@ -177,9 +195,9 @@ def _forming(delta: Tensor, a: Tensor) -> dict[str, Callable[..., Sums]]:
     return forms
 
 
-def _joint_forms(delta: Tensor, a: Tensor) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """The same, with the norms of what they form."""
-    return {name: partial(_with_norms, form) for name, form in _forming(delta, a).items()}
+def _joint(forms: dict[str, Callable[..., Sums]]) -> dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """The same forms, with the squared norms as a third result."""
+    return {name: partial(_with_norms, form) for name, form in forms.items()}
 
 
 def _with_norms(form: Callable[..., Sums], delta: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Accumulation(ABC, Generic[Result]):
 
     Attributes:
         rereads: whether it wants more than one round also where each parameter comes as one block, so that these are
-            to be kept until the end.
+            to be kept until the end. What sets it to False for its last round lets them go one by one.
         reads: which of the methods `"sums"` and `"squared_norms"` of blocks it calls. Where both are called, by this or
             by another quantity, they are computed together.
     """

@@ -107,7 +107,8 @@ class _WeightedSum(Accumulation[Weighted]):
     def another_round(self) -> bool:
         if self._function is None or not self._is_first_round:
             return False
-        self._is_first_round, self._weights = False, self._checked(self._function(self._norms.result()))
+        self._is_first_round = self.rereads = False
+        self._weights = self._checked(self._function(self._norms.result()))
         return True
 
     def result(self) -> Weighted:

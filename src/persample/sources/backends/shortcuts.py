@@ -129,21 +129,32 @@ def _(contribution: OuterProducts, size: int, width: int) -> Tensor:
     return products
 
 
+@numbers_held.register
+def _(contribution: Terms) -> int:
+    return contribution.terms.numel() if contribution.terms.shape[1] > 1 else 0
+
+
+def _summed(contribution: Terms) -> Tensor:
+    """The gradients; a single term is one."""
+    terms = contribution.terms
+    return terms.squeeze(1) if terms.shape[1] == 1 else contribution.per_sample()
+
+
 @squared_norms.register
 def _(contribution: Terms, size: int, width: int) -> Tensor:
-    return _squares(contribution.per_sample())
+    return _squares(_summed(contribution))
 
 
 @weighted_sum.register
 def _(contribution: Terms, weights: Tensor, width: int) -> Tensor:
-    g = contribution.per_sample()
+    g = _summed(contribution)
     total: Tensor = torch.tensordot(weights.to(g.dtype), g, 1)
     return total
 
 
 @gram.register
 def _(contribution: Terms, size: int, width: int) -> Tensor:
-    g = as_matrix(contribution.per_sample())
+    g = as_matrix(_summed(contribution))
     return g @ g.mT
 
 

@@ -142,9 +142,15 @@ class Reading:
             self.total[block.name], self.squares[block.name] = block.sums()
 
     def reread(self, receive: Receive) -> None:
-        """Give `receive` the blocks that were kept."""
-        for block in self._kept:
-            receive(block)
+        """Give `receive` the blocks that were kept; if for the last time, each is let go after that."""
+        if any(accumulation.rereads for accumulation in self._wanting):
+            for block in self._kept:
+                receive(block)
+            return
+        self._never_again = True
+        self._kept.reverse()
+        while self._kept:
+            receive(self._kept.pop())
 
     def results(self, blocks_once_more: Callable[[Receive], None] | None = None) -> list[Any]:
         """Return the quantities, after as many further rounds as they want.
