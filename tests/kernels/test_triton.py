@@ -215,11 +215,14 @@ def test_what_was_found_is_remembered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"a": 1}', "\udcff"])
-def test_a_damaged_file_is_none(content: str) -> None:
+def test_a_damaged_file_is_none(content: str, caplog: pytest.LogCaptureFixture) -> None:
     file = tuning.file_of("a GPU")
     file.write_text(content, errors="surrogateescape")
     shape = Shape((), 1, 1, 1, 1)
     assert tuning.remembered("a GPU", shape, EVERY_TILE) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (content != '{"a": 1}')
+    assert all(str(file) in text for text in said)
     tuning.remember("a GPU", shape, EVERY_TILE[0])
     assert tuning.remembered("a GPU", shape, EVERY_TILE) == EVERY_TILE[0]
     assert list(json.loads(file.read_text()).values())[-1] == asdict(EVERY_TILE[0])

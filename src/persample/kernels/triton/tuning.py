@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -19,6 +20,8 @@ from triton.errors import TritonError
 from persample.files import replacing
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
 
 _TRIALS = 5
 # Outputs, columns, warps and precision. Those of an H100, of all that fit its registers, the fastest first.
@@ -193,7 +196,7 @@ def milliseconds(run: Callable[[], Any], trials: int = _TRIALS) -> float:
 
 
 def _machine(device: torch.device) -> str:
-    return f"{torch.cuda.get_device_name(device)}, Triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, Triton {triton.__version__}"
 
 
 def file_of(machine: str) -> Path:
@@ -205,12 +208,17 @@ def file_of(machine: str) -> Path:
 
 @cache
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What the file holds; nothing if there is none, or it is damaged."""
+    """What the file holds; nothing if there is none, or it is damaged, which is said."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    except FileNotFoundError:
         return {}
-    return {name: entry for name, entry in found.items() if isinstance(entry, dict)} if isinstance(found, dict) else {}
+    except (OSError, ValueError, RuntimeError) as error:
+        _log.warning("How Triton kernels are launched is tried anew, as %s cannot be read: %s.", path, error)
+        return {}
+    return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
 
 
 def remembered(machine: str, shape: Shape, candidates: Sequence[Launch]) -> Launch | None:

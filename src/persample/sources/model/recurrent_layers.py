@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.backends import cudnn
 
 from persample.sources.model.modules import modules_of
 
@@ -17,12 +17,23 @@ def repeatable(model: nn.Module) -> AbstractContextManager[None]:
     cuDNN keeps the random numbers of the dropout between its layers to itself, so a pass cannot be repeated, and has no
     backward pass in eval mode. PyTorch's own kernels, which take its place here, draw from PyTorch's generator.
     """
-    if not (torch.cuda.is_initialized() and cudnn.enabled and any(map(_beyond_cudnn, modules_of(model)))):
-        return nullcontext()
-    flags: AbstractContextManager[None] = cudnn.flags(
-        enabled=False, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
+    return (
+        without_cudnn() if torch.cuda.is_initialized() and any(map(_beyond_cudnn, modules_of(model))) else nullcontext()
     )
-    return flags
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off inside the context.
+
+    `torch.backends.cudnn.flags` would set more than that: the precision of all products on GPUs.
+    """
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
 
 
 def _beyond_cudnn(module: nn.Module) -> bool:

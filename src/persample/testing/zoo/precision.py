@@ -41,5 +41,5 @@ CASES = (
 
 def _under_autocast(model: Any, x: Tensor) -> Any:
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
-        h = model.first(x).relu()
+        h = torch.tanh(model.first(x))  # of a ReLU rounding decides which entries near 0 get a gradient
     return model.second(h.float())

@@ -42,6 +42,7 @@ from persample.sources.batch import Batch
 from persample.sources.model.isolation import Held, State
 from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import random_state, same_random_state, set_random_state
+from persample.sources.model.recurrent_layers import repeatable
 
 _log = logging.getLogger(__name__)
 
@@ -193,7 +194,8 @@ class _Step:
     def _replayed(self, call: _Call) -> Any:
         self.call = call
         try:
-            losses = self._compiled(*call.arguments)
+            with repeatable(call.source.model):
+                losses = self._compiled(*call.arguments)
         finally:
             self.call = None
         require_losses(losses, call.batch.size)
