@@ -32,9 +32,9 @@ class Gram:
 
     def begin(self, setting: Setting) -> Accumulation[Tensor | dict[str, Tensor]]:
         if self.other is None:
-            return _Gram(ByGroup(self.per, setting.parameters, setting.size, setting.size))
+            return _Gram(ByGroup(self.per, setting, setting.size, setting.size))
         columns = _columns(self.other, setting)
-        return _Cross(ByGroup(self.per, setting.parameters, setting.size, columns), self.other)
+        return _Cross(ByGroup(self.per, setting, setting.size, columns), self.other)
 
 
 class _Gram(Accumulation[Tensor | dict[str, Tensor]]):

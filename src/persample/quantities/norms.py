@@ -27,7 +27,7 @@ class Norms:
     name: str = "norms"
 
     def begin(self, setting: Setting) -> Accumulation[Tensor | dict[str, Tensor]]:
-        return _Norms(ByGroup(self.per, setting.parameters, setting.size))
+        return _Norms(ByGroup(self.per, setting, setting.size))
 
 
 class _Norms(Accumulation[Tensor | dict[str, Tensor]]):

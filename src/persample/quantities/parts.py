@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import reduce
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from persample.errors import OptionError
+from persample.quantities.protocol import Setting
 
 #: None for all parameters together, `"parameter"` for each alone, or names (or their beginnings, up to a dot) by group.
 Per = Literal["parameter"] | Mapping[str, Iterable[str]] | None
@@ -47,10 +46,10 @@ def group_of_each(per: Per, parameters: Mapping[str, Tensor]) -> dict[str, str]:
 class ByGroup:
     """Tensors that are added up over the parameters of each group."""
 
-    def __init__(self, per: Per, parameters: Mapping[str, Tensor], *shape: int) -> None:
-        self.groups = group_of_each(per, parameters)
+    def __init__(self, per: Per, setting: Setting, *shape: int) -> None:
+        self.groups = group_of_each(per, setting.parameters)
         names = [ALL] if per is None else list(dict.fromkeys(self.groups.values()))
-        self.values = {group: _zeros(parameters, shape) for group in names}
+        self.values = {group: setting.zeros(*shape) for group in names}
         self._together = per is None
 
     def of(self, name: str) -> Tensor | None:
@@ -60,10 +59,3 @@ class ByGroup:
     def result(self) -> Tensor | dict[str, Tensor]:
         """Return the one tensor, or those by group."""
         return self.values[ALL] if self._together else self.values
-
-
-def _zeros(parameters: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Return zeros in the most precise dtype of the parameters, at least float32, on the device of the first."""
-    dtype = reduce(torch.promote_types, [p.dtype for p in parameters.values()], torch.float32)
-    device = next((p.device for p in parameters.values()), None)
-    return torch.zeros(shape, dtype=dtype, device=device)

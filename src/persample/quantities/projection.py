@@ -43,7 +43,7 @@ class Projection:
             raise OptionError(f"seed={self.seed!r} must be an integer.")
 
     def begin(self, setting: Setting) -> Accumulation[Tensor]:
-        return _Projected(self, ByGroup(None, setting.parameters, setting.size, self.size))
+        return _Projected(self, ByGroup(None, setting, setting.size, self.size))
 
     def matrix(self, name: str, numbers: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield Rᵀ for a parameter of so many numbers, `(n, size)` in float32, for n of them after the other."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from persample.quantities.block import Block
@@ -25,6 +27,12 @@ class Setting:
 
     size: int
     parameters: Mapping[str, Tensor]
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros to add to, in the most precise dtype of the parameters, at least float32, on their device."""
+        dtype = reduce(torch.promote_types, [p.dtype for p in self.parameters.values()], torch.float32)
+        device = next((p.device for p in self.parameters.values()), None)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class Accumulation(ABC, Generic[Result]):
