@@ -34,6 +34,8 @@ class ExplainedParameter:
             gradient and has no entry in the results. `"depends"`: a rule is there, but only an example batch can
             tell whether it holds for the way in which the model uses the parameter.
         uses: its uses in the forward pass, in order; without an example batch, the rule of its module.
+        norms: what would give the norms of its gradients, with an example batch, for the backends that have a rule of
+            another package for them: that rule, or what stands in for it, and why.
     """
 
     name: str
@@ -42,15 +44,17 @@ class ExplainedParameter:
     module: str
     status: Status
     uses: tuple[Use, ...]
+    norms: str = ""
 
     @property
     def how(self) -> str:
-        """What serves it: layers or operations with their paths, equal ones counted."""
+        """What serves it: layers or operations with their paths, equal ones counted; and what gives the norms."""
         counts = Counter((use.by, use.kind, use.module) for use in self.uses)
-        return "; ".join(
+        found = [
             by + (" (fallback)" if kind == "fallback" else "") + (f" in {module!r}" if module else "") + _times(count)
             for (by, kind, module), count in counts.items()
-        )
+        ]
+        return "; ".join([*found, *([f"norms by {self.norms.split(':')[0]}"] if self.norms else [])])
 
     @property
     def why(self) -> str:
@@ -174,12 +178,17 @@ def explain(
         targets = torch.arange(samples)
     uses = source.uses(inputs, targets) if seen else source.uses()
     refusals = dict.fromkeys([*impossible.values(), *(use.why for use in uses if use.parameter is None)])
-    rows = tuple(_rows(model, uses, impossible, complete=seen and not refusals))
+    rows = tuple(_rows(model, uses, impossible, source.norms_by, complete=seen and not refusals))
     return Explanation(backend, rows, tuple(refusals), samples if seen else 0, source.ran, source.ran_because)
 
 
 def _rows(
-    model: nn.Module, uses: Iterable[Use], impossible: Mapping[str, str], *, complete: bool
+    model: nn.Module,
+    uses: Iterable[Use],
+    impossible: Mapping[str, str],
+    norms_by: Mapping[str, str],
+    *,
+    complete: bool,
 ) -> Iterator[ExplainedParameter]:
     """Yield the parameters; `complete` says whether `uses` are all uses."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -197,6 +206,7 @@ def _rows(
             describe(paths[0], modules[paths[0]]),
             _status(parameter, own, complete),
             tuple(own) if parameter.requires_grad else (),
+            norms_by.get(name, ""),
         )
 
 

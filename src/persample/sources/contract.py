@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -54,6 +55,10 @@ class Contract(ABC):
     #: Which of its machineries served the last call, for a backend that has several, and why not another.
     ran: str | None = None
     ran_because: str = ""
+
+    #: By parameter, what gives the norms of its gradients, for a backend that has a rule of another package for them:
+    #: that rule, or what stands in for it, and why.
+    norms_by: Mapping[str, str] = MappingProxyType({})
 
     #: Whether autograd itself gives every parameter the gradient of each sample, so that hooks on parameters take part.
     runs_parameter_hooks: ClassVar[bool] = False

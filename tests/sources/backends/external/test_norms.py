@@ -285,3 +285,21 @@ def test_dropout_needs_no_budget(peer: str) -> None:
     torch.manual_seed(1)
     due = persample.make_source("loop", model, persample.losses.cross_entropy).norms(x, y)
     torch.testing.assert_close(norms, due, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_explain_says_beforehand_what_gives_the_norms(peer: str, name: str) -> None:
+    model, x, y = problem(name, 5)
+    model, x = model.float(), x.float() if x.is_floating_point() else x
+    _, _, parameter, *by_each = CASES[name]
+    by = by_each[0 if peer == "backpack" else 1]
+    told = persample.explain(model, x, y, persample.losses.cross_entropy, backend=peer)
+    row = next(row for row in told.rows if row.name == parameter)
+    if by is None:
+        assert not row.norms
+    elif "gradients that are" in by:  # which their values tell
+        assert row.norms in ("BatchL2Grad", "norm sampler")
+    else:
+        assert row.norms.startswith(by)
+        assert f"norms by {row.norms.split(':')[0]}" in str(told)
+    assert not persample.explain(model, x, y, persample.losses.cross_entropy, backend="fused").rows[0].norms

@@ -26,6 +26,7 @@ from persample.sources.backends.layer_usage import uses_of_layers
 from persample.sources.batch import Batch
 from persample.sources.contract import Check
 from persample.sources.contract import Receive as ReceiveBlock
+from persample.sources.model.autograd_graph import nodes_behind
 from persample.sources.model.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -66,10 +67,11 @@ class PeerRulesSource(PerSampleGradSource):
     by_norms: ClassVar[str]
 
     ordinary_state = True
+    norms_by: dict[str, str]
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Any], *, check: Check = "first") -> None:
         super().__init__(model, loss_fn, check=check)
-        self.norms_by: dict[str, str] = {}
+        self.norms_by = {}
 
     @abstractmethod
     def reason_against(self, layer: nn.Module) -> str | None:
@@ -124,15 +126,37 @@ class PeerRulesSource(PerSampleGradSource):
 
     def blocks(self, uses: Iterable[LayerCall], size: int, max_bytes: int = MAX_BYTES) -> Iterator[Block]:
         """Yield the gradients of each parameter in use, as what its calls give."""
+        for name, p, calls in self._by_parameter(uses):
+            most = max(1, max_bytes // (max(4, p.element_size()) * max(1, p.numel())))
+            rows = max(1, min(most, _AT_ONCE // max(1, p.numel())))
+            yield LayerGradients(name, 0, size, calls, self, rows, most)
+
+    def find_norms(self, batch: Batch) -> dict[str, str]:
+        """Return, by parameter, what would give the norms of its gradients, without computing any; see `norms_by`.
+
+        Only where the gradients nearly cancel, which their values tell, it may be another.
+        """
+        with recorded_calls(self.layers()) as calls:
+            losses = self.losses(batch)
+        reached = nodes_behind(losses)
+        uses = [_use(call, call.output) for call in calls if call.edge.node in reached]
+        return {name: self._told(name, self._reason(of_one)) for name, _, of_one in self._by_parameter(uses)}
+
+    def _by_parameter(self, uses: Iterable[LayerCall]) -> Iterator[tuple[str, nn.Parameter, list[LayerCall]]]:
+        """Yield the parameters in use with their names and calls."""
         calls: dict[nn.Parameter, list[LayerCall]] = {}
         for use in uses:
             for p in trainable(use.layer):
                 calls.setdefault(p, []).append(use.of_one(p))
         for name, p in self.parameters().items():
             if p in calls:
-                most = max(1, max_bytes // (max(4, p.element_size()) * max(1, p.numel())))
-                rows = max(1, min(most, _AT_ONCE // max(1, p.numel())))
-                yield LayerGradients(name, 0, size, calls[p], self, rows, most)
+                yield name, p, calls[p]
+
+    def _reason(self, uses: Sequence[LayerCall]) -> str:
+        return "is used more than once." if len(uses) > 1 else self.reason_against_norms(uses[0])
+
+    def _told(self, name: str, reason: str) -> str:
+        return f"{self.by_gradients}: {name!r} {reason}" if reason else self.by_norms
 
     def gradients(self, use: LayerCall) -> Tensor:
         """Return g_i, `(b, *p.shape)`, of the one trainable parameter of a call."""
@@ -140,8 +164,7 @@ class PeerRulesSource(PerSampleGradSource):
 
     def own_squared_norms(self, name: str, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
         """Return ‖g_i‖² by the package's own rule for norms, or None, and note in `norms_by` why."""
-        use, found = uses[0], None
-        reason = "is used more than once." if len(uses) > 1 else self.reason_against_norms(use)
+        use, found, reason = uses[0], None, self._reason(uses)
         if not reason:
             try:
                 parts = [use] if positions(use) == 1 else [use.take(part) for part in _parts(use, rows)]
@@ -150,7 +173,7 @@ class PeerRulesSource(PerSampleGradSource):
                 reason = str(refusal)
         if found is not None and positions(use) > 1 and cancels(use, found):
             found, reason = None, "has gradients that are small beside the products which the rule adds up."
-        self.norms_by[name] = f"{self.by_gradients}: {name!r} {reason}" if reason else self.by_norms
+        self.norms_by[name] = self._told(name, reason)
         return found
 
     def layers(self) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.batch import Batch
 from persample.sources.contract import Check, Receive
-from persample.sources.model.isolation import State
+from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.refusals import FUSED_OR_VJP
 from persample.sources.model.usage import Use
 from persample.sources.recording.results import LossReduction, Recorded
@@ -31,8 +31,8 @@ class PeerSource(PerSampleGradSource):
         machinery: the option: the name of the machinery, `"rules"`, or `"auto"`.
         ran: which of the two served the last call, or the last `explain`; None before.
         ran_because: with `"auto"`, why that was not the machinery; empty if it was.
-        norms_by: by parameter, what gave the norms of its gradients when quantities were last taken by the rules: the
-            package's own rule for norms, or the gradients, and why.
+        norms_by: by parameter, what gave the norms of its gradients when quantities were last taken by the rules, or
+            would, after `explain`: the package's own rule for norms, or the gradients, and why.
     """
 
     #: What the option calls the machinery.
@@ -48,7 +48,7 @@ class PeerSource(PerSampleGradSource):
         if machinery not in known:
             raise OptionError(f"machinery={machinery!r} is not known: use one of {', '.join(map(repr, known))}.")
         self.machinery = machinery
-        self.norms_by: dict[str, str] = {}
+        self.norms_by = {}
         self._found: dict[tuple[Any, ...], str] = {}
         self._moved_attributes = False  # whether the stand-in of the last call has other attributes than the model
 
@@ -79,7 +79,11 @@ class PeerSource(PerSampleGradSource):
             reasons = [str(self._advised(UnfitError(reason))) for reason in self._machinery().known_reasons()]
             if reasons:
                 return [Use(None, "refused", "the model", "", reason) for reason in reasons]
-        return self._served(batch, lambda source: list(source.find_uses(batch)))
+        uses = self._served(batch, lambda source: list(source.find_uses(batch)))
+        if batch is not None and self._quantities_by_rules() and all(use.kind != "refused" for use in uses):
+            with state_restored(self.state()):
+                self.norms_by = self._rules().find_norms(batch)
+        return uses
 
     @contextmanager
     def recording(
