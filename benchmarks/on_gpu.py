@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,34 +41,63 @@ import persample
 from models import LARGE_PROBLEMS, PROBLEMS
 from persample.checks.memory import peak_memory
 from persample.files import replacing
+from persample.kernels.compiled import without_kernels
 
 HERE = Path(__file__).resolve().parent
-TESTS = ("conformance", "vogn", "sources", "checks", "testing")
-BATCHES = {
-    **{"LeNet-5": 512, "ResNet-18": 512, "GPT-2 small": 16, "ViT-S": 128, "MNIST ConvNet": 512},
-    **{"ResNet-50": 64, "Transformer": 512, "MLP": 512, "ResNet-20": 512, "VGG-like": 512},
+#: The tests of a part, in `tests/`; first what no GPU has run yet.
+TESTS = {
+    "newest tests": (
+        *("kernels/test_triton_step.py", "kernels/test_step.py", "vogn/rules/test_update_kernel.py"),
+        *("vogn/test_waiting.py", "sources/backends/fused/test_runners.py", "sources/model/test_recurrent_layers.py"),
+    ),
+    "tests": ("kernels", "conformance", "vogn", "sources", "checks", "testing"),
 }
+FEW_TESTS = {"newest tests": ("sources/model/test_recurrent_layers.py",), "tests": ("vogn/test_core.py",)}
+BATCHES = {
+    **{"ResNet-18": 512, "GPT-2 small": 16, "ViT-S": 128, "LeNet-5": 512, "MNIST ConvNet": 512},
+    **{"ResNet-50": 64, "VGG-like": 512, "Transformer": 512, "MLP": 512, "ResNet-20": 512},
+}
+LAUNCH_BOUND = ("LeNet-5", "MNIST ConvNet", "MLP")
 SMALL = {"MNIST ConvNet": 4}
 DATA_SIZE = 50_000
-SECONDS_OF_A_MODEL = 75
-SECONDS_OF_TESTS = 240
+SECONDS = {"own": 100, "in a CUDA graph": 40, "others": 60, "compiled": 60, "newest tests": 75, "tests": 240}
+SLOWEST = 3  # models whose profiles are shown
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a visit: its name, and the arguments by which this file runs it in a process of its own."""
+    """One part of a visit, which this file runs in a process of its own.
 
-    name: str
-    arguments: tuple[str, ...]
-    seconds: float
+    Attributes:
+        subject: a model, or the name of some tests.
+        stage: what is measured on the model; empty for tests.
+    """
+
+    subject: str
+    stage: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the part in the report."""
+        return f"{self.subject}: {self.stage}" if self.stage else self.subject
 
 
 def parts_of(quick: bool) -> list[Part]:
-    """Return the parts in the order of their importance."""
-    names = list(SMALL if quick else BATCHES)
-    tests = [Part("tests", ("--part", "tests"), SECONDS_OF_TESTS)]
-    measured = [Part(name, ("--part", name), SECONDS_OF_A_MODEL) for name in names]
-    return [*measured[:1], *tests, *measured[1:]]
+    """Return the parts in the order of their importance: what was not measured on a GPU comes first."""
+    if quick:
+        return [*(Part(name, stage) for name in SMALL for stage in ("own", "others")), *map(Part, TESTS)]
+    models = list(BATCHES)
+    graphs = [Part(name, "in a CUDA graph") for name in LAUNCH_BOUND]
+    return [
+        *(Part(name, "own") for name in models[:5]),
+        *graphs[:2],
+        *map(Part, TESTS),
+        *(Part(name, "others") for name in models[:5]),
+        *(Part(name, "own") for name in models[5:]),
+        *(Part(name, "compiled") for name in models[:5]),
+        *graphs[2:],
+        *(Part(name, stage) for name in models[5:] for stage in ("others", "compiled")),
+    ]
 
 
 # The visit.
@@ -88,7 +118,8 @@ def visit(arguments: argparse.Namespace) -> int:
         if left < 20:
             report["parts"].setdefault(part.name, {"problem": "no time was left"})
             continue
-        report["parts"][part.name] = run(part, min(part.seconds, left - 10), arguments)
+        seconds = SECONDS[part.stage or part.subject]
+        report["parts"][part.name] = run(part, min(seconds, left - 10), arguments)
         write(report, arguments.out)
     write(report, arguments.out)
     return sum("problem" in part for part in report["parts"].values())
@@ -98,25 +129,29 @@ def run(part: Part, seconds: float, arguments: argparse.Namespace) -> dict[str, 
     """Run one part in a process of its own; return what it found, and why it found no more."""
     result = arguments.out / f"{re.sub(r'[^A-Za-z0-9]+', '-', part.name)}.json"
     result.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), *part.arguments, "--device", arguments.device]
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", part.subject, "--stage", part.stage]
+    command += ["--device", arguments.device]
     command += ["--out", str(arguments.out), "--result", str(result), "--seconds", str(seconds)]
     command += ["--quick"] if arguments.quick else []
     started = time.monotonic()
     problem = None
     log = arguments.out / f"{result.stem}.log"
     with log.open("w") as output:
+        environment = {"PERSAMPLE_CACHE": str(arguments.out.resolve() / "launches"), **os.environ}  # goes on, too
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
         try:
-            done = subprocess.run(command, stdout=output, stderr=output, timeout=seconds + 5, check=False)
-            if done.returncode:
-                problem = f"ended with {done.returncode}: " + "".join(log.read_text().splitlines(True)[-3:])
+            if process.wait(timeout=seconds + 5):
+                problem = f"ended with {process.returncode}: " + "".join(log.read_text().splitlines(True)[-3:])
         except subprocess.TimeoutExpired:
             problem = f"stopped after {seconds:.0f} seconds"
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.wait()
     found = json.loads(result.read_text()) if result.exists() else {}
     found["seconds"] = round(time.monotonic() - started, 1)
     if problem is not None:
         found["problem"] = problem
-    found["complete"] = problem is None
-    print(f"{part.name}: {problem or 'done'} ({found['seconds']} s)", flush=True)
+    found |= {"subject": part.subject, "complete": "problem" not in found}
+    print(f"{part.name}: {found.get('problem', 'done')} ({found['seconds']} s)", flush=True)
     return found
 
 
@@ -136,20 +171,19 @@ def machine(device: str) -> dict[str, Any]:
 # The tests.
 
 
-def tests(device: str, out: Path, seconds: float, quick: bool) -> dict[str, Any]:
-    """Run the tests on the device; return how many passed, and what failed."""
+def tests(name: str, device: str, out: Path, seconds: float, quick: bool) -> dict[str, Any]:
+    """Run some tests on the device; return how many passed, and what failed."""
     if importlib.util.find_spec("pytest") is None:
         return {"problem": "pytest cannot be imported"}
     root = HERE.parent
-    folders = [str(root / "tests" / name) for name in TESTS]
-    chosen = [str(root / "tests" / "vogn" / "test_core.py")] if quick else folders
+    chosen = [str(root / "tests" / path) for path in (FEW_TESTS if quick else TESTS)[name]]
     command = [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider", "--tb=line", "-rfE"]
-    command += ["--ignore", str(root / "tests" / "vogn" / "processes")]
+    command += ["--ignore", str(root / "tests" / "vogn" / "distributed")]
     if importlib.util.find_spec("xdist") and not quick:
         command += ["-n", str(min(15, os.cpu_count() or 1)), "--dist", "worksteal"]
     environment = os.environ | {"PERSAMPLE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])
-    log = out / "pytest.log"
+    log = out / f"pytest-{name.replace(' ', '-')}.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=root, env=environment)
         try:
@@ -174,8 +208,10 @@ def tests(device: str, out: Path, seconds: float, quick: bool) -> dict[str, Any]
 Call = Callable[[], Any]
 
 
-def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seconds: float, quick: bool) -> None:
-    """Time moments and steps on one model, all ways in turn, and take the peak memory; `save` what is there."""
+def measure(
+    name: str, stage: str, device: str, save: Callable[[dict[str, Any]], None], seconds: float, quick: bool
+) -> None:
+    """Time the ways of a stage on one model, all in turn, and take the peak memory; `save` what is there."""
     end = time.monotonic() + seconds
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     batch = (SMALL if quick else BATCHES)[name]
@@ -184,13 +220,9 @@ def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seco
     model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
     report: dict[str, Any] = {"batch": batch, "parameters": sum(p.numel() for p in model.parameters())}
     report |= {"moments": {}, "steps": {}, "refused": {}}
-    graphs = {} if device == "cpu" else {"plain": plain, IN_A_CUDA_GRAPH: moments_by("fused", compile="cuda-graph")}
-    # A capture that fails leaves nothing that works, so it comes last.
-    for kind, makers in (("moments", MOMENTS), ("steps", STEPS), ("moments", graphs)):
+    for kind, makers in STAGES[stage].items():
         calls: dict[str, Call] = {}
         for way, make in makers.items():
-            if quick and way in SLOW_TO_MAKE:
-                continue
             if time.monotonic() > end - 5:
                 report["refused"][way] = "no time was left"
                 continue
@@ -204,22 +236,25 @@ def measure(name: str, device: str, save: Callable[[dict[str, Any]], None], seco
                 torch.cuda.empty_cache()
                 continue
             calls[way] = call
+            with stopwatch(device) as took:  # in case there is no time for more
+                call()
+            base = report[kind].get(next(iter(calls)), {}).get("milliseconds", took[0])
+            report[kind][way] = {"milliseconds": took[0], "ratio": took[0] / base}
+            save(report)
         for way, call in calls.items():
-            if kind == "moments":
-                report["moments"][way] = {"peak_bytes": peak_memory(call, torch.device(device))}
-        if device != "cpu" and makers is not graphs:
-            own = {way: call for way, call in calls.items() if way in ("fused", "fused, replayed", "VOGN")}
-            report.setdefault("waits for the GPU", {}).update({way: waits(call) for way, call in own.items()})
-            report.setdefault("kernels", {}).update({way: kernels(call) for way, call in own.items()})
+            report[kind][way]["peak_bytes"] = peak_memory(call, torch.device(device))
         times = alternate(calls, device, rounds=2 if quick else 9, end=end)
-        if not times:
-            continue
-        baseline = next(iter(calls))
+        baseline = next(iter(calls), "")
         for way, took in times.items():
             ratios = [own / plain for own, plain in zip(took, times[baseline], strict=True)]
-            entry = report[kind].setdefault(way, {})
+            entry = report[kind][way]
             entry |= {"milliseconds": statistics.median(took), "ratio": statistics.median(ratios)}
             entry |= {"lowest": min(ratios), "highest": max(ratios)}
+        save(report)
+        for way in PROFILED & calls.keys():
+            report.setdefault("kernels", {})[way] = kernels(calls[way], device)
+            if device != "cpu":
+                report.setdefault("waits for the GPU", {})[way] = waits(calls[way])
         calls.clear()
         torch.cuda.empty_cache()
         save(report)
@@ -282,13 +317,16 @@ def waits(call: Call) -> list[str]:
     return found
 
 
-def kernels(call: Call) -> list[str]:
-    """Return what the GPU spends its time on."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+def kernels(call: Call, device: str) -> list[str]:
+    """Return what the device spends its time on."""
+    activity = torch.profiler.ProfilerActivity.CPU if device == "cpu" else torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profiler:
         call()
-        torch.cuda.synchronize()
-    averages = sorted(profiler.key_averages(), key=lambda average: -average.device_time_total)
-    return [f"{a.device_time_total / 1000:.2f} ms, {a.count} times: {a.key[:120]}" for a in averages[:12]]
+        synchronize(device)
+    took = {a.key: a.self_cpu_time_total if device == "cpu" else a.device_time_total for a in profiler.key_averages()}
+    counts = {a.key: a.count for a in profiler.key_averages()}
+    most = sorted(took, key=lambda key: -took[key])[:12]
+    return [f"{took[key] / 1000:.2f} ms, {counts[key]} times: {key[:120]}" for key in most]
 
 
 def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -335,10 +373,31 @@ def adam(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
     return step
 
 
-def vogn(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
-    """A step of VOGN with one draw."""
-    loss_fn = persample.losses.cross_entropy
-    optimizer = persample.VOGN(model, loss_fn, data_size=DATA_SIZE, lr=1e-5, hess_init=0.1, momentum=0.9)
+def vogn(**options: Any) -> Callable[..., Call]:
+    """Steps of VOGN with one draw."""
+
+    def make(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
+        loss_fn = persample.losses.cross_entropy
+        checked = {"check": "never", **options}
+        optimizer = persample.VOGN(
+            model, loss_fn, data_size=DATA_SIZE, lr=1e-5, hess_init=0.1, momentum=0.9, backend_options=checked
+        )
+
+        def step() -> None:
+            optimizer.observe(inputs, targets)
+            optimizer.step()
+
+        step()
+        if options.get("compile") and optimizer.source.ran == "eager":
+            raise RuntimeError(f"not recorded: {optimizer.source.ran_because}")
+        return step
+
+    return make
+
+
+def own_ivon(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
+    """A step of this package's IVON with one draw."""
+    optimizer = persample.IVON(model, persample.losses.cross_entropy, data_size=DATA_SIZE, lr=1e-4)
 
     def step() -> None:
         optimizer.observe(inputs, targets)
@@ -348,7 +407,7 @@ def vogn(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
 
 
 def ivon(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
-    """A step of IVON with one draw."""
+    """A step of the package ivon-opt with one draw."""
     from ivon import IVON
 
     optimizer = IVON(model.parameters(), lr=1e-4, ess=DATA_SIZE)
@@ -362,20 +421,52 @@ def ivon(model: nn.Module, inputs: Tensor, targets: Tensor) -> Call:
     return step
 
 
-MOMENTS: dict[str, Callable[..., Call]] = {
-    "plain": plain,
-    "plain, compiled": plain_compiled,
-    "fused": moments_by("fused"),
-    "fused, replayed": moments_by("fused", compile=True),
-    "hooks": moments_by("hooks"),
-    "vmap": moments_by("vmap"),
-    "Opacus": moments_by("opacus", machinery="module"),
-    "BackPACK": moments_by("backpack", machinery="extend"),
-    "fused, Inductor": moments_by("fused", compile="inductor"),
-}
-STEPS: dict[str, Callable[..., Call]] = {"Adam": adam, "VOGN": vogn, "IVON": ivon}
-SLOW_TO_MAKE = ("plain, compiled", "fused, Inductor")
+def without_triton(make: Callable[..., Call]) -> Callable[..., Call]:
+    """Return the same way without the Triton kernels, by PyTorch's own operations."""
+
+    def made(*problem: Any) -> Call:
+        with without_kernels():
+            call = make(*problem)
+
+        def run() -> Any:
+            with without_kernels():
+                return call()
+
+        return run
+
+    return made
+
+
+PLAIN, ADAM = {"plain": plain}, {"Adam": adam}
 IN_A_CUDA_GRAPH = "fused in a CUDA graph"
+#: The ways that a stage measures; the first of each kind is what the others are compared with.
+STAGES: dict[str, dict[str, dict[str, Callable[..., Call]]]] = {
+    "own": {
+        "moments": PLAIN
+        | {"fused": moments_by("fused"), "fused, replayed": moments_by("fused", compile=True)}
+        | {"fused without Triton": without_triton(moments_by("fused"))},
+        "steps": ADAM
+        | {"VOGN": vogn(), "VOGN, replayed": vogn(compile=True), "VOGN without Triton": without_triton(vogn())}
+        | {"IVON": own_ivon, "ivon-opt": ivon},
+    },
+    # A capture that fails leaves nothing that works, so these have a process of their own.
+    "in a CUDA graph": {
+        "moments": PLAIN | {IN_A_CUDA_GRAPH: moments_by("fused", compile="cuda-graph")},
+        "steps": ADAM | {"VOGN in a CUDA graph": vogn(compile="cuda-graph")},
+    },
+    "others": {
+        "moments": PLAIN
+        | {"hooks": moments_by("hooks"), "vmap": moments_by("vmap")}
+        | {"Opacus": moments_by("opacus", machinery="module"), "BackPACK": moments_by("backpack", machinery="extend")},
+    },
+    "compiled": {
+        "moments": PLAIN
+        | {"plain, compiled": plain_compiled, "fused, Inductor": moments_by("fused", compile="inductor")},
+    },
+}
+#: All ways of a kind.
+WAYS = {kind: {way: None for stage in STAGES.values() for way in stage.get(kind, ())} for kind in ("moments", "steps")}
+PROFILED = {"fused", "fused, replayed", "VOGN"}
 
 
 # The report.
@@ -387,62 +478,98 @@ def write(report: dict[str, Any], out: Path) -> None:
         new.write_text(json.dumps(report, indent=2) + "\n")
     with replacing(out / "report.md") as new:
         new.write_text(tables(report))
-    measured = {name: part for name, part in report["parts"].items() if part.get("moments")}
-    if measured and importlib.util.find_spec("matplotlib"):
+    models = by_model(report)
+    if models and importlib.util.find_spec("matplotlib"):
         with replacing(out / "picture.png") as new:
-            picture(measured, new, report["machine"]["device"])
+            picture(models, new, report["machine"]["device"])
+
+
+def by_model(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what all stages found on a model, by its name."""
+    models: dict[str, dict[str, Any]] = {}
+    for part in report["parts"].values():
+        if not part.get("moments"):
+            continue
+        model = models.setdefault(part["subject"], {"batch": part["batch"], "moments": {}, "steps": {}, "kernels": {}})
+        for kind in ("moments", "steps", "kernels"):
+            model[kind] = part.get(kind, {}) | model[kind]  # of the baseline, what the first stage found
+    return models
 
 
 def tables(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    told = report["machine"]
+    told, models = report["machine"], by_model(report)
     lines = [f"{told['device']}, PyTorch {told['torch']}, CUDA {told['CUDA']}, float32 without TF32", ""]
-    measured = {name: part for name, part in report["parts"].items() if part.get("moments")}
-    ways = {**MOMENTS, IN_A_CUDA_GRAPH: plain}
-    for kind, key, makers in (("moments", "ratio", ways), ("steps", "ratio", STEPS), ("memory", "memory", ways)):
-        lines += [f"{kind} ({'ratio to ' + next(iter(makers))})", ""]
-        lines += ["| model | batch | " + " | ".join(makers) + " |", "|---" * (len(makers) + 2) + "|"]
-        for name, part in measured.items():
-            found = part["steps" if kind == "steps" else "moments"]
-            base = found.get(next(iter(makers)), {})
-            cells = []
-            for way in makers:
-                entry = found.get(way, {})
-                if way == next(iter(makers)) and kind != "memory" and "milliseconds" in entry:
-                    cells.append(f"{entry['milliseconds']:.2f} ms")
-                elif key == "memory" and "peak_bytes" in entry:
-                    cells.append(f"{entry['peak_bytes'] / max(base['peak_bytes'], 1):.2f}")
-                else:
-                    cells.append(f"{entry['ratio']:.2f}" if "ratio" in entry and key == "ratio" else "–")
-            lines.append(f"| {name} | {part['batch']} | " + " | ".join(cells) + " |")
+    for what, kind, key in (
+        ("time of moments", "moments", "ratio"),
+        ("time of a step", "steps", "ratio"),
+        ("peak memory of moments", "moments", "peak_bytes"),
+        ("peak memory of a step", "steps", "peak_bytes"),
+    ):
+        ways = list(WAYS[kind])
+        lines += [f"{what}, as a ratio to {ways[0]!r}", "", "| model | batch | " + " | ".join(ways) + " |"]
+        lines += ["|---" * (len(ways) + 2) + "|"]
+        for name, model in models.items():
+            cells = [cell(model[kind], way, ways[0], key) for way in ways]
+            lines.append(f"| {name} | {model['batch']} | " + " | ".join(cells) + " |")
         lines.append("")
+    for name in slowest(models):
+        for way, most in models[name]["kernels"].items():
+            lines += [f"{name}, {way}:", "", *(f"    {line}" for line in most), ""]
     for name, part in report["parts"].items():
         lines += [f"- {name}: {part['problem'].strip()}"] if "problem" in part else []
         lines += [f"- {name}, {way}: {why}" for way, why in part.get("refused", {}).items()]
+        lines += [f"- {name}, {way}, waits: {where}" for way, where in part.get("waits for the GPU", {}).items()]
         lines += (
             [f"- {name}: {part['summary']}", *(f"  - {line}" for line in part["failed"])] if "failed" in part else []
         )
     return "\n".join(lines) + "\n"
 
 
-def picture(measured: Mapping[str, Any], path: Path, device: str) -> None:
-    """Draw the ratios of the moments as points, a line of the picture for each model."""
-    from matplotlib.figure import Figure
+def cell(found: Mapping[str, Any], way: str, baseline: str, key: str) -> str:
+    """Return a cell of a table: a ratio, or what the ratios are to."""
+    entry, base = found.get(way, {}), found.get(baseline, {})
+    if key == "ratio" and way == baseline and "milliseconds" in entry:
+        return f"{entry['milliseconds']:.2f} ms"
+    if key == "ratio":
+        return f"{entry['ratio']:.2f}" if "ratio" in entry else "–"
+    if way == baseline and key in entry:
+        return f"{entry[key] / 2**20:.0f} MiB"
+    return f"{entry[key] / max(base[key], 1):.2f}" if key in entry and key in base else "–"
 
-    figure = Figure(figsize=(9, 1.5 + 0.5 * len(measured)), layout="constrained")
-    axes = figure.subplots()
-    for index, way in enumerate([*(w for w in MOMENTS if w != "plain"), IN_A_CUDA_GRAPH]):
-        found = [(i, part["moments"].get(way, {}).get("ratio")) for i, part in enumerate(measured.values())]
-        points = [(ratio, i) for i, ratio in found if ratio is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o^sDvP*X<>"[index], label=way, markersize=8)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(measured)), [f"{name}, batch {part['batch']}" for name, part in measured.items()])
-    axes.invert_yaxis()
-    axes.set_xlabel("time over an ordinary forward and backward pass")
-    axes.set_title(f"Moments of the gradients on {device}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+def slowest(models: Mapping[str, Any]) -> list[str]:
+    """Return the models on which moments take longest beside an ordinary pass."""
+    ratios = {name: model["moments"].get("fused", {}).get("ratio", 0.0) for name, model in models.items()}
+    return sorted(ratios, key=lambda name: -ratios[name])[:SLOWEST]
+
+
+def picture(models: Mapping[str, Any], path: Path, device: str) -> None:
+    """Draw the ratios as points, moments and steps side by side, a line of the picture for each model."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(16, 2.8 + 0.5 * len(models)), layout="constrained")
+    named = {"moments": "an ordinary forward and backward pass", "steps": "a step of Adam"}
+    labels = [f"{name}, batch {model['batch']}" for name, model in models.items()]
+    for half, kind in zip(figure.subfigures(1, 2), named, strict=True):
+        axes = half.subplots()
+        for index, way in enumerate(list(WAYS[kind])[1:]):
+            found = [(model[kind].get(way, {}).get("ratio"), i) for i, model in enumerate(models.values())]
+            points = [(ratio, i) for ratio, i in found if ratio is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o^sDvP*X<>"[index % 10], label=way, markersize=8)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"time over {named[kind]}")
+        axes.set_title("moments of the gradients" if kind == "moments" else "training steps")
+        axes.set_yticks(range(len(models)), labels)
+        axes.set_ylim(len(models) - 0.5, -0.5)
+        half.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"On {device}")
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -453,7 +580,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/on-gpu"), help="folder for the report")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal")
     parser.add_argument("--quick", action="store_true", help="one small model and few tests")
-    for own in ("--part", "--result"):
+    for own in ("--part", "--stage", "--result"):
         parser.add_argument(own, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -466,10 +593,10 @@ def main() -> int:
         with replacing(Path(arguments.result)) as new:
             new.write_text(json.dumps(found))
 
-    if arguments.part == "tests":
-        save(tests(arguments.device, arguments.out, arguments.seconds, arguments.quick))
+    if arguments.part in TESTS:
+        save(tests(arguments.part, arguments.device, arguments.out, arguments.seconds, arguments.quick))
     else:
-        measure(arguments.part, arguments.device, save, arguments.seconds, arguments.quick)
+        measure(arguments.part, arguments.stage, arguments.device, save, arguments.seconds, arguments.quick)
     return 0
 
 

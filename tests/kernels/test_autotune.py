@@ -10,6 +10,7 @@ from torch import Tensor
 
 from persample.kernels import autotune
 from persample.kernels.autotune import COMPILED, Key, choose, deterministic_choice
+from persample.kernels.compiled import without_kernels
 
 Form = Callable[[Tensor], tuple[Tensor]]
 
@@ -43,6 +44,15 @@ def test_if_none_runs_the_first_error_is_raised(deterministic: bool) -> None:
 def test_results_without_entries_agree() -> None:
     (result,) = choose(Key("empty", (0,)), lambda: {"a": doubled, "b": of_contiguous_ones}, torch.zeros(0, 3))
     assert result.shape == (0, 3)
+
+
+def test_what_was_chosen_with_kernels_does_not_serve_without() -> None:
+    """On a GPU the forms are others then."""
+    x = torch.ones(2)
+    for _ in range(2):
+        assert choose(Key("kernels", (2,)), lambda: {"triton": lambda x: (3 * x,)}, x)[0].tolist() == [3.0, 3.0]
+        with without_kernels():
+            assert choose(Key("kernels", (2,)), lambda: {"a": doubled}, x)[0].tolist() == [2.0, 2.0]
 
 
 def test_lengths_alike_share_a_trial() -> None:

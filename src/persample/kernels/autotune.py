@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from persample.kernels.compiled import switched_off
 from persample.sources.lock import Lock
 
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
@@ -76,7 +77,7 @@ def choose(key: Key, forms: Callable[[], Mapping[str, Callable[..., Result]]], *
         operands: what the forms are called with.
     """
     deterministic = is_deterministic()
-    mode = "deterministic" if deterministic else torch.get_num_threads()
+    mode = "deterministic" if deterministic else torch.get_num_threads(), switched_off() is None
     form = _chosen.get((key, mode))
     if form is not None:
         for _, found in _results({"": form}, operands, may_fail=True):

@@ -413,7 +413,7 @@ def _key(source: Ordinary) -> tuple[Any, ...]:
     classes = dict.fromkeys(map(type, modules_of(source.model)))
     return (
         *(id(source.model), id(source.loss_fn), source.deterministic, nn.Module._call_impl),
-        torch.get_default_device(),
+        *[mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)],
         *[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
         *[(kind, kind.__call__, getattr(kind, "forward", None)) for kind in classes],
     )
