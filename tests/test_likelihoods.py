@@ -125,6 +125,29 @@ class TestEach:
             torch.testing.assert_close(drawn[name], value, rtol=0.1, atol=0.03)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "information"),
+    [
+        (Gaussian(4.0), lambda f: torch.full_like(f, 4.0)),
+        (Poisson(), torch.exp),
+        (Bernoulli(), lambda f: f.sigmoid() * (1 - f.sigmoid())),
+    ],
+)
+def test_outputs_of_one_number_each(likelihood: Any, information: Callable[[Tensor], Tensor]) -> None:
+    """Shape (B,), as models with `squeeze` return it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    found = fisher(model, [(x, y)], loss_fn=likelihood, kind="exact")
+    due = (information(model(x).detach())[:, None] * x.square()).mean(0, keepdim=True)
+    torch.testing.assert_close(found.diagonal["0.weight"], due)
+    optimizer = VOGN(model, likelihood, data_size=6)
+    optimizer.observe(x, y)
+    optimizer.step()
+    assert likelihood(model(x), y).shape == (6,)
+    assert next(iter(vars(optimizer.predict(x, samples=3)).values())).shape == (6,)
+
+
 def test_categorical_is_cross_entropy() -> None:
     outputs, targets = outputs_of(3), torch.tensor([0, 1, 2, 1, 0, 2, 2])
     assert torch.equal(Categorical()(outputs, targets), losses.cross_entropy(outputs, targets))

@@ -87,7 +87,7 @@ class Categorical(TargetDistribution):
             return losses.cross_entropy(self._classes_second(outputs), self._classes_second(targets))
         logits = self._classes_second(outputs)
         entries = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
-        return entries.flatten(1).sum(1) if entries.dim() > 1 else entries
+        return losses.sum_per_sample(entries)
 
     def summary(self) -> Summary:
         return ClassSummary("categorical", classes_last=self.classes_last)
@@ -209,7 +209,7 @@ class HeteroscedasticGaussian(TargetDistribution):
         mean, log_variance = _halves(outputs, 1)
         _require_same_shape("HeteroscedasticGaussian", "means", mean, targets)
         entries = (targets - mean).square() * (-log_variance).exp() + log_variance + math.log(math.tau)
-        return 0.5 * entries.flatten(1).sum(1)
+        return 0.5 * losses.sum_per_sample(entries)
 
     def summary(self) -> Summary:
         def mean_and_variance(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ class Poisson(TargetDistribution):
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         _require_same_shape("Poisson", "log-rates", outputs, targets)
         counts = targets.to(outputs.dtype)
-        return (outputs.exp() - counts * outputs + torch.lgamma(counts + 1)).flatten(1).sum(1)
+        return losses.sum_per_sample(outputs.exp() - counts * outputs + torch.lgamma(counts + 1))
 
     def summary(self) -> Summary:
         return NumberSummary(lambda outputs: (outputs.exp(), outputs.exp()))

@@ -55,7 +55,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Returns:
         −log p(target | output) of each sample, summed over its positions, shape `(B,)`.
     """
-    return _sum_per_sample(F.cross_entropy(outputs, targets, reduction="none"))
+    return sum_per_sample(F.cross_entropy(outputs, targets, reduction="none"))
 
 
 def gaussian(outputs: Tensor, targets: Tensor, *, noise_precision: float = 1.0) -> Tensor:
@@ -75,7 +75,7 @@ def gaussian(outputs: Tensor, targets: Tensor, *, noise_precision: float = 1.0) 
     _refuse_broadcast("losses.gaussian", outputs, targets)
     squared = (outputs - targets).square()
     constant = 0.5 * math.log(2 * math.pi / noise_precision)
-    return _sum_per_sample(0.5 * noise_precision * squared + constant)
+    return sum_per_sample(0.5 * noise_precision * squared + constant)
 
 
 def bernoulli(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def bernoulli(outputs: Tensor, targets: Tensor) -> Tensor:
     """
     _refuse_broadcast("losses.bernoulli", outputs, targets)
     entries = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
-    return _sum_per_sample(entries)
+    return sum_per_sample(entries)
 
 
 def as_per_sample(loss_fn: Callable[[Any, Any], Any]) -> PerSampleLoss:
@@ -140,10 +140,10 @@ def _unreduced(loss_module: Any) -> PerSampleLoss:
         if isinstance(loss_module, _ELEMENTWISE):
             _refuse_broadcast(name, outputs, targets)
         if torch.compiler.is_dynamo_compiling() and not (loss_module._forward_hooks or loss_module._forward_pre_hooks):
-            return _sum_per_sample(type(loss_module).forward(_Entrywise(loss_module), outputs, targets))
+            return sum_per_sample(type(loss_module).forward(_Entrywise(loss_module), outputs, targets))
         entrywise = copy.copy(loss_module)  # with the settings that it has by now
         entrywise.reduction = "none"
-        return _sum_per_sample(entrywise(outputs, targets))
+        return sum_per_sample(entrywise(outputs, targets))
 
     return per_sample_loss
 
@@ -193,7 +193,8 @@ def tensors_by_name(outputs: Any) -> dict[str, Tensor]:
     return {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
-def _sum_per_sample(entries: Tensor) -> Tensor:
+def sum_per_sample(entries: Tensor) -> Tensor:
+    """Return the sum over the entries of each sample, shape `(B,)`, of entries `(B, …)`."""
     return entries.flatten(1).sum(1) if entries.dim() > 1 else entries
 
 

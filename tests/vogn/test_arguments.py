@@ -125,3 +125,17 @@ def test_a_model_without_parameters_has_nothing_to_train() -> None:
 def test_an_unknown_argument_is_named_with_those_that_there_are(rule: Any) -> None:
     with pytest.raises(TypeError, match=rf"{rule.__name__}\(\) has no argument 'learning_rate': .*lr.*data_size"):
         rule(network(), data_size=10, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({}, r"\(\) needs data_size=…, the number of training samples"),
+        ({"ess": 5}, "'ess': the effective sample size is data_size / temperature"),
+        ({"weight_decay": 1e-4, "data_size": 5}, r"'weight_decay': a weight decay of w is prior_precision = w \* data"),
+    ],
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_arguments_of_other_optimizers_have_a_translation(rule: Any, settings: dict[str, Any], hint: str) -> None:
+    with pytest.raises(TypeError, match=hint):
+        rule(nn.Linear(2, 2), **settings)

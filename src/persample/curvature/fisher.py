@@ -131,7 +131,7 @@ def _add(sums: dict[str, Tensor], source: PerSampleGradSource, inputs: Any, targ
 
 def _product(outputs: Any, vectors: Tensor) -> Tensor:
     """⟨f_i, v_i⟩ of each sample, whose gradient is Jᵀ v."""
-    return (logits_of(outputs) * vectors).flatten(1).sum(1)
+    return losses.sum_per_sample(logits_of(outputs) * vectors)
 
 
 def _of_logits(loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

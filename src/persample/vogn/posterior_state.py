@@ -51,6 +51,16 @@ from persample.vogn.settings import (
 from persample.vogn.supported_models import refuse_model, refuse_processes
 
 
+# What the settings of other variational optimizers are called here.
+_ELSEWHERE = {
+    "ess": "the effective sample size is data_size / temperature; ",
+    "weight_decay": "a weight decay of w is prior_precision = w * data_size; ",
+    "beta1": "it is the first of betas; ",
+    "beta2": "it is the second of betas; ",
+    "clip_radius": "it is max_update; ",
+}
+
+
 class PosteriorState(torch.optim.Optimizer):
     """Base of `VariationalOptimizer`: holds the posterior; training it is up to the subclass.
 
@@ -106,7 +116,7 @@ class PosteriorState(torch.optim.Optimizer):
         loss_fn: Callable[[Any, Any], Tensor] | None,
         settings: dict[str, Any],
         *,
-        data_size: int,
+        data_size: int | None = None,
         prior_precision: float | Mapping[str, Tensor] = 1.0,
         prior_mean: float | Mapping[str, Tensor] = 0.0,
         prior: Prior | None = None,
@@ -124,7 +134,12 @@ class PosteriorState(torch.optim.Optimizer):
     ) -> None:
         if unknown:
             known = ", ".join(("loss_fn", *settings, *SharedSettings.__annotations__))
-            raise TypeError(f"{type(self).__name__}() has no argument {next(iter(unknown))!r}: it takes {known}.")
+            name = next(iter(unknown))
+            raise TypeError(
+                f"{type(self).__name__}() has no argument {name!r}: {_ELSEWHERE.get(name, '')}it takes {known}."
+            )
+        if data_size is None:
+            raise TypeError(f"{type(self).__name__}() needs data_size=…, the number of training samples.")
         network, params = model_and_params(model, params)
         refuse_model(network, several_processes=not self.keeps_draws_apart)
         if process_group is not None and self.keeps_draws_apart:
