@@ -31,9 +31,16 @@ from persample.vogn.prediction import ClassSummary, NumberSummary, Summary
 class TargetDistribution(ABC):
     """Base of the likelihoods."""
 
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return −log p(target | output) of each sample in nats, shape `(B,)`.
+
+        The outputs are a tensor, or an object whose `logits` are.
+        """
+        return self.losses(getattr(outputs, "logits", outputs), targets)
+
     @abstractmethod
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return −log p(target | output) of each sample in nats, shape `(B,)`."""
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what a call returns, for a tensor."""
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -81,7 +88,7 @@ class Categorical(TargetDistribution):
     classes_last: bool = False
     ignore_index: int = -100
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self._refuse_other_positions(outputs, targets)
         if targets.is_floating_point():  # probabilities of the classes
             return losses.cross_entropy(self._classes_second(outputs), self._classes_second(targets))
@@ -149,7 +156,7 @@ class Categorical(TargetDistribution):
 class Bernoulli(TargetDistribution):
     """Independent zeros and ones; outputs are logits in the shape of the targets; as `persample.losses.bernoulli`."""
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return losses.bernoulli(outputs, targets)
 
     def summary(self) -> Summary:
@@ -180,7 +187,7 @@ class Gaussian(TargetDistribution):
         if not 0 < self.noise_precision < math.inf:
             raise OptionError(f"noise_precision={self.noise_precision!r} must be a finite number > 0.")
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return losses.gaussian(outputs, targets, noise_precision=self.noise_precision)
 
     def summary(self) -> Summary:
@@ -205,7 +212,7 @@ class HeteroscedasticGaussian(TargetDistribution):
     and Gal, "What Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision?", NeurIPS 2017.
     """
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mean, log_variance = _halves(outputs, 1)
         _require_same_shape("HeteroscedasticGaussian", "means", mean, targets)
         entries = (targets - mean).square() * (-log_variance).exp() + log_variance + math.log(math.tau)
@@ -236,7 +243,7 @@ class Poisson(TargetDistribution):
     −log p(y | f) = Σ exp(f) − y f + log y!
     """
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         _require_same_shape("Poisson", "log-rates", outputs, targets)
         counts = targets.to(outputs.dtype)
         return losses.sum_per_sample(outputs.exp() - counts * outputs + torch.lgamma(counts + 1))

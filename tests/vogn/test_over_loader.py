@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from persample import losses
 from persample.errors import BatchError, UsageError
-from persample.likelihoods import Gaussian
+from persample.likelihoods import Categorical, Gaussian
 from persample.testing.devices import generator_of
 from persample.vogn import VOGN, Posterior
 
@@ -120,3 +121,21 @@ def test_progress_shows_a_bar(data: tuple[Tensor, Tensor], capsys: pytest.Captur
     posterior = broad_posterior(network())
     posterior.predict(pairs(*data), samples=2, progress=True)
     assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["a function", "a likelihood"])
+def test_a_loss_of_logits_serves_training_and_bound(by: str, data: tuple[Tensor, Tensor]) -> None:
+    """The model returns an object, of which the user's loss takes the logits."""
+    x, y = data
+    model = Named()
+
+    def of_logits(outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets, reduction="none")
+
+    loss_fn = of_logits if by == "a function" else Categorical()
+    optimizer = VOGN(model, loss_fn, data_size=len(y), generator=generator_of(0))
+    optimizer.observe({"x": x}, y)
+    optimizer.step()
+    due = optimizer.posterior.log_likelihoods(losses.cross_entropy, {"x": x}, y, samples=4, generator=generator_of(2))
+    found = optimizer.elbo(dicts(x, y), samples=4, generator=generator_of(2))
+    torch.testing.assert_close(found.log_likelihoods, due.sum(1))

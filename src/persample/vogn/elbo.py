@@ -58,8 +58,13 @@ class LikelihoodTable:
         self._rows: list[Tensor] = []
 
     def add(self, outputs: Tensor) -> None:
-        """Add the outputs of some draws, shape `(k, B, …)`."""
-        self._rows += [-losses_of(self._loss_fn, row, self._targets, len(row)) for row in outputs]
+        """Add the outputs of some draws, shape `(k, B, …)`.
+
+        A loss that was written for an object with `.logits` finds them there, as in `observe`.
+        """
+        for row in outputs:
+            row.logits = row.view_as(row)
+            self._rows.append(-losses_of(self._loss_fn, row, self._targets, len(row)))
 
     def result(self) -> Tensor:
         """The table, shape `(K, B)`."""

@@ -50,7 +50,6 @@ from persample.vogn.settings import (
 )
 from persample.vogn.supported_models import refuse_model, refuse_processes
 
-
 # What the settings of other variational optimizers are called here.
 _ELSEWHERE = {
     "ess": "the effective sample size is data_size / temperature; ",
