@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +125,24 @@ def test_accelerates_own_checkpoints(tmp_path: Any) -> None:
     resumed[0].load_state(str(tmp_path))
     run(*resumed, steps=2)
     assert_same(whole[2].optimizer, resumed[2].optimizer, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_two_processes_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    """Both hold the same posterior: that of the same batches and draws without Accelerate."""
+    script = Path(__file__).with_name("accelerate_ranks.py")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*start, str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ran.returncode == 0, ran.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 4
+    assert not torch.equal(first.pop("seen"), second.pop("seen"))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0)
+        torch.testing.assert_close(value, first[name.replace("accelerate", "hand")], rtol=1e-4, atol=1e-6)
