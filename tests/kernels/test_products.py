@@ -18,6 +18,7 @@ from persample.kernels.convolution import (
     convolution_squared_norms,
 )
 from persample.kernels.linear import linear_moments
+from persample.kernels.outer import outer_moments
 from persample.testing.devices import generator_of
 
 FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -105,6 +106,45 @@ def test_linear_layers_on_positions(outputs: int, inputs: int, batch: int, posit
         require_close(found, expected)
 
 
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(st.sampled_from([1, 2, 40, 256, 257, 600]), st.integers(1, 3), CHANNELS | st.just(97), CHANNELS),
+    layouts=st.tuples(*[st.sampled_from(["as made", "with gaps", "transposed"])] * 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_one_position(sizes: tuple[int, ...], layouts: tuple[str, str], dtype: torch.dtype, seed: int) -> None:
+    batch, groups, outputs, inputs = sizes
+    torch.manual_seed(seed)
+    delta, a = torch.randn(batch, groups, outputs, dtype=dtype), torch.randn(batch, groups, inputs, dtype=dtype)
+    delta, a = (
+        t.mT.contiguous().mT if how == "transposed" else laid(t, how)
+        for t, how in zip((delta, a), layouts, strict=True)
+    )
+    g = torch.einsum("bgo,bgi->bgoi", delta.double(), a.double())
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_WORTH_A_THREAD", 1)
+        for threads in (1, 3):
+            patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(outer_moments(delta.unsqueeze(3), a.unsqueeze(3)))
+    for sums, expected in zip(found[0], (g.sum(0), g.square().sum(0)), strict=True):
+        require_close(sums, expected)
+    assert all(map(torch.equal, *found)), "results depend on the number of threads"
+    if groups == 1:
+        assert all(map(torch.equal, linear_moments(a, delta), [sums[0] for sums in found[0]]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_column(bad: float) -> None:
+    x, delta = torch.ones(3, 1, 37), torch.ones(3, 1, 13)
+    x[1, 0, 2], delta[1, 0, 3] = bad, bad
+    met = torch.zeros(13, 37, dtype=torch.bool)
+    met[:, 2], met[3] = True, True
+    for found in linear_moments(x, delta):
+        assert torch.equal(~found.isfinite(), met)
+
+
 @pytest.mark.parametrize("channels", [(64, 64, 12), (3, 64, 32), (160, 130, 5)], ids=str)
 def test_more_samples_than_are_taken_at_a_time(channels: tuple[int, int, int]) -> None:
     inputs, outputs, size = channels
@@ -139,6 +179,14 @@ def test_sizes_of_zero(empty: str) -> None:
     expected = torch.einsum("bol,bcl->boc", delta, x)
     torch.testing.assert_close(total.squeeze(2), expected.sum(0))
     torch.testing.assert_close(squares.squeeze(2), expected.square().sum(0))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
+def test_one_position_of_sizes_of_zero(sizes: tuple[int, int, int]) -> None:
+    batch, outputs, inputs = sizes
+    for found in linear_moments(torch.randn(batch, 1, inputs), torch.randn(batch, 1, outputs)):
+        assert found.shape == (outputs, inputs)
+        assert torch.equal(found, torch.zeros(outputs, inputs))
 
 
 def test_windows_outside_of_the_input_are_refused() -> None:

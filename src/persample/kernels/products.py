@@ -1,4 +1,4 @@
-"""The products of convolutions and linear layers by the compiled kernel, which keeps g_i in registers."""
+"""The products of convolutions and linear layers by the compiled kernels, which keep g_i, or its sums, in registers."""
 
 from __future__ import annotations
 
@@ -77,14 +77,30 @@ _ONE = (1,)
 
 
 def _of_linear(x: Tensor, delta: Tensor) -> Images:
-    check_linear(x, delta)
     return Images(delta.mT, x.mT, Geometry((delta.shape[2], x.shape[2], 1), _ONE, (0,), _ONE, 1))
 
 
 def _of_outer(delta: Tensor, a: Tensor) -> Images:
-    check_outer(delta, a)
     weight = (delta.shape[1] * delta.shape[2], a.shape[2], 1)
     return Images(delta.flatten(1, 2), a.flatten(1, 2), Geometry(weight, _ONE, (0,), _ONE, delta.shape[1]))
+
+
+def _one_position(x: Tensor, delta: Tensor) -> Sums | None:
+    """Return Σ_i g_i and Σ_i g_i², `(G, O, I)`, of g_i = δ_i a_iᵀ, for a `(B, G, I)` and δ `(B, G, O)`; or None."""
+    dtype = NAMES.get(x.dtype)
+    if dtype is None or delta.dtype != x.dtype:
+        return None
+    kernel = find_kernel(f"persample_outer_{dtype}", *[POINTER] * 5, INT)
+    if kernel is None:
+        return None
+    batch, groups, inputs = x.shape
+    shape = groups, delta.shape[2], inputs
+    total, squares = x.new_empty(shape), x.new_empty(shape)
+    sizes = batch, groups, delta.shape[2], inputs, *x.stride(), *delta.stride()
+    threads = max(1, min(torch.get_num_threads(), batch * math.prod(shape) // _WORTH_A_THREAD))
+    addresses = x.data_ptr(), delta.data_ptr(), total.data_ptr(), squares.data_ptr()
+    kernel((ctypes.c_int64 * len(sizes))(*sizes), *addresses, threads)
+    return total, squares
 
 
 def _convolution_moments(*arguments: Any) -> Any:
@@ -101,18 +117,20 @@ def _convolution_moments_and_norms(*arguments: Any) -> Any:
 
 
 def _linear_moments(x: Tensor, delta: Tensor) -> Any:
-    c = _of_linear(x, delta)
-    found = _product(c, True, False) if x.shape[1] > 1 else None
-    return _in_shape(found, c.geometry.weight[:2]) or ON_ANY_DEVICE["linear_moments"](x, delta)
+    check_linear(x, delta)
+    found = _one_position(x, delta) if x.shape[1] == 1 else _product(_of_linear(x, delta), True, False)
+    return _in_shape(found, (delta.shape[2], x.shape[2])) or ON_ANY_DEVICE["linear_moments"](x, delta)
 
 
 def _linear_squared_norms(x: Tensor, delta: Tensor) -> Any:
+    check_linear(x, delta)
     c = _of_linear(x, delta)
     found = None if norms_from_products(x.shape[1], *c.geometry.weight[:2]) else _product(c, False, True)
     return found[0] if found else ON_ANY_DEVICE["linear_squared_norms"](x, delta)
 
 
 def _linear_moments_and_norms(x: Tensor, delta: Tensor) -> Any:
+    check_linear(x, delta)
     c = _of_linear(x, delta)
     found = None if norms_from_products(x.shape[1], *c.geometry.weight[:2]) else _product(c, True, True)
     sums = _in_shape(found, c.geometry.weight[:2])
@@ -120,7 +138,9 @@ def _linear_moments_and_norms(x: Tensor, delta: Tensor) -> Any:
 
 
 def _outer_moments(delta: Tensor, a: Tensor) -> Any:
-    found = _product(_of_outer(delta, a), True, False) if a.shape[3] > 1 else None
+    check_outer(delta, a)
+    one = a.shape[3] == 1
+    found = _one_position(a.squeeze(3), delta.squeeze(3)) if one else _product(_of_outer(delta, a), True, False)
     shape = delta.shape[1], delta.shape[2], a.shape[2]
     return _in_shape(found, shape) or ON_ANY_DEVICE["outer_moments"](delta, a)
 
