@@ -18,6 +18,13 @@ class ChunkedVmap(VmapSource):
         super().__init__(model, loss_fn, chunk_size=chunk_size, check=check)
 
 
+class Eager(FusedSource):
+    """`fused` with `compile=False`."""
+
+    def __init__(self, model: nn.Module, loss_fn: Any, *, check: Any = "first") -> None:
+        super().__init__(model, loss_fn, compile=False, check=check)
+
+
 class Replayed(FusedSource):
     """`fused` with `compile=True`."""
 
@@ -35,5 +42,6 @@ class ByInductor(FusedSource):
 def register() -> None:
     """Make them known to `persample.make_source`."""
     persample.register_backend("vmap in chunks", f"{__name__}:ChunkedVmap")
+    persample.register_backend("fused, eager", f"{__name__}:Eager")
     persample.register_backend("fused, replayed", f"{__name__}:Replayed")
     persample.register_backend("fused, inductor", f"{__name__}:ByInductor")

@@ -5,8 +5,9 @@
     python benchmarks/gradients.py --out runs/gradients-on-gpu --device cuda
 
 The backends take turns in a process of their own for each model; peak memory is taken in a fresh process for each model
-and backend. What refuses a model, or disagrees with the oracle, is not timed. Writes `gradients.json`, `gradients.md`
-and `gradients.png`; what the folder holds of other models stays.
+and backend. What refuses a model, or disagrees with the oracle, is not timed. "build before" is `fused` as it was
+before its steps were recorded, taken from git; without git it is left out. Writes `gradients.json`, `gradients.md` and
+`gradients.png`; what the folder holds of other models stays.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
 from multiprocessing import get_context
+from operator import truediv
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,19 +37,21 @@ from persample.files import replacing
 
 sys.path.insert(0, str(Path(__file__).parent))
 import further_backends
+from earlier import EARLIER, in_turns, timed, with_earlier
 from models import PROBLEMS
 
 Result = TypeVar("Result")
 
 BACKENDS = [
-    *("fused", "fused, replayed", "fused, inductor", "hooks", "vmap", "vmap in chunks"),
+    *("fused", "fused, eager", "fused, replayed", "fused, inductor", "hooks", "vmap", "vmap in chunks"),
     *("backpack (extend)", "backpack (rules)", "opacus (module)", "opacus (rules)"),
 ]
 PLAIN_COMPILED = "plain, compiled"
-COLUMNS = [PLAIN_COMPILED, *BACKENDS]
+COLUMNS = [PLAIN_COMPILED, EARLIER, *BACKENDS]
+GAIN = "build before over fused"
 OWN_BATCH = {"Transformer": 32, "Transformer, tied head": 32}
 ON_GPUS = "ResNet-18"  # takes minutes for each call of some backends on a CPU
-LARGE = [("LeNet-5", 512), ("ResNet-20", 512)]
+LARGE = [("LeNet-5", 512), ("MLP", 512), ("ResNet-20", 512)]
 JOBS = [(name, OWN_BATCH.get(name, 128)) for name in PROBLEMS if name != ON_GPUS] + LARGE
 JOBS_ON_GPUS = [(name, 512) for name in PROBLEMS]
 
@@ -77,6 +81,24 @@ def measure_compiled(name: str, batch: int, device: str, rounds: int) -> dict[st
     ratios = [own / plain for own, plain in zip(seconds[PLAIN_COMPILED], seconds[""], strict=True)]
     own = statistics.median(seconds[PLAIN_COMPILED])
     return {"backend": PLAIN_COMPILED, "problem": None, "seconds": own, "time_ratio": statistics.median(ratios)}
+
+
+def measure_earlier(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Return what the earlier build costs over the ordinary pass, and over `fused` of today in the same rounds."""
+    given = problem(name, batch)
+    loss_fn = persample.losses.cross_entropy
+    source = persample.make_source("fused", given[0], loss_fn, check="never")
+    calls = {
+        PLAIN: timed(plain_pass(given[0], loss_fn, *given[1:])),
+        "fused": timed(lambda: source.moments(*given[1:])),
+    }
+    with with_earlier(calls, "moments", given) as all_calls:
+        if EARLIER not in all_calls:
+            return {"backend": EARLIER, "problem": "not in git here"}
+        seconds = in_turns(all_calls, rounds)
+    ratio, gain = (statistics.median(map(truediv, seconds[EARLIER], seconds[other])) for other in (PLAIN, "fused"))
+    own = statistics.median(seconds[EARLIER])
+    return {"backend": EARLIER, "problem": None, "seconds": own, "time_ratio": ratio, "gain": gain}
 
 
 def measure_memory(result: dict[str, Any], device: str) -> None:
@@ -129,10 +151,15 @@ def machine(*peers: str, device: str = "cpu") -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]], figure: Literal["time_ratio", "memory_ratio"]) -> str:
     """Return the ratios of time or memory as a Markdown table; – where a backend refuses the model."""
-    columns = COLUMNS if figure == "time_ratio" else BACKENDS
-    lines = ["| model | batch | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    timing = figure == "time_ratio"
+    wanted = COLUMNS if timing else BACKENDS
+    columns = [name for name in wanted if any(name in result["costs"] for result in results)]
+    heads = [*columns, *([GAIN] if timing and EARLIER in columns else [])]
+    lines = ["| model | batch | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for result in results:
         cells = [_cell(result["costs"].get(column), figure) for column in columns]
+        if GAIN in heads:
+            cells.append(_cell(result["costs"].get(EARLIER), "gain"))
         lines.append(f"| {result['model']} | {result['batch']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -147,7 +174,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the time ratios of all backends as points, a line for each model, and name those that refuse it."""
     figure = Figure(figsize=(10, 1.5 + 0.55 * len(results)), layout="constrained")
     axes = figure.subplots()
-    for backend, marker in zip(COLUMNS, "|oPXsDdv^<>", strict=True):
+    for backend, marker in zip(COLUMNS, "|*oHPXsDdv^<>", strict=True):
         costs = [(i, result["costs"].get(backend)) for i, result in enumerate(results)]
         points = [(cost["time_ratio"], i) for i, cost in costs if cost is not None and cost["problem"] is None]
         axes.plot(
@@ -196,10 +223,12 @@ def main(
     for job in jobs:
         if rounds:
             names = backends.split(";")
-            results[job] = in_fresh_process(measure, *job, device, rounds, [n for n in names if n != PLAIN_COMPILED])
+            results[job] = in_fresh_process(measure, *job, device, rounds, [n for n in names if n in BACKENDS])
+            costs = results[job]["costs"]
             if PLAIN_COMPILED in names:
-                costs = results[job]["costs"]
                 costs[PLAIN_COMPILED] = in_fresh_process(measure_compiled, *job, device, rounds)
+            if EARLIER in names and device == "cpu":
+                costs[EARLIER] = in_fresh_process(measure_earlier, *job, rounds)
         if memory_too:
             measure_memory(results[job], device)
         print(table([results[job]], "time_ratio"), flush=True)

@@ -74,6 +74,19 @@ def resnet(depths: tuple[int, ...], widths: tuple[int, ...], groups: int = 8) ->
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
 
 
+def mobile_net() -> nn.Module:
+    """Depthwise 3×3 and pointwise 1×1 convolutions with GroupNorm, 32-64-128-128-256-256 channels, for 32×32 images."""
+
+    def convolution(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+        layer = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+        return [layer, nn.GroupNorm(8, outputs), nn.ReLU()]
+
+    layers = convolution(3, 32, 3)
+    for inputs, outputs, stride in ((32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)):
+        layers += convolution(inputs, inputs, 3, stride, groups=inputs) + convolution(inputs, outputs, 1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+
+
 class Transformer(nn.Module):
     """An encoder of 4 layers, width 128, 4 heads, feed-forward 512, with class token and learned positions.
 
@@ -210,6 +223,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "MLP": lambda batch: _images(mlp(), batch, 784),
     "VGG-like": lambda batch: _images(vgg_like(), batch, 3, 32, 32),
     "ResNet-20": lambda batch: _images(resnet((3, 3, 3), (16, 32, 64)), batch, 3, 32, 32),
+    "mobile net": lambda batch: _images(mobile_net(), batch, 3, 32, 32),
     "ResNet-18": lambda batch: _images(resnet((2, 2, 2, 2), (64, 128, 256, 512)), batch, 3, 32, 32),
     "Transformer": lambda batch: _transformer(False, batch),
     "Transformer, tied head": lambda batch: _transformer(True, batch),
