@@ -72,7 +72,7 @@ class Explanation:
         refusals: why the model is refused as a whole, whatever serves its parameters.
         samples: the size of the example batch; 0 without one.
         machinery: which of its machineries would serve the model, for a backend that has several; of `fused` with
-            `compile`, whether the step is `"replayed"` or `"eager"`.
+            `compile=True`, whether the step is `"replayed"` or `"eager"`.
         machinery_because: why not the other.
     """
 
@@ -143,8 +143,8 @@ def explain(
     Without a batch it goes by the modules. With an example batch it runs the forward pass once (and a few times more to
     see whether the model mixes the samples), but no backward pass, and tells each use of each parameter. Of that
     nothing remains: neither on the model nor in the random numbers. Backends that cannot tell by the forward pass alone
-    (`vmap`, `loop`, the machineries of `backpack` and `opacus`) try two samples. With `compile`, `fused` records the
-    step, too, to say whether it can be replayed.
+    (`vmap`, `loop`, the machineries of `backpack` and `opacus`) try two samples. With `compile=True`, `fused` records
+    the step, too, to say whether it can be replayed.
 
     Args:
         model: the network; it is not changed.

@@ -163,14 +163,6 @@ def test_results_are_those_of_the_ordinary_way_bit_for_bit() -> None:
     assert replayed.ran == "replayed"
 
 
-def test_by_default_nothing_is_compiled() -> None:
-    source = persample.make_source("fused", scaled(lambda m: 1.0).double(), loss_fn)
-    source.moments(*data())
-    assert isinstance(source, FusedSource)
-    assert source.replay is None
-    assert source.ran is None
-
-
 # What changes between calls.
 
 
@@ -207,6 +199,26 @@ def tensor_attribute_in_place(patch: pytest.MonkeyPatch) -> Any:
 @changing
 def tensor_attribute_replaced(patch: pytest.MonkeyPatch) -> Any:
     return attribute("scale", [torch.full((5,), float(n), dtype=torch.float64) for n in range(6)])
+
+
+@changing
+def tensor_made_of_an_attribute(patch: pytest.MonkeyPatch) -> Any:
+    def factors(m: Any) -> Tensor:
+        made = torch.tensor([m.scale, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+        return made.mul_(2)  # a replay begins with the numbers once more
+
+    model = scaled(factors)
+    return model, lambda call: setattr(model, "scale", 1.0 + call // 3)
+
+
+@changing
+def tensor_made_of_sizes(patch: pytest.MonkeyPatch) -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        beside = torch.cat([m.token.expand(len(x), 1, 4), x.unsqueeze(1), x.unsqueeze(1).sin()], 1)
+        return m.last(torch.tanh(m.first(beside))[:, 0])  # type: ignore[no-any-return]
+
+    model = Net(forward, token=nn.Parameter(torch.randn(1, 1, 4)), **layers())
+    return model, lambda call: None
 
 
 @changing
@@ -628,6 +640,32 @@ def ordinary(model: nn.Module, change: Callable[[int], object], check: Any) -> N
         source.moments(*data(seed=call))
 
 
+@pytest.mark.parametrize("name", ["tensor_made_of_an_attribute", "tensor_made_of_sizes"])
+def test_tensors_made_of_python_numbers_are_replayed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "eager" not in follow(*CHANGES[name](monkeypatch))
+
+
+OUTSIDE: dict[str, int] = {}
+LIST: list[int] = []
+
+
+@pytest.mark.parametrize("kind", ["dict", "list"])
+def test_what_the_forward_pass_counts_outside_of_the_model_is_counted_once(kind: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if kind == "dict":
+            OUTSIDE["calls"] += 1
+        else:
+            LIST.append(1)
+        return m.last(torch.tanh(m.first(x)))  # type: ignore[no-any-return]
+
+    OUTSIDE["calls"] = 0
+    LIST.clear()
+    source = source_of(Net(forward, **layers()).double(), check="never")
+    for call in range(12):
+        source.moments(*data(seed=call))
+        assert (OUTSIDE["calls"] if kind == "dict" else len(LIST)) == call + 1
+
+
 def test_a_change_in_the_loss_is_seen() -> None:
     power = 2.0
 
@@ -1031,7 +1069,7 @@ def test_explain_and_the_log_say_why(caplog: pytest.LogCaptureFixture) -> None:
     assert "eager, because: " in explained
     assert "ata-dependent" in explained
     assert "test_replay.py:" in explained
-    assert "(replayed)" in str(persample.explain(scaled(lambda m: 1.0).double(), data()[0], compile="auto"))
+    assert "(replayed)" in str(persample.explain(scaled(lambda m: 1.0).double(), data()[0], compile=True))
 
 
 # Quantities.

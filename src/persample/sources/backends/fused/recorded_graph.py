@@ -97,7 +97,7 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
 
 
 def _refuse_operation(node: torch.fx.Node) -> None:
-    if node.op == "get_attr":
+    if node.op == "get_attr" and not _is_literal(node):
         raise NotReplayableError("a tensor created during recording is part of the step")
     if node.op != "call_function":
         return
@@ -109,3 +109,13 @@ def _refuse_operation(node: torch.fx.Node) -> None:
         by_values = by_values if torch.bool in indices or torch.uint8 in indices else set()
     if isinstance(node.target, torch._ops.HigherOrderOperator) or by_values:
         raise NotReplayableError(f"{node.target} goes by values")
+
+
+def _is_literal(node: torch.fx.Node) -> bool:
+    """Whether a tensor is made of numbers of Python's, as by `torch.tensor(2.0)`, and copied before anything uses it.
+
+    Python's numbers are the same in each replay: those of the model have guards, and those of this package go by shapes
+    and by what is asked for.
+    """
+    made_of_numbers = type(getattr(node.graph.owning_module, str(node.target))) is Tensor  # `FakeTensor` if computed
+    return made_of_numbers and all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)

@@ -6,7 +6,8 @@
    while `make_fx` writes down every operation, those of the backward pass and of the contributions included. Whatever
    looks at a value fails there, so no decision of that kind gets into the list.
 3. The list is run once from where the ordinary call began. Only if it gives the same results, the same state of the
-   model and the same random numbers does it serve later calls.
+   model and the same random numbers does it serve later calls. The results must be the same bit for bit, so that it
+   does not matter when a step is recorded: a run that is killed and resumed begins with ordinary calls again.
 
 A step that fails in 1, 2 or 3 goes the ordinary way, and `Replay.reason` says why.
 """
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
+import time
 import types
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
@@ -35,10 +37,12 @@ from torch.utils._device import DeviceContext
 from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.sources.backends.fused import nan_probe
+from persample.sources.backends.fused.patience import Patience
 from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
 from persample.sources.backends.fused.request import Request, put_together, taken_apart
 from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, first_line, runner
 from persample.sources.batch import Batch
+from persample.sources.model.eager import compiling_is_off
 from persample.sources.model.isolation import Held, State
 from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import random_state, same_random_state, set_random_state
@@ -46,8 +50,14 @@ from persample.sources.model.recurrent_layers import repeatable
 
 _log = logging.getLogger(__name__)
 
-_MOST_STEPS = 8  # for each of which Dynamo keeps as many graphs as its `recompile_limit` says
+# When a step is recorded for which nobody has asked.
+_CALLS, _SECONDS = 10, 0.2
+_IN_VAIN = "what was recorded has served no later call"
+
+_MOST_STEPS = 8
+_MOST_GRAPHS = 8  # of Dynamo's for one step
 _MOST_WANTED = 8  # different results of one graph
+_MOST_CLOSED = 64  # results that are known not to be recorded
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -86,48 +96,64 @@ class Replay:
 
     Args:
         way: how recorded operations are run.
-        patience: how many batches of a kind come before one is recorded.
+        by_itself: whether nobody has asked for it. Then a step is recorded when it is worth it (see `Patience`), and
+            nothing is said if it cannot be.
 
     Attributes:
-        reason: why the last step was not replayed, or not in that way; empty if it was.
+        reason: why the last step was not replayed, or not in that way; empty if it was, or if it is too early to try.
         ran: how it was run; None if not by recorded operations.
     """
 
-    def __init__(self, way: Way, patience: int = 0) -> None:
+    def __init__(self, way: Way, *, by_itself: bool = False) -> None:
         self.reason = ""
         self.ran: Way | None = None
-        self._way, self._patience = way, patience
-        self._came: Counter[Hashable] = Counter()
+        self.by_itself = by_itself
+        self._way = way
+        self._patience = Patience(_CALLS, _SECONDS) if by_itself else None
         self._steps: list[_Step] = []
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(Replay(self._way, self._patience))
+        return vars(Replay(self._way, by_itself=self.by_itself))
 
-    def run(self, source: Ordinary, batch: Batch, what: Request, *, at_once: bool = False) -> Any:
-        """Return what is wanted of `batch`, by a recorded step or the ordinary way; if `at_once`, without patience."""
-        if self._patience and not at_once and not self._has_come(batch, what):
-            self.reason, self.ran = "batches of its kind have come too few times to record one", None
-            return what.compute(source, batch, what.tensors)
+    def run(self, source: Ordinary, batch: Batch, what: Request) -> Any:
+        """Return what is wanted of `batch`, by a recorded step or the ordinary way."""
+        if self._patience is None:
+            result = self._result(source, batch, what)
+            return what.compute(source, batch, what.tensors) if result is None else result
+        kind = what.key, batch.kind(), *[t.shape for t in _tensors_of(batch)]
+        if self._patience.is_due(kind):
+            result = self._result(source, batch, what)
+            return what.compute(source, batch, what.tensors) if result is None else result
+        self.reason, self.ran = "", None
+        start = time.perf_counter()
+        result = what.compute(source, batch, what.tensors)
+        self._patience.came(kind, time.perf_counter() - start)
+        return result
+
+    def _result(self, source: Ordinary, batch: Batch, what: Request) -> Any:
+        """Return what is wanted by a recorded step, or while one is recorded; None if it must go the ordinary way."""
         self.reason, self.ran, result = _beyond_replay(source, batch), None, None
         if not self.reason:
             step = next((step for step in self._steps if step.fits(source)), None)
+            lost = self._patience is not None and self._patience.is_lost
             if step is None and len(self._steps) >= _MOST_STEPS:
                 self.reason = f"attributes of the model have changed {_MOST_STEPS} times"
+            elif step is None and lost:
+                self.reason = _IN_VAIN
             else:
                 if step is None:
                     step = _Step(source, self._way)
                     self._steps.append(step)
-                result = step.result(source, batch, what)
+                start = time.perf_counter()
+                result = step.result(source, batch, what, may_record=not lost)
                 self.reason, self.ran = step.ran_because, step.ran
+                if self._patience is not None and step.was_recorded:
+                    self._patience.recorded(time.perf_counter() - start)
+                elif self._patience is not None and step.ran is not None:
+                    self._patience.served()
         self._tell()
-        return what.compute(source, batch, what.tensors) if result is None else result
-
-    def _has_come(self, batch: Batch, what: Request) -> bool:
-        """Whether batches of this kind have come a few times before."""
-        kind = what.key, batch.kind(), *[t.shape for t in _tensors_of(batch)]
-        self._came[kind] += 1
-        return self._came[kind] > self._patience
+        return result
 
     def leave(self, reason: str) -> None:
         """Note that a step goes the ordinary way."""
@@ -138,11 +164,16 @@ class Replay:
         if self.reason and self.reason not in self._told:
             self._told.add(self.reason)
             left = f" by {self._way}" if self.ran else ""
-            _log.warning("Backend 'fused' does not replay the step of this model%s: %s.", left, self.reason)
+            level = logging.INFO if self.by_itself else logging.WARNING
+            _log.log(level, "Backend 'fused' does not replay the step of this model%s: %s.", left, self.reason)
 
 
 class _NotRecordedError(Exception):
     """No graph fits this call. Nothing was run."""
+
+
+class _RecordedError(Exception):
+    """A step was recorded and run for the first time. What Python does after it has been done by the ordinary call."""
 
 
 class _FailedError(Exception):
@@ -158,6 +189,8 @@ class _Step:
     Attributes:
         ran: how it was run at last; None if in the ordinary way.
         ran_because: why not in the way that was asked for.
+        was_recorded: whether it was recorded then, or at least tried to be.
+        graphs: how many Dynamo has captured.
     """
 
     def __init__(self, source: Ordinary, way: Way) -> None:
@@ -166,39 +199,46 @@ class _Step:
         self.way = way
         self.ran: Way | None = None
         self.ran_because = ""
+        self.was_recorded = False
+        self.graphs = 0
         self._served: set[Hashable] = set()  # what has been recorded, for a kind of batch at least
         self._closed: dict[Hashable, str] = {}  # why it is not recorded for further kinds
         self._key = _key(source)
         self._held = Held(source.model)
-        self._compiled = _compiled(source.model, source.loss_fn, weakref.ref(self))
+        self._compiled: Callable[..., Any] | None = None  # until it is recorded
 
     def fits(self, source: Ordinary) -> bool:
         """Whether it is of this source as it is now."""
         return not self._held.changed() and self._key == _key(source)
 
-    def result(self, source: Ordinary, batch: Batch, what: Request) -> Any:
+    def result(self, source: Ordinary, batch: Batch, what: Request, *, may_record: bool) -> Any:
         """Return what is wanted of `batch`, or None if the step cannot be replayed."""
-        self.ran, self.ran_because = None, self._closed.get(what.key, "")
+        self.ran, self.ran_because, self.was_recorded = None, self._closed.get(what.key, ""), False
         if self.ran_because and what.key not in self._served:
             return None
-        try:
-            # Dynamo captures nothing here: where no graph fits, it runs the function itself, which raises.
-            with torch.compiler.set_stance("eager_on_recompile"):
-                return self._replayed(_Call(source, batch, what))
-        except _NotRecordedError:
-            return None if self.ran_because else self._recorded(source, batch, what)
-        except (NotReplayableError, _FailedError) as error:  # before anything was run, or changed
-            self.ran_because = str(error)
-            return None
+        if self._compiled is not None:
+            try:
+                # Dynamo captures nothing here: where no graph fits, it runs the function itself, which raises.
+                with torch.compiler.set_stance("eager_on_recompile"):
+                    return self._replayed(self._compiled, _Call(source, batch, what))
+            except _NotRecordedError:
+                pass
+            except (NotReplayableError, _FailedError) as error:  # before anything was run, or changed
+                self.ran_because = str(error)
+        if not may_record:
+            self.ran_because = self.ran_because or _IN_VAIN
+        return None if self.ran_because else self._recorded(source, batch, what)
 
-    def _replayed(self, call: _Call) -> Any:
+    def _replayed(self, compiled: Callable[..., Any], call: _Call) -> Any:
         self.call = call
         try:
             with repeatable(call.source.model):
-                losses = self._compiled(*call.arguments)
+                compiled(*call.arguments)
+        except _RecordedError:
+            pass
         finally:
             self.call = None
-        require_losses(losses, call.batch.size)
+        require_losses(call.losses, call.batch.size)
         return call.result
 
     def run(self, graph: _Graph, inputs: Sequence[Tensor]) -> tuple[Tensor]:
@@ -206,6 +246,7 @@ class _Step:
 
         Raises:
             _NotRecordedError: it is not recorded, and may not be now.
+            _RecordedError: it has been recorded and run for the first time.
             NotReplayableError: it cannot be, or its operands are not those that it was recorded for.
         """
         call = self.call
@@ -229,12 +270,16 @@ class _Step:
                 if call.may_record or not recording.is_repeatable:
                     raise
                 raise _FailedError(f"it failed ({_in_one_line(error)})") from error
-        call.result, call.source.ordinary_state = put_together(recording.form, results), recording.ordinary_state
+        call.losses, call.result = losses, put_together(recording.form, results)
+        call.source.ordinary_state = recording.ordinary_state
         self.ran, self.ran_because = recording.way, recording.because
+        if call.may_record:
+            raise _RecordedError
         return (losses,)
 
     def _recorded(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return the result of the ordinary way, and record the step if it gives the same."""
+        self.was_recorded = True
         state, start = source.state(), random_state(source.model)
         given = [(t, t.clone()) for t, *_ in batch.followed()]
         result = what.compute(source, batch, what.tensors)
@@ -248,7 +293,9 @@ class _Step:
         reason, call = "", _Call(source, batch, what, may_record=True)
         try:
             with _capturing() as warned, _caches_kept_clean():
-                replayed = self._replayed(call)
+                if self._compiled is None:
+                    self._compiled = _compiled(source.model, source.loss_fn, weakref.ref(self))
+                replayed = self._replayed(self._compiled, call)
             if any("lru_cache" in text for text in warned):
                 reason = "a function of the model remembers its results (functools.cache)"
             elif not _agree(result, replayed):
@@ -257,6 +304,11 @@ class _Step:
                 reason = "the recorded step draws other random numbers"
             elif after.changed():
                 reason = "the recorded step leaves another state on the model"
+            elif self.ran == "operations" and not _agree(result, replayed, exactly=True):
+                state.put_back()
+                set_random_state(start)
+                if _agree(result, what.compute(source, batch, what.tensors), exactly=True):
+                    reason = "the recorded step rounds otherwise"  # and not because every call does
         except Exception as error:  # noqa: BLE001 - whatever Dynamo or a tensor without values cannot do: a reason
             reason = _in_one_line(error)
         finally:
@@ -273,6 +325,8 @@ class _Step:
 
     def _close(self, what: Request, reason: str) -> None:
         """Let what is wanted go the ordinary way from now on, but for kinds of batches that have been recorded."""
+        if len(self._closed) >= _MOST_CLOSED:
+            self._closed.clear()
         self._closed[what.key] = self.ran_because = reason
         self.ran = None
 
@@ -283,6 +337,7 @@ class _Call:
     Attributes:
         tensors: those of the batch.
         graph: that of Dynamo's which serves it, once it is known.
+        losses: of the samples, once they are there.
         result: what was wanted, once it is there.
     """
 
@@ -292,6 +347,7 @@ class _Call:
         self.arguments = batch.for_a_call()
         self.tensors = [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
         self.graph: _Graph | None = None
+        self.losses = torch.empty(0)
         self.result: Any = None
 
 
@@ -433,6 +489,9 @@ def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakre
         if asking is None:
             raise NotReplayableError("its source is gone")
         refuse_graph(graph, examples)
+        if asking.graphs >= _MOST_GRAPHS:
+            raise NotReplayableError(f"Dynamo has captured it {_MOST_GRAPHS} times")
+        asking.graphs += 1
         assert asking.call is not None
         return _Graph(graph, examples, step, asking.call)
 
@@ -463,11 +522,23 @@ def _beyond_replay(source: Ordinary, batch: Batch) -> str:
         return "a mode of PyTorch is active (one of your own, a transform, hooks on saved tensors)"
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "it is captured in a CUDA graph of your own"
+    if compiling_is_off():
+        return "PyTorch is told to compile nothing"
+    if torch.is_anomaly_enabled():
+        return "autograd looks for anomalies"
+    if _is_watched():
+        return "a debugger or another tracer looks at the model"
     if nn.modules.module._has_any_global_hook():
         return "there are hooks on all modules"
     if any(module._backward_hooks or module._backward_pre_hooks for module in modules_of(source.model)):
         return "a module has backward hooks"
     return ""
+
+
+def _is_watched() -> bool:
+    """Whether a debugger, say, wants to see the lines of the model that are run."""
+    monitoring = getattr(sys, "monitoring", None)
+    return sys.gettrace() is not None or (monitoring is not None and monitoring.get_tool(0) is not None)
 
 
 def _tensors_of(batch: Batch) -> list[Tensor]:
@@ -481,10 +552,17 @@ def _sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([first.setdefault(t.untyped_storage().data_ptr(), i) for i, t in enumerate(tensors)])
 
 
-def _agree(expected: Any, found: Any) -> bool:
-    """Whether two results are the same but for the order of additions in a kernel."""
+def _agree(expected: Any, found: Any, *, exactly: bool = False) -> bool:
+    """Whether two results are the same, if not `exactly` then but for the order of additions in a kernel."""
     one, other = taken_apart(expected)[0], taken_apart(found)[0]
-    return len(one) == len(other) and all(map(_close, one, other))
+    return len(one) == len(other) and all(map(_equal if exactly else _close, one, other))
+
+
+def _equal(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    both_nan = (expected != expected) & (found != found)
+    return bool(((expected == found) | both_nan).all())
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:
@@ -515,6 +593,7 @@ def _capturing() -> Iterator[list[str]]:
     dynamo.utils.warn_once_cache.clear()
     careful = dynamo.config.patch(
         allow_rnn=True,
+        recompile_limit=2 * _MOST_GRAPHS,  # it would warn
         skip_nnmodule_hook_guards=False,
         suppress_errors=False,
         trace_numpy=False,

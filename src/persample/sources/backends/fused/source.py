@@ -47,10 +47,11 @@ class FusedSource(PerSampleGradSource):
         deterministic: fix the form of each product by its shape, so that results repeat bit for bit, in other
             processes too; otherwise the fastest is found by timing each once for each shape.
             `torch.use_deterministic_algorithms(True)` does the same.
-        compile: record the step of `moments` or `compute` with `torch.compile` at the first batch of its kind, and
-            replay it later on. What cannot be recorded, or gives other numbers, goes the ordinary way, and the log says
-            why. `"auto"` records when a kind of batch has come a few times. With `"inductor"` PyTorch's compiler makes
-            kernels of the recorded step; with `"cuda-graph"` it becomes a CUDA graph, if all of it runs on one GPU.
+        compile: with `"auto"` the step of `moments` or `compute` is recorded by `torch.compile` when a kind of batch
+            has come for a while, and replayed later on, the same operations with the same numbers; with `True`, at the
+            first batch of its kind; with `False`, never. What cannot be recorded, or gives other numbers, goes the
+            ordinary way, and `ran_because` says why. With `"inductor"` PyTorch's compiler makes kernels of the recorded
+            step; with `"cuda-graph"` it becomes a CUDA graph, if all of it runs on one GPU.
         check: when the self-check runs, see `PerSampleGradSource`.
     """
 
@@ -60,7 +61,7 @@ class FusedSource(PerSampleGradSource):
         loss_fn: Callable[[Any, Any], Any],
         *,
         deterministic: bool = False,
-        compile: bool | Literal["auto", "inductor", "cuda-graph"] = False,
+        compile: bool | Literal["auto", "inductor", "cuda-graph"] = "auto",
         check: Check = "first",
     ) -> None:
         super().__init__(model, loss_fn, check=check)
@@ -98,13 +99,14 @@ class FusedSource(PerSampleGradSource):
         losses, results = self._by_replay(self.replay, batch, what)
         return losses, results
 
-    def _by_replay(self, replay: Replay, batch: Batch, what: Request, *, at_once: bool = False) -> Any:
-        found = replay.run(self, batch, what, at_once=at_once)
+    def _by_replay(self, replay: Replay, batch: Batch, what: Request) -> Any:
+        found = replay.run(self, batch, what)
         self._note(replay)
         return found
 
     def _note(self, replay: Replay) -> None:
-        self.ran = "eager" if replay.ran is None else "replayed" if replay.ran == "operations" else replay.ran
+        eager = "eager" if replay.reason else None  # that is, if one could have been recorded by now
+        self.ran = eager if replay.ran is None else "replayed" if replay.ran == "operations" else replay.ran
         self.ran_because = replay.reason
 
     def recorded_with(
@@ -176,8 +178,8 @@ class FusedSource(PerSampleGradSource):
             recorder = UsageRecorder(self.parameters(), batch.size, module)
             losses = self._forward(batch, recorder)
             uses = list(recorder.uses(losses))
-        if self.replay is not None and all(use.kind != "refused" for use in uses):
-            self._by_replay(self.replay, batch, request.moments(FusedSource.ordinary_moments), at_once=True)
+        if self.replay is not None and not self.replay.by_itself and all(use.kind != "refused" for use in uses):
+            self._by_replay(self.replay, batch, request.moments(FusedSource.ordinary_moments))
         return uses
 
     def _forward(self, batch: Batch, capture: Capture) -> Tensor:
@@ -254,7 +256,7 @@ def _replay(compile: object) -> Replay | None:
     made: dict[object, Callable[[], Replay | None]] = {
         False: lambda: None,
         True: lambda: Replay("operations"),
-        "auto": lambda: Replay("operations", patience=3),
+        "auto": lambda: Replay("operations", by_itself=True),
         "inductor": lambda: Replay("inductor"),
         "cuda-graph": lambda: Replay("cuda-graph"),
     }

@@ -35,7 +35,8 @@ def put_beside(
         if made[number]
     ]
     numbers = [sum(made[:number]) if made[number] else -1 for number in range(len(tensors))]
-    along = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths)).to(joined.device)
+    repeated = [number for number, length in zip(numbers, lengths, strict=True) for _ in range(length)]
+    along = torch.tensor(repeated).to(joined.device)
     shape = [-1 if d == dim else 1 for d in range(joined.dim())]
     trace.parts[joined] = Parts(along.view(shape).expand(joined.shape), wholes)
 
