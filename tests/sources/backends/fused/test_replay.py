@@ -36,7 +36,7 @@ from persample.quantities import (
     clipping,
 )
 from persample.quantities.computed import numbers_in
-from persample.sources.backends.fused import FusedSource
+from persample.sources.backends.fused import FusedSource, replay
 from persample.testing.devices import generator_of
 from persample.testing.zoo.case import Net
 
@@ -360,6 +360,15 @@ def property_of_another_object(patch: pytest.MonkeyPatch) -> Any:
 
     schedule = Schedule()
     return scaled(lambda m: schedule.scale), lambda call: setattr(schedule, "step", call)
+
+
+@changing
+def identity_of_another_object(patch: pytest.MonkeyPatch) -> Any:
+    one, other = object(), object()
+    setting = types.SimpleNamespace(kind=one)
+    return scaled(lambda m: 2.0 if setting.kind is one else 1.0), lambda call: setattr(
+        setting, "kind", one if call % 2 else other
+    )
 
 
 @changing
@@ -1010,6 +1019,7 @@ def test_nothing_of_it_is_copied_or_pickled_or_kept_alive() -> None:
     del model, source, twin, other
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+    assert not any(type(thing) is replay._Recording for thing in gc.get_objects())
 
 
 def test_an_optimizer_has_it_by_an_option_and_nothing_of_it_in_its_state() -> None:

@@ -50,6 +50,25 @@ def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
         raise NotReplayableError("the forward pass keeps tensors besides the losses")
 
 
+def guard_identities(given: Sequence[str]) -> None:
+    """Let Dynamo, which is capturing, guard the identity of objects of which it would guard the type.
+
+    `config.kind is KIND` goes by it.
+
+    Args:
+        given: the names of variables that are others in each call.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._guards import TracingContext
+
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for guard in [*guards]:
+        if guard.inner_create_fn() is GuardBuilder.TYPE_MATCH and not guard.name.startswith(
+            tuple(f"L['{name}']" for name in given)
+        ):
+            guards.add(guard.originating_source.make_guard(GuardBuilder.ID_MATCH))
+
+
 def _refuse_function(target: Any) -> None:
     package = getattr(target, "__module__", None) or ""
     if isinstance(target, torch._ops.HigherOrderOperator):

@@ -38,7 +38,12 @@ from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.sources.backends.fused import nan_probe
 from persample.sources.backends.fused.patience import Patience
-from persample.sources.backends.fused.recorded_graph import NotReplayableError, flat_graph, refuse_graph
+from persample.sources.backends.fused.recorded_graph import (
+    NotReplayableError,
+    flat_graph,
+    guard_identities,
+    refuse_graph,
+)
 from persample.sources.backends.fused.request import Request, put_together, taken_apart
 from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, first_line, runner
 from persample.sources.batch import Batch
@@ -190,7 +195,7 @@ class _Step:
         ran: how it was run at last; None if in the ordinary way.
         ran_because: why not in the way that was asked for.
         was_recorded: whether it was recorded then, or at least tried to be.
-        graphs: how many Dynamo has captured.
+        graphs: those that Dynamo has captured.
     """
 
     def __init__(self, source: Ordinary, way: Way) -> None:
@@ -200,7 +205,7 @@ class _Step:
         self.ran: Way | None = None
         self.ran_because = ""
         self.was_recorded = False
-        self.graphs = 0
+        self.graphs: list[_Graph] = []
         self._served: set[Hashable] = set()  # what has been recorded, for a kind of batch at least
         self._closed: dict[Hashable, str] = {}  # why it is not recorded for further kinds
         self._key = _key(source)
@@ -294,7 +299,7 @@ class _Step:
         try:
             with _capturing() as warned, _caches_kept_clean():
                 if self._compiled is None:
-                    self._compiled = _compiled(source.model, source.loss_fn, weakref.ref(self))
+                    self._compiled = _compiled(source.model, source.loss_fn, self)
                 replayed = self._replayed(self._compiled, call)
             if any("lru_cache" in text for text in warned):
                 reason = "a function of the model remembers its results (functools.cache)"
@@ -359,6 +364,9 @@ class _Graph:
     Attributes:
         recordings: what was recorded, by what was wanted.
     """
+
+    # Dynamo copies the `__dict__` of what it is given into a function of its own.
+    __slots__ = ("_captured", "_others", "_parameters", "_step", "_tensors", "recordings")
 
     def __init__(self, graph: GraphModule, examples: Sequence[Tensor], step: weakref.ref[_Step], call: _Call) -> None:
         self.recordings: dict[Hashable, _Recording] = {}
@@ -475,8 +483,9 @@ def _key(source: Ordinary) -> tuple[Any, ...]:
     )
 
 
-def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakref.ref[_Step]) -> Callable[..., Any]:
-    """Return the losses of a batch as a function that Dynamo captures."""
+def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], asking: _Step) -> Callable[..., Any]:
+    """Return the losses of a batch as a function that Dynamo captures for a step."""
+    step = weakref.ref(asking)
     NotRecordedError = _NotRecordedError  # noqa: N806 - a name of the code that Dynamo sees, see below
 
     def losses_of_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: Any) -> Any:
@@ -489,11 +498,12 @@ def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakre
         if asking is None:
             raise NotReplayableError("its source is gone")
         refuse_graph(graph, examples)
-        if asking.graphs >= _MOST_GRAPHS:
+        if len(asking.graphs) >= _MOST_GRAPHS:
             raise NotReplayableError(f"Dynamo has captured it {_MOST_GRAPHS} times")
-        asking.graphs += 1
+        guard_identities(("args", "kwargs", "targets"))
         assert asking.call is not None
-        return _Graph(graph, examples, step, asking.call)
+        asking.graphs.append(_Graph(graph, examples, step, asking.call))
+        return asking.graphs[-1]
 
     # Dynamo keeps its graphs with the code and the compiled functions with the globals, so both are made anew: they go
     # with the step, and the steps of other sources do not count for its limit.
@@ -503,8 +513,16 @@ def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], step: weakre
         "losses_of_batch",
         closure=losses_of_batch.__closure__,
     )
+    # Dynamo never lets go of its guards, they hold the globals, and those the graphs.
+    weakref.finalize(asking, _empty, asking.graphs).atexit = False
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
     return compiled
+
+
+def _empty(graphs: list[_Graph]) -> None:
+    for graph in graphs:
+        graph.recordings.clear()
+        del graph._captured
 
 
 def _beyond_replay(source: Ordinary, batch: Batch) -> str:
