@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import persample
 from persample.quantities import Norms
@@ -163,7 +162,6 @@ OFF: dict[str, Callable[[], Any]] = {
     "configuration": lambda: torch._dynamo.config.patch(disable=True),
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),  # type: ignore[no-untyped-call]
     "debugger": _Traced,
-    "mode": lambda: TorchFunctionMode(),
     "saved tensors": lambda: torch.autograd.graph.save_on_cpu(),
 }
 
