@@ -158,6 +158,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Inputs, str, str | None, str | N
     "table": (
         lambda: pooled(table=nn.Embedding(7, 6)), tokens(9), "table.weight", "BatchL2Grad", "norm sampler",
     ),
+    "large indices": (
+        lambda: pooled(table=nn.Embedding(3000, 6)),
+        lambda size: torch.randint(2990, 3000, (size, 9)), "table.weight", "BatchL2Grad", "norm sampler",
+    ),
+    "one index": (
+        lambda: nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, CLASSES)),
+        tokens(), "0.weight", "BatchL2Grad", "norm sampler",
+    ),
     "table with a padding index": (
         lambda: pooled(table=nn.Embedding(7, 6, padding_idx=2)), tokens(9), "table.weight", None, None,
     ),
@@ -303,3 +311,16 @@ def test_explain_says_beforehand_what_gives_the_norms(peer: str, name: str) -> N
         assert row.norms.startswith(by)
         assert f"norms by {row.norms.split(':')[0]}" in str(told)
     assert not persample.explain(model, x, y, persample.losses.cross_entropy, backend="fused").rows[0].norms
+
+
+def test_what_the_user_has_put_on_the_parameters_stays() -> None:
+    model, x, y = problem("mlp", 5)
+    for p in model.parameters():
+        vars(p).update(batch_l2="mine", grad_batch="mine", sum_grad_squared="mine", grad_sum="mine")
+    before = [dict(vars(p)) for p in model.parameters()]
+    source = persample.make_source("backpack", model, persample.losses.cross_entropy)
+    asked = [Norms(), Variance(), WeightedSum(clipping(1.0)), Gram()]
+    source.compute(x, y, *asked)
+    with source.recording(quantities=asked):
+        F.cross_entropy(model(x), y).backward()
+    assert [vars(p) for p in model.parameters()] == before

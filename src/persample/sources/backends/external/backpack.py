@@ -38,6 +38,7 @@ class BackpackRules(PeerRulesSource):
     """
 
     package, by_gradients, by_norms = "BackPACK", "BatchGrad", "BatchL2Grad"
+    norms_form_gradients = True
 
     def compute_moments(self, batch: Batch) -> Moments:
         parameters = self.parameters()

@@ -46,8 +46,13 @@ def extended(extension: FirstOrderBackpropExtension, use: LayerCall) -> dict[nn.
     if isinstance(layer, FrozenBatchNorm):
         layer.__class__ = BATCH_NORMS[use.delta.dim()]
     layer.input0, layer.output = use.inputs[0], use.delta
+    field = extension.savefield
+    held = [(p, vars(p)[field]) for p in trainable(layer) if field in vars(p)]  # the user's own
     extension(layer, (None,), (use.delta,))
-    return {p: vars(p).pop(extension.savefield) for p in trainable(layer)}
+    found = {p: vars(p).pop(field) for p in trainable(layer)}
+    for p, value in held:
+        vars(p)[field] = value
+    return found
 
 
 def reason_against_norms(use: LayerCall) -> str:

@@ -7,6 +7,7 @@ package's: its own norms and sums where these are right, else what follows from 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from persample.dtypes import at_least_float32
 from persample.quantities.block import Block
@@ -125,17 +127,21 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def positions(use: LayerCall) -> int:
-    """Return L, the number of positions at which a linear layer or convolution was applied to each sample."""
-    channels = use.delta.shape[-1] if isinstance(use.layer, nn.Linear) else use.delta.shape[1]
-    return use.delta[0].numel() // max(1, channels)
+    """Return at how many positions of a sample the weight of a linear layer or convolution was used; 0 for others."""
+    (parameter,) = trainable(use.layer)
+    if not isinstance(use.layer, nn.Linear | _ConvNd) or parameter is not use.layer.weight:
+        return 0
+    return math.prod(use.delta.shape[1:-1] if isinstance(use.layer, nn.Linear) else use.delta.shape[2:])
 
 
 def cancels(use: LayerCall, squared_norms: Tensor) -> bool:
-    """Whether ‖g_i‖² are too small for their digits to be right, where they are sums over pairs of positions.
+    """Whether ‖g_i‖² are too small for their digits to be right, where they may be sums over pairs of positions.
 
     Such sums have the rounding errors of their terms, Σ_ll' (δ_l·δ_l')(a_l·a_l'). These are of the size of
     ‖δ_i‖² ‖a_i‖² / L where the positions do not depend on each other, as is ‖g_i‖².
     """
+    if positions(use) < 2:
+        return False
     terms = _squares(use.delta) * _squares(use.inputs[0]) / positions(use)
     return bool((squared_norms < torch.finfo(squared_norms.dtype).eps ** (1 / 3) * terms).any())
 

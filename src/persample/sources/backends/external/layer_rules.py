@@ -66,6 +66,9 @@ class PeerRulesSource(PerSampleGradSource):
     by_gradients: ClassVar[str]
     by_norms: ClassVar[str]
 
+    #: Whether its rule for norms forms the gradients, other than those of layers with one position.
+    norms_form_gradients: ClassVar[bool]
+
     ordinary_state = True
     norms_by: dict[str, str]
 
@@ -167,11 +170,12 @@ class PeerRulesSource(PerSampleGradSource):
         use, found, reason = uses[0], None, self._reason(uses)
         if not reason:
             try:
-                parts = [use] if positions(use) == 1 else [use.take(part) for part in _parts(use, rows)]
+                at_once = not self.norms_form_gradients or positions(use) == 1
+                parts = [use] if at_once else [use.take(part) for part in _parts(use, rows)]
                 found = torch.cat([_only(self.by_rule(self.squared_norms, part)) for part in parts])
             except UnsupportedModelError as refusal:
                 reason = str(refusal)
-        if found is not None and positions(use) > 1 and cancels(use, found):
+        if found is not None and cancels(use, found):
             found, reason = None, "has gradients that are small beside the products which the rule adds up."
         self.norms_by[name] = self._told(name, reason)
         return found

@@ -35,6 +35,7 @@ class OpacusRules(PeerRulesSource):
     """
 
     package, by_gradients, by_norms = "Opacus", "grad sampler", "norm sampler"
+    norms_form_gradients = False
 
     def rows(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         inputs = list(use.inputs)
