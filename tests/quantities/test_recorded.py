@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import persample
 from persample.errors import BatchError, OptionError, UnsupportedModelError
 from persample.quantities import Gram, Mean, Norms, PerSample, Projection, SecondMoment, Variance, WeightedSum, clipping
 from persample.sources.backends.contributions import OuterProducts, Terms
@@ -31,7 +32,7 @@ def summed(rows: dict[str, Tensor], users: list[int]) -> Tensor:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_groups(backend: str, name: str, reduction: Any, in_rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if in_rounds:
-        monkeypatch.setattr("persample.quantities.block._AT_ONCE", 50)
+        monkeypatch.setattr("persample.quantities.block.AT_ONCE", 50)
     problem = Problem.named(name)
     rows = rows_of(problem.model, problem.x, problem.y)
     g, single, scale = summed(rows, USERS), matrix(rows), 8.0
@@ -130,6 +131,47 @@ def test_groups_that_do_not_fit(backend: str) -> None:
     with source.recording(quantities=[Norms()], groups=USERS) as recorded:
         F.cross_entropy(problem.model(problem.x), problem.y).backward()
     assert recorded.quantities[0].norms.shape == (3,)
+
+
+@pytest.mark.parametrize("backend", ["loop", "hooks", "fused", "vjp", "backpack", "opacus"])
+def test_groups_do_not_change_what_dropout_draws(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(7, 30), nn.Dropout(0.5), nn.Linear(30, 5)).double()
+    x, y = torch.randn(SAMPLES, 7).double(), torch.randint(5, (SAMPLES,))
+    torch.manual_seed(1)
+    g = matrix(persample.make_source("loop", model, persample.losses.cross_entropy).per_sample(x, y))
+    due = torch.stack([g[[user == each for each in USERS]].sum(0) for user in sorted(set(USERS))]).norm(dim=1)
+    source = persample.make_source(backend, model, persample.losses.cross_entropy)
+    torch.manual_seed(1)
+    require_equal(source.compute(x, y, Norms(), groups=USERS).norms, due)
+    torch.manual_seed(1)
+    with source.recording(quantities=[Norms()], groups=USERS) as recorded:
+        F.cross_entropy(model(x), y).backward()
+    require_equal(recorded.quantities[0].norms, due)
+    monkeypatch.setattr("persample.sources.selfcheck.rounds.AT_ONCE", 1)
+    with pytest.raises(UnsupportedModelError, match="sort the batch by groups"):
+        source.compute(x, y, Norms(), groups=USERS)
+    assert source.compute(x, y, Norms(), groups=sorted(USERS)).norms.shape == (3,)
+
+
+@pytest.mark.parametrize("backend", ["loop", "hooks", "fused", "backpack"])
+def test_the_function_of_the_norms_is_called_once_and_may_know_its_batch_alone(backend: str) -> None:
+    problem = Problem.named("layers")
+    g, own = matrix(rows_of(problem.model, problem.x, problem.y)), torch.rand(SAMPLES).double()
+    calls = []
+
+    def weights(norms: Tensor) -> Tensor:
+        calls.append(norms)
+        return own / norms * len(calls)
+
+    source = problem.source(backend)
+    found = source.weighted_sum(problem.x, problem.y, weights)
+    require_equal(flat(found.gradient), own / g.norm(dim=1) @ g)
+    with source.recording(quantities=[WeightedSum(weights)]) as recorded:
+        F.cross_entropy(problem.model(problem.x), problem.y).backward()
+    require_equal(flat(recorded.quantities[0].weighted_sum.gradient), 2 * own / g.norm(dim=1) @ g)
+    assert len(calls) == 2
+    with pytest.raises(OptionError, match=r"shape \(7,\), one for each gradient; got list"):
+        source.weighted_sum(problem.x, problem.y, [1.0] * SAMPLES)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("curvature", ["exact", "printed"])

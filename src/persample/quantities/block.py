@@ -17,7 +17,7 @@ from torch import Tensor
 from persample.dtypes import at_least_float32
 
 #: As many numbers of sums over groups as are held at once where the samples are in no order.
-_AT_ONCE = 2**25
+AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Grouped(Block):
             total = None
             for where, g in self.inner.pieces():
                 if total is None:
-                    rows = max(1, _AT_ONCE // max(1, g[0].numel()))
+                    rows = max(1, AT_ONCE // max(1, g[0].numel()))
                     total = g.new_zeros(min(rows, self.size - first), *g.shape[1:])
                 place = self.groups[where] - first
                 here = (place >= 0) & (place < len(total))

@@ -16,17 +16,23 @@ class Groups:
     """The groups of a batch, in ascending order of their numbers.
 
     Attributes:
-        of_each: for each sample the number of its group.
         numbers: of the groups.
         index: for each sample the place of its group among these.
     """
 
-    of_each: Tensor
     numbers: Tensor
     index: Tensor
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def are_in_order(self) -> bool:
+        """Whether the samples of each group follow each other, the groups ascending."""
+        return bool((self.index.diff() >= 0).all())
+
+    def take(self, order: Tensor) -> Groups:
+        """Return the groups of the samples in another order."""
+        return Groups(self.numbers, self.index[order])
 
 
 def as_groups(groups: Tensor | Sequence[int], size: int) -> Groups:
@@ -44,5 +50,4 @@ def as_groups(groups: Tensor | Sequence[int], size: int) -> Groups:
             f"groups must be a whole number for each of the {size} samples, such as that of its user; got "
             f"{numbers.dtype} of shape {tuple(numbers.shape)}."
         )
-    numbers = numbers.long()
-    return Groups(numbers, *numbers.unique(return_inverse=True))
+    return Groups(*numbers.long().unique(return_inverse=True))

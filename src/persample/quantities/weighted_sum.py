@@ -61,8 +61,12 @@ class WeightedSum:
         return _WeightedSum(self.weights, setting)
 
     def of_size(self, size: int) -> WeightedSum:
-        """Return the same for a batch of `size`."""
-        return replace(self, weights=self.weights[:size]) if isinstance(self.weights, Tensor) else self
+        """Return the same for a batch of `size`; with weights of its own in place of a function of the user's.
+
+        Such a function may know its batch alone (weights of its samples), and may keep count of its calls.
+        """
+        of_fewer = self.weights[:size] if isinstance(self.weights, Tensor) else _of_any_norms
+        return replace(self, weights=of_fewer)
 
 
 def clipping(max_norm: float) -> Callable[[Tensor], Tensor]:
@@ -86,6 +90,10 @@ class Clipping:
         return (self.max_norm / norms).clamp(max=1.0)
 
 
+def _of_any_norms(norms: Tensor) -> Tensor:
+    return 1 / (1 + norms)
+
+
 class _WeightedSum(Accumulation[Weighted]):
     """Takes the norms in the first round; and the sum in the same round if the weights are given, else in a second."""
 
@@ -94,8 +102,8 @@ class _WeightedSum(Accumulation[Weighted]):
     def __init__(self, weights: Tensor | Callable[[Tensor], Tensor], setting: Setting) -> None:
         self._size, self._parameters, self._totals = setting.size, setting.parameters, Totals(setting)
         self._norms: Accumulation[Any] = Norms().begin(setting)
-        self._function = None if isinstance(weights, Tensor) else weights
-        self._weights = self._checked(weights) if isinstance(weights, Tensor) else None
+        self._function = weights if callable(weights) else None
+        self._weights = None if callable(weights) else self._checked(weights)
         self._is_first_round, self.rereads = True, self._function is not None
 
     def add(self, block: Block) -> None:

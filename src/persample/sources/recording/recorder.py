@@ -37,6 +37,7 @@ from persample.sources.selfcheck.computed import Compute, check_once
 from persample.sources.selfcheck.oracle import reentrant_refused
 from persample.sources.selfcheck.returned import moments_of
 from persample.sources.selfcheck.rounds import QuantitiesOf, Reading
+from persample.sources.selfcheck.verify_quantities import of_size
 from persample.sources.splits.detection import unwrapped
 from persample.warn import warn
 
@@ -136,10 +137,11 @@ class Recorder(TorchFunctionMode):
             forward_pass: to which the backward pass belongs.
             sums: whether to add up what is in the blocks, and their squares.
         """
-        wanted, size, groups = self.recorded.wanted, forward_pass.batch.size, forward_pass.groups
+        wanted, groups = self.recorded.wanted, forward_pass.groups
         if not wanted.quantities:
             return None
-        factor = wanted.factor(self.recorded.reduction, size)
+        factor = wanted.factor(self.recorded.reduction, forward_pass.batch.size)
+        size = forward_pass.batch.size if groups is None else len(groups)
         return Reading(wanted.quantities, self.recorded.parameters, size, factor=factor, groups=groups, sums=sums)
 
     def reach(self, forward_pass: ForwardPass) -> None:
@@ -500,7 +502,8 @@ class Recorder(TorchFunctionMode):
                 if state is not None:
                     state.put_back()
                 computes: list[Compute] = [moments_of]
-                if asked := self.recorded.wanted.quantities:
+                size = batch.size if forward_pass.groups is None else len(forward_pass.groups)
+                if asked := [of_size(quantity, size) for quantity in self.recorded.wanted.quantities]:
                     computes.append(QuantitiesOf(asked, forward_pass.groups))
                 check_once(source, batch.with_targets(batch.targets), loss_fn, method, computes)
         finally:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from persample.dtypes import at_least_float32, without_autocast
 from persample.errors import ContractError, UnsupportedModelError
-from persample.quantities.block import Block, Formed, Grouped, Scaled
+from persample.quantities.block import AT_ONCE, Block, Formed, Grouped, Scaled
 from persample.quantities.computed import Quantities
 from persample.quantities.groups import Groups
 from persample.quantities.protocol import Quantity, Setting
@@ -50,24 +50,42 @@ class QuantitiesOf:
             if self.factor == 1:
                 losses, results = source.compute_quantities(batch, self.asked, self._of_blocks)
             else:
-                losses, results = self._results(source, batch, batch.size)
+                losses, results = self._results(source, batch)
             return Quantities(losses, self.asked, results)
-        order = self.groups.index.argsort(stable=True)
-        in_order = torch.arange(batch.size, device="cpu")
-        ordered = batch if torch.equal(order, in_order) else batch.take(order.tolist())
-        losses, results = self._results(source, ordered, len(self.groups), self.groups.index[order])
-        back = torch.empty_like(order).scatter_(0, order, in_order)
-        return Quantities(losses[back.to(losses.device)], self.asked, results, self.groups.numbers)
+        if not self._must_be_in_order(source, batch, self.groups):
+            losses, results = self._results(source, batch)
+            return Quantities(losses, self.asked, results, self.groups.numbers)
+        order, before = self.groups.index.argsort(stable=True), random_state(source.model)
+        in_order = replace(self, groups=self.groups.take(order))
+        losses, results = in_order._results(source, batch.take(order.tolist()))
+        if source.ordinary_random_stream and not same_random_state(before, random_state(source.model)):
+            raise UnsupportedModelError(
+                "The model draws random numbers (dropout), and to add up large gradients within groups the samples are "
+                "put in the order of their groups, where they would draw others: sort the batch by groups, or call "
+                "model.eval()."
+            )
+        losses = torch.empty_like(losses).index_copy_(0, order.to(losses.device), losses)
+        return Quantities(losses, self.asked, results, self.groups.numbers)
+
+    def _must_be_in_order(self, source: Contract, batch: Batch, groups: Groups) -> bool:
+        """Whether the samples of a group must follow each other; else their sums are all held at once."""
+        if groups.are_in_order():
+            return False
+        largest = max((p.numel() for p in source.parameters().values()), default=0)
+        at_once = len(groups) * largest <= AT_ONCE
+        return not at_once or source.samples_at_once(batch, self.max_bytes) < batch.size
 
     def _of_blocks(self, source: Contract, batch: Batch, asked: Sequence[Quantity[Any]]) -> tuple[Tensor, list[Any]]:
-        return replace(self, asked=asked)._results(source, batch, batch.size)
+        return replace(self, asked=asked)._results(source, batch)
 
-    def _results(
-        self, source: Contract, batch: Batch, size: int, index: Tensor | None = None
-    ) -> tuple[Tensor, list[Any]]:
+    def _results(self, source: Contract, batch: Batch) -> tuple[Tensor, list[Any]]:
         whole = source.samples_at_once(batch, self.max_bytes) >= batch.size
-        reading = Reading(self.asked, source.parameters(), size, kept=whole, factor=self.factor)
-        index = None if index is None else index.to(reading.device)
+        parameters, groups = source.parameters(), self.groups
+        size = batch.size if groups is None else len(groups)
+        reading = Reading(
+            self.asked, parameters, size, kept=whole, factor=self.factor, groups=groups if whole else None
+        )
+        index = None if whole or groups is None else groups.index.to(reading.device)
 
         def blocks_once_more(receive: Receive) -> None:
             if not whole:
@@ -86,7 +104,7 @@ class Reading:
     Args:
         asked: the quantities.
         parameters: by name.
-        size: how many gradients there are by each.
+        size: how many gradients there are by each, or sums of them.
         kept: whether blocks are to be kept where a quantity needs them again; otherwise they will come again.
         factor: by what the gradients are multiplied first.
         groups: over which those of blocks of all samples are added up first; None to take them as they come.
@@ -107,7 +125,7 @@ class Reading:
         groups: Groups | None = None,
         sums: bool = False,
     ) -> None:
-        setting = Setting(size if groups is None else len(groups), {name: p.detach() for name, p in parameters.items()})
+        setting = Setting(size, {name: p.detach() for name, p in parameters.items()})
         self._size = setting.size
         self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self._accumulations = self._wanting = [quantity.begin(setting) for quantity in asked]
@@ -251,9 +269,6 @@ class _AddingUp:
     def __call__(self, block: Block) -> None:
         index = self._index[block.samples]
         first, last = int(index[0]), int(index[-1])
-        if block.size == len(self._index):
-            self._receive(Grouped(block.name, 0, last + 1, block, index))
-            return
         sums = Grouped(block.name, first, last + 1 - first, block, index - first).formed()
         if block.name in self._pending:
             pending, total = self._pending.pop(block.name)

@@ -46,7 +46,7 @@ def verify_quantities(
 
     if claimed.groups is not None:  # quantities are made for as many gradients as there are groups
         few = few.take(slice(0, len(claimed.groups)))
-    asked = [_of_size(quantity, few.size) for quantity in claimed.asked]
+    asked = [of_size(quantity, few.size) for quantity in claimed.asked]
     with state_restored(source.state()), random_state_restored(source.model, start):
         of_few = QuantitiesOf(asked)(source, few)
     with state_restored(source.state()), random_state_restored(source.model, start):
@@ -73,7 +73,7 @@ def _of_rows(quantity: Quantity[Any], parameters: dict[str, Tensor], gradients: 
     return accumulation.result()
 
 
-def _of_size(quantity: Quantity[Any], size: int) -> Quantity[Any]:
+def of_size(quantity: Quantity[Any], size: int) -> Quantity[Any]:
     """Return a quantity for a batch of `size`; quantities with values per sample say how."""
     changed: Any = getattr(quantity, "of_size", None)
     fitting: Quantity[Any] = quantity if changed is None else changed(size)
