@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from persample.errors import BatchError, LossError, OptionError, UsageError
 from persample.losses import cross_entropy
-from persample.testing.devices import generator_of
+from persample.testing.devices import generator_of, on_cuda
 from persample.vogn import VOGN
 
 Same = Callable[[list[Tensor], list[Tensor]], bool]
@@ -43,6 +43,20 @@ def test_the_weights_are_the_mean_plus_sigma_times_the_generators_noise(
     with vogn.sampled_params(generator=generator_of(5)):
         for p, w in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.skipif(not on_cuda(), reason="needs a GPU (PERSAMPLE_TEST_DEVICE=cuda)")
+def test_a_generator_of_the_cpu_gives_a_gpu_the_noise_of_a_cpu(
+    model: nn.Module, make_vogn: Callable[..., VOGN]
+) -> None:
+    sizes = [p.numel() for p in model.parameters()]
+    vogn = make_vogn(model, hess_init=0.24, prior_precision=1.0, generator=torch.Generator("cpu").manual_seed(5))
+    noise = torch.randn(sum(sizes), generator=torch.Generator("cpu").manual_seed(5), dtype=torch.float64, device="cpu")
+    mean = [p.detach().clone() for p in model.parameters()]
+    with vogn.sampled_params():
+        for p, m, e in zip(model.parameters(), mean, noise.split(sizes), strict=True):
+            assert p.is_cuda
+            torch.testing.assert_close(p.detach(), m + e.view(p.shape).to(p.device) / 5.0, rtol=1e-14, atol=1e-14)
 
 
 def test_parameters_of_several_dtypes_and_empty_ones_are_drawn(make_vogn: Callable[..., VOGN]) -> None:

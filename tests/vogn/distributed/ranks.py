@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
+from torch.utils._pytree import tree_map
 
 import persample
 from persample import IVON, VOGN
@@ -91,12 +92,17 @@ def take_step(optimizer: Any, rank: int, way: str) -> None:
 
 def train(rank: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    backend = "nccl" if options.gpus else "gloo"
+    if options.gpus:  # of which each process has one
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
     if options.processes:
         meeting = f"file://{options.folder}/meeting-{os.getppid()}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=options.processes)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
     held = [train_by(way, rank, options) for way in options.way or WAYS[:1]]
+    held = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, held)
     torch.save(held, options.folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -131,6 +137,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="start them here, instead of by torchrun")
     parser.add_argument("--way", choices=WAYS, action="append", help="how to observe; one after the other")
     parser.add_argument("--rule", choices=RULES, default="VOGN")
+    parser.add_argument("--gpus", action="store_true", help="over NCCL, with a GPU for each process")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die-at", type=int)
     options = parser.parse_args()

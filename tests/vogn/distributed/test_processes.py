@@ -33,9 +33,9 @@ def run_ranks(processes: int, folder: Path, *arguments: str) -> list[Any]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-def by_one_process(processes: int, way: str, rule: str = "VOGN") -> list[list[torch.Tensor]]:
+def by_one_process(processes: int, way: str, rule: str = "VOGN", device: str = "cpu") -> list[list[torch.Tensor]]:
     """The means after each step, if one process observes all batches, each at the draws of the rank that had it."""
-    with torch.device("cpu"):  # as the ranks do
+    with torch.device(device):  # as the ranks do
         return _by_one_process(processes, way, rule)
 
 
@@ -70,6 +70,16 @@ def check(held: list[Any], way: str, rule: str = "VOGN") -> None:
     for actual, expected in zip(own[0][0], by_one_process(len(held), way, rule), strict=True):
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rule", ranks.RULES)
+def test_two_gpus_hold_what_one_would(rule: str, tmp_path: Path) -> None:
+    held = run_ranks(2, tmp_path, "--gpus", "--rule", rule)
+    for actual, expected in zip(held[0][0][0], by_one_process(2, "observe", rule, "cuda:0"), strict=True):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e.cpu(), rtol=1e-12, atol=1e-13)
+    assert same(held[0], held[1])
 
 
 @pytest.mark.parametrize("way", ranks.WAYS)

@@ -68,7 +68,8 @@ def _launch(kernel: Any, settings: Sequence[float], *operands: Sequence[Tensor],
     numbers += [t.data_ptr() for tensors in operands for t in tensors]
     table = _on_device(numbers, first[0].device)
     options: dict[str, Any] = {"dtype": _TYPES[first[0].dtype], "block": _BLOCK, "num_warps": _WARPS}
-    kernel[(programs, len(first))](table, len(first), **kinds, **options)
+    with torch.cuda.device_of(first[0]):
+        kernel[(programs, len(first))](table, len(first), **kinds, **options)
 
 
 def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
