@@ -76,6 +76,29 @@ def test_lengths_alike_share_a_trial() -> None:
     assert run(128) > 1
 
 
+@pytest.mark.parametrize(("unit", "runs"), [(1.0, [1, 2, 2, 1]), (1e-6, [2, 5, 5, 2])])
+def test_of_slow_forms_the_two_best_are_timed_once(
+    unit: float, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that each form moves on."""
+    now, counts = [0.0], [0, 0, 0, 0]
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now[0])
+
+    def taking(index: int, seconds: float) -> Form:
+        def form(x: Tensor) -> tuple[Tensor]:
+            now[0] += unit * seconds
+            counts[index] += 1
+            return doubled(x)
+
+        return form
+
+    forms = {str(index): taking(index, seconds) for index, seconds in enumerate((5, 2, 1, 4))}
+    choose(Key(("slow", unit), (1,)), lambda: forms, torch.ones(3))
+    assert counts == runs
+    choose(Key(("slow", unit), (1,)), lambda: forms, torch.ones(3))
+    assert counts[2] == runs[2] + 1
+
+
 def test_the_same_sort_of_form_serves_other_numbers_of_samples_at_a_time() -> None:
     for number in (4, 5):
         (result,) = choose(Key("pieces", (number,)), lambda n=number: {f"pieces {n}": doubled}, torch.ones(3))

@@ -27,6 +27,7 @@ COMPILED = "onednn"  # begins the names of forms that are compiled for each shap
 _MOST_COMPILED = 8  # shapes of a kind
 _MOST_KEYS = 4096
 _TRIALS = 4
+_SHORT = 1e-3  # seconds: a time that other work on the machine easily doubles, and that costs little to repeat
 
 
 class Key(NamedTuple):
@@ -67,9 +68,9 @@ def is_deterministic() -> bool:
 def choose(key: Key, forms: Callable[[], Mapping[str, Callable[..., Result]]], *operands: Any) -> Result:
     """Return the result of the fastest of `forms`, which all compute the same of `operands` but for rounding.
 
-    On the first call with lengths like these every form is timed, in turns; the winner serves all later calls. A form
-    that raises is out, as is one that disagrees with the first of the others. Where the winner raises later on (strides
-    are not part of the key), another one takes its place.
+    On the first call with lengths like these every form is run, and the best are timed, in turns; the winner serves all
+    later calls. A form that raises is out, as is one that disagrees with the first of the others. Where the winner
+    raises later on (strides are not part of the key), another one takes its place.
 
     Args:
         key: what decides which form is the fastest.
@@ -136,11 +137,14 @@ def _fastest(
 
 
 def _timed(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> tuple[str, Result]:
-    """Time all forms, in turns, and return the name of the fastest, and its result."""
+    """Time forms, in turns, and return the name of the fastest, and its result."""
     with _lock.held():
-        results = _those_that_agree(candidates, operands)
-        seconds = dict.fromkeys(results, 0.0)
-        for trial in range(_TRIALS if len(results) > 1 else 0):
+        results, seconds = _those_that_agree(candidates, operands)
+        slow = min(seconds.values()) > _SHORT and all(r.is_cpu for r in next(iter(results.values())))
+        if slow:  # their first run tells enough to time only the two best, once
+            best = sorted(seconds, key=seconds.__getitem__)[:2]
+            seconds = {name: took for name, took in seconds.items() if name in best}
+        for trial in range((1 if slow else _TRIALS) if len(seconds) > 1 else 0):
             for name in seconds:
                 took = _seconds(candidates[name], operands)
                 seconds[name] = took if trial == 0 else min(seconds[name], took)
@@ -154,13 +158,19 @@ def _timed(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any,
     return winner, results[winner]
 
 
-def _those_that_agree(forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]) -> dict[str, Result]:
-    """Run each form once, and return the results that agree with the first of them."""
+def _those_that_agree(
+    forms: Mapping[str, Callable[..., Result]], operands: tuple[Any, ...]
+) -> tuple[dict[str, Result], dict[str, float]]:
+    """Run each form once, and return the results that agree with the first of them, and how long each took."""
     results: dict[str, Result] = {}
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
     for name, result in _results(forms, operands):
+        took = time.perf_counter() - start
         if not results or _agree(result, next(iter(results.values()))):
-            results[name] = result
-    return results
+            results[name], seconds[name] = result, took
+        start = time.perf_counter()
+    return results, seconds
 
 
 def _results(
