@@ -174,16 +174,16 @@ class _Problem:
         return source
 
     def results(self, source: PerSampleGradSource) -> _Results:
+        several: Sequence[Any] = ()
+        if self.quantities:  # first, so that `ran` is told of the moments
+            with as_it_was(self.model), random_state_restored(self.model, self.start):
+                several = source.compute(self.inputs, self.targets, *self.quantities).results
         with as_it_was(self.model), random_state_restored(self.model, self.start):
             moments = source.moments(self.inputs, self.targets)
         with as_it_was(self.model), random_state_restored(self.model, self.start):
             gradients = source.per_sample(self.inputs, self.targets)
         # The second moment as root mean squares, in the unit of the gradients.
         root = {name: signed_root(s) for name, s in moments.second_moment.items()}
-        several: Sequence[Any] = ()
-        if self.quantities:
-            with as_it_was(self.model), random_state_restored(self.model, self.start):
-                several = source.compute(self.inputs, self.targets, *self.quantities).results
         return [moments.mean, root, gradients, *(numbers for result in several for numbers in _by_parameter(result))]
 
 

@@ -284,6 +284,13 @@ def test_gradients_are_formed_within_the_budget(peer: str, max_bytes: int) -> No
     torch.testing.assert_close(found.gram, g @ g.T, rtol=1e-9, atol=1e-12)
 
 
+def test_crosscheck_tells_which_gave_the_moments(peer: str) -> None:
+    model, x, y = problem("mlp", 5)
+    (found,) = persample.crosscheck(model, persample.losses.cross_entropy, x, y, backends=[peer], quantities=[Norms()])
+    assert found.agrees
+    assert found.name == {"backpack": "backpack (extend)", "opacus": "opacus (module)"}[peer]
+
+
 def test_dropout_needs_no_budget(peer: str) -> None:
     model = nn.Sequential(nn.Linear(6, 30), nn.Dropout(0.5), nn.Linear(30, CLASSES)).double()
     x, y = torch.randn(6, 6).double(), torch.randint(CLASSES, (6,))

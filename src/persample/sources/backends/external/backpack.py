@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from persample.sources.backends.external.backpack_norms import (
     weighted_sum,
 )
 from persample.sources.backends.external.layer_gradients import LayerCall, trainable
-from persample.sources.backends.external.layer_rules import PeerRulesSource
+from persample.sources.backends.external.layer_rules import PeerRulesSource, only
 from persample.sources.backends.external.source import PeerSource
 from persample.sources.batch import Batch
 
@@ -80,15 +81,13 @@ class BackpackRules(PeerRulesSource):
     def squared_norms(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         return extended(BATCH_L2_GRAD, use)
 
-    def own_squares(self, uses: Sequence[LayerCall]) -> Tensor | None:
+    def own_squares(self, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
         if len(uses) > 1 or _on_sequence(uses[0]):
             return None
-        (squares,) = self.by_rule(_squares, uses[0]).values()
-        return squares
+        return reduce(torch.add, [only(self.by_rule(_squares, part)) for part in self.parts(uses[0], rows)])
 
     def own_weighted_sum(self, use: LayerCall, weights: Tensor) -> Tensor | None:
-        (total,) = self.by_rule(lambda use: weighted_sum(use, weights), use).values()
-        return total
+        return only(self.by_rule(lambda use: weighted_sum(use, weights), use))
 
 
 class BackpackSource(PeerSource):

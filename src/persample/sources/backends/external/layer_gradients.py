@@ -54,7 +54,10 @@ class LayerCall:
 
 
 class LayerRules(Protocol):
-    """What a package makes of the calls of layers of which one parameter is trainable."""
+    """What a package makes of the calls of layers of which one parameter is trainable.
+
+    Where its rules form gradients, they are to do so for `rows` samples at once.
+    """
 
     def gradients(self, use: LayerCall) -> Tensor:
         """Return g_i, `(b, *parameter.shape)`."""
@@ -62,7 +65,7 @@ class LayerRules(Protocol):
     def own_squared_norms(self, name: str, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
         """Return ‖g_i‖² of a parameter as the package's own rule gives them; None where that is not right."""
 
-    def own_squares(self, uses: Sequence[LayerCall]) -> Tensor | None:
+    def own_squares(self, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
         """Return Σ_i g_i² by the package's own rule; None where it has none, or not for these calls."""
 
     def own_weighted_sum(self, use: LayerCall, weights: Tensor) -> Tensor | None:
@@ -105,7 +108,7 @@ class LayerGradients(Block):
         return super().compute_squared_norms() if found is None else found
 
     def compute_sums(self) -> tuple[Tensor, Tensor]:
-        squares = self.rules.own_squares(self.uses)
+        squares = self.rules.own_squares(self.uses, self.rows)
         if squares is None:
             return super().compute_sums()
         return self.weighted_sum(squares.new_ones(self.size)), squares

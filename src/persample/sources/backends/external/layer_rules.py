@@ -95,7 +95,7 @@ class PeerRulesSource(PerSampleGradSource):
     def squared_norms(self, use: LayerCall) -> Mapping[nn.Parameter, Tensor]:
         """Return ‖g_i‖², `(B,)`, of the layer's parameters by the package's own rule for norms."""
 
-    def own_squares(self, uses: Sequence[LayerCall]) -> Tensor | None:
+    def own_squares(self, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
         return None
 
     def own_weighted_sum(self, use: LayerCall, weights: Tensor) -> Tensor | None:
@@ -145,6 +145,12 @@ class PeerRulesSource(PerSampleGradSource):
         uses = [_use(call, call.output) for call in calls if call.edge.node in reached]
         return {name: self._told(name, self._reason(of_one)) for name, _, of_one in self._by_parameter(uses)}
 
+    def parts(self, use: LayerCall, rows: int) -> Iterator[LayerCall]:
+        """Yield a call in parts of at most so many samples; layers with one position whole, as they need no more."""
+        at_once = len(use.delta) if positions(use) == 1 else rows
+        for start in range(0, len(use.delta), at_once):
+            yield use.take(slice(start, start + at_once))
+
     def _by_parameter(self, uses: Iterable[LayerCall]) -> Iterator[tuple[str, nn.Parameter, list[LayerCall]]]:
         """Yield the parameters in use with their names and calls."""
         calls: dict[nn.Parameter, list[LayerCall]] = {}
@@ -163,16 +169,15 @@ class PeerRulesSource(PerSampleGradSource):
 
     def gradients(self, use: LayerCall) -> Tensor:
         """Return g_i, `(b, *p.shape)`, of the one trainable parameter of a call."""
-        return _only(self.by_rule(self.rows, use))
+        return only(self.by_rule(self.rows, use))
 
     def own_squared_norms(self, name: str, uses: Sequence[LayerCall], rows: int) -> Tensor | None:
         """Return ‖g_i‖² by the package's own rule for norms, or None, and note in `norms_by` why."""
         use, found, reason = uses[0], None, self._reason(uses)
         if not reason:
             try:
-                at_once = not self.norms_form_gradients or positions(use) == 1
-                parts = [use] if at_once else [use.take(part) for part in _parts(use, rows)]
-                found = torch.cat([_only(self.by_rule(self.squared_norms, part)) for part in parts])
+                parts = self.parts(use, rows) if self.norms_form_gradients else [use]
+                found = torch.cat([only(self.by_rule(self.squared_norms, part)) for part in parts])
             except UnsupportedModelError as refusal:
                 reason = str(refusal)
         if found is not None and cancels(use, found):
@@ -296,14 +301,10 @@ class PeerRecorder(CallRecorder):
         return () if self._reading is None else self._reading.results()
 
 
-def _only(of_each: Mapping[nn.Parameter, Tensor]) -> Tensor:
+def only(of_each: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Return the result for the one trainable parameter of a layer."""
     (result,) = of_each.values()
     return result
-
-
-def _parts(use: LayerCall, rows: int) -> Iterator[slice]:
-    for start in range(0, len(use.delta), rows):
-        yield slice(start, start + rows)
 
 
 def alteration(layer: nn.Module) -> str | None:
