@@ -318,7 +318,10 @@ class TestGone:
 
 class TestGradientScalers:
     def scaled(self, batch: Batch, scale: float = 1024.0) -> tuple[Any, Any]:
-        optimizer, scaler = make(model=network(torch.float32)), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer, scaler = (
+            make(model=network(torch.float32)),
+            torch.amp.GradScaler(torch.get_default_device().type, init_scale=scale),
+        )
         with optimizer.sampled_params(train=True, grad_scaler=scaler):
             scaler.scale(loss_of(optimizer, (batch[0].float(), batch[1]))).backward()
         return optimizer, scaler

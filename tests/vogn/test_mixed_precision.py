@@ -38,7 +38,7 @@ class TestMixedPrecision:
         x, y = batch[0].float(), batch[1]
         plain, scaled = (make(rule, backend, model=network(torch.float32)) for _ in range(2))
         by_context(plain, x, y)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
         with scaled.sampled_params(train=True, grad_scaler=scaler):
             scaler.scale(F.cross_entropy(scaled.model(x), y)).backward()
         if unscale:
@@ -52,11 +52,32 @@ class TestMixedPrecision:
         for actual, due in zip(scaled._precision(), plain._precision(), strict=True):
             torch.testing.assert_close(actual, due, rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize(("rule", "backend"), RULES_AND_BACKENDS)
+    def test_float16_autocast_with_a_gradient_scaler(self, rule: Any, backend: str, batch: Batch) -> None:
+        """Close to float32: whatever is scaled in float16 is unscaled and squared in float32."""
+        x, y = batch[0].float(), batch[1]
+        plain, mixed = (make(rule, backend, model=network(torch.float32)) for _ in range(2))
+        device = torch.get_default_device().type
+        scaler = torch.amp.GradScaler(device, init_scale=256.0)
+        by_context(plain, x, y)
+        with mixed.sampled_params(train=True, grad_scaler=scaler):
+            with torch.autocast(device, torch.float16):
+                loss = F.cross_entropy(mixed.model(x), y)
+            scaler.scale(loss).backward()
+        scaler.step(mixed)
+        scaler.update()
+        assert (mixed.steps, mixed.skipped_steps) == (1, 0)
+        for p, q in zip(mixed.model.parameters(), plain.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=2e-3)
+        for actual, due in zip(mixed._precision(), plain._precision(), strict=True):
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual, due, rtol=2e-2, atol=0)
+
     @pytest.mark.parametrize("unscale", [False, True])
     def test_an_overflow_skips_the_step_without_counting(self, unscale: bool, batch: Batch) -> None:
         x, y = batch[0].float(), batch[1]
         optimizer = make(model=network(torch.float32))
-        scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1e38)
         before = optimizer.model[0].weight.detach().clone()
         for _ in range(6):  # more than would be an error otherwise
             with optimizer.sampled_params(train=True, grad_scaler=scaler):
@@ -73,7 +94,7 @@ class TestMixedPrecision:
     def test_a_scaler_that_was_not_told_of_is_noticed(self, batch: Batch) -> None:
         x, y = batch[0].float(), batch[1]
         optimizer = make(model=network(torch.float32))
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0)
         with optimizer.sampled_params(train=True):
             scaler.scale(F.cross_entropy(optimizer.model(x), y)).backward()
         with pytest.raises(UsageError, match="grad_scaler=scaler"):
@@ -83,7 +104,7 @@ class TestMixedPrecision:
         x, y = batch[0].float(), batch[1]
         optimizer, plain = (make(model=network(torch.float32)) for _ in range(2))
         by_context(plain, x, y)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, enabled=False)
         with optimizer.sampled_params(train=True, grad_scaler=scaler):
             scaler.scale(F.cross_entropy(optimizer.model(x), y)).backward()
         scaler.step(optimizer)

@@ -126,7 +126,7 @@ def test_clipping_on_top_of_something_else_is_refused(batch: Batch) -> None:
 def test_with_a_gradient_scaler(parts: tuple[slice, ...], clip: bool, batch: Batch) -> None:
     batch = (batch[0].float(), batch[1])
     scaled, plain = make(model=network(torch.float32)), make(model=network(torch.float32))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
     for rows in parts:
         with scaled.sampled_params(train=True, redraw=False, loss_scale=1 / len(parts), grad_scaler=scaler):
             loss = F.cross_entropy(scaled.model(batch[0][rows]), batch[1][rows])
