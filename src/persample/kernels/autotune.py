@@ -81,9 +81,13 @@ def choose(key: Key, forms: Callable[[], Mapping[str, Callable[..., Result]]], *
     mode = "deterministic" if deterministic else torch.get_num_threads(), switched_off() is None
     form = _chosen.get((key, mode))
     if form is not None:
-        for _, found in _results({"": form}, operands, may_fail=True):
-            result: Result = found
-            return result
+        try:
+            found: Result = form(*operands)
+            return found
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a kernel may not take these strides
+            pass
     candidates = _affordable(key, deterministic, forms())
     if deterministic:
         name, result = next(_results(candidates, operands))

@@ -37,6 +37,8 @@ class SharedSettings(TypedDict, total=False):
 
 def _is_number(value: object) -> bool:
     """Whether `value` is a finite number that PyTorch can compute with."""
+    if type(value) is float:  # as most are, in every step: the general question costs ten times as much
+        return math.isfinite(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return abs(int(value)) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
