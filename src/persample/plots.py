@@ -199,5 +199,5 @@ def _axes(ax: Axes | None) -> Axes:
 
 def _with_legend(ax: Axes, wanted: object) -> Axes:
     if wanted:
-        ax.legend(frameon=False)
+        ax.legend(framealpha=0.8, edgecolor="none")  # it may lie over what is drawn
     return ax
