@@ -43,6 +43,10 @@ class OptionError(PersampleError, ValueError):
     """An option has a value, or a name, that is not allowed."""
 
 
+class QuantityError(PersampleError, RuntimeError):
+    """The code of a quantity failed, or did not return what the protocol of quantities asks for."""
+
+
 class UsageError(PersampleError, RuntimeError):
     """A call came at the wrong moment (for example `step()` before `observe()`)."""
 

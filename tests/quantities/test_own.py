@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +81,65 @@ def test_zeros_are_precise_enough_for_sums() -> None:
     assert Setting(3, {"a": half}).zeros(3, 2).dtype == torch.float32
     assert Setting(3, {"a": half, "b": half.double()}).zeros().dtype == torch.float64
     assert Setting(3, {"a": half.to("meta")}).zeros(1).device.type == "meta"
+
+
+class Failing(Accumulation[Tensor]):
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def add(self, block: Block) -> None:
+        if self.where == "add":
+            block.products(torch.zeros(3, 3, 3, dtype=torch.float64))
+
+    def another_round(self) -> bool:
+        return bool(torch.zeros(2)) if self.where == "another_round" else False
+
+    def result(self) -> Tensor:
+        found: dict[str, Tensor] = {}
+        return found[self.where]
+
+
+@dataclass(frozen=True)
+class Faulty:
+    where: str
+    name: str = "mine"
+
+    def begin(self, setting: Setting) -> Accumulation[Tensor]:
+        if self.where == "begin":
+            raise ValueError(self.where)
+        return Failing(self.where) if self.where != "no accumulation" else {}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("where", ["begin", "add", "another_round", "result", "no accumulation"])
+@pytest.mark.parametrize("backend", ["loop", "hooks", "fused", "backpack", "opacus"])
+def test_faults_of_a_quantity_are_not_the_backends(backend: str, where: str) -> None:
+    problem = Problem.named("layers")
+    source = problem.source(backend)
+    what = "returned dict" if where == "no accumulation" else "failed"
+    method = "begin" if where == "no accumulation" else where
+    with pytest.raises(persample.errors.QuantityError, match=rf"^{method}\(\) of quantity 'mine' {what}"):
+        source.compute(problem.x, problem.y, Norms(), Faulty(where))
+    with (
+        pytest.raises(persample.errors.QuantityError, match=rf"^{method}\(\) of quantity 'mine' {what}"),
+        source.recording(quantities=[Faulty(where)]),
+    ):
+        torch.nn.functional.cross_entropy(problem.model(problem.x), problem.y).backward()
+
+
+@dataclass(frozen=True)
+class BrokenBlock(Block):
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        raise KeyError("broken")
+
+
+class BrokenSource(persample.sources.LoopSource):
+    def compute_blocks(self, batch: Any, receive: Any, max_bytes: int) -> Tensor:
+        for name in self.parameters():
+            receive(BrokenBlock(name, 0, batch.size))
+        return torch.zeros(batch.size)
+
+
+def test_faults_of_a_backend_are_not_the_quantitys() -> None:
+    problem = Problem.named("layers")
+    with pytest.raises(persample.errors.UnsupportedModelError, match="BrokenSource failed"):
+        BrokenSource(problem.model, persample.losses.cross_entropy).compute(problem.x, problem.y, Norms())

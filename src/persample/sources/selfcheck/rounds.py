@@ -18,6 +18,7 @@ from persample.quantities.protocol import Quantity, Setting
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract, Receive
 from persample.sources.model.random_state import random_state, same_random_state
+from persample.sources.selfcheck.quantity_code import QuantityCode
 from persample.sources.selfcheck.returned import per_sample_of, require_losses
 
 #: As many bytes of per-sample gradients as a backend without a shorter way forms at once.
@@ -128,7 +129,7 @@ class Reading:
         setting = Setting(size, {name: p.detach() for name, p in parameters.items()})
         self._size = setting.size
         self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
-        self._accumulations = self._wanting = [quantity.begin(setting) for quantity in asked]
+        self._accumulations = self._wanting = [QuantityCode(quantity, setting) for quantity in asked]
         self._keeps = kept and any(accumulation.rereads for accumulation in self._accumulations)
         self._never_again = kept and not self._keeps
         reads = {each for a in self._accumulations for each in a.reads}
@@ -184,8 +185,8 @@ class Reading:
         while self._wanting:
             if self._never_again:
                 raise ContractError(
-                    f"{type(self._wanting[0]).__name__} wants to read the gradients once more, for which they are kept "
-                    "only if its attribute rereads is true: set it."
+                    f"Quantity {self._wanting[0].name!r} wants to read the gradients once more, for which they are "
+                    "kept only if the attribute rereads of what begin() returned is true: set it."
                 )
             again(self._give)
             self._wanting = [accumulation for accumulation in self._wanting if accumulation.another_round()]

@@ -18,6 +18,7 @@ from persample.sources.contract import Contract
 from persample.sources.model.isolation import state_restored
 from persample.sources.model.random_state import random_state, random_state_restored
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
+from persample.sources.selfcheck.quantity_code import QuantityCode
 from persample.sources.selfcheck.returned import ADVICE, name_of
 from persample.sources.selfcheck.rounds import QuantitiesOf
 from persample.sources.selfcheck.tolerances import Allowance, largest_entry
@@ -60,7 +61,7 @@ def verify_quantities(
 
 def _of_rows(quantity: Quantity[Any], parameters: dict[str, Tensor], gradients: list[dict[str, Tensor]]) -> Any:
     """Return a quantity of given gradients."""
-    accumulation = quantity.begin(Setting(len(gradients), parameters))
+    accumulation = QuantityCode(quantity, Setting(len(gradients), parameters))
     blocks = [
         Formed(name, 0, len(gradients), at_least_float32(torch.stack([row[name] for row in gradients])))
         for name in parameters
