@@ -443,10 +443,12 @@ IN_A_CUDA_GRAPH = "fused in a CUDA graph"
 STAGES: dict[str, dict[str, dict[str, Callable[..., Call]]]] = {
     "own": {
         "moments": PLAIN
-        | {"fused": moments_by("fused"), "fused, replayed": moments_by("fused", compile=True)}
-        | {"fused without Triton": without_triton(moments_by("fused"))},
+        | {"fused": moments_by("fused"), "fused, eager": moments_by("fused", compile=False)}
+        | {"fused, replayed": moments_by("fused", compile=True)}
+        | {"fused, eager, without Triton": without_triton(moments_by("fused", compile=False))},
         "steps": ADAM
-        | {"VOGN": vogn(), "VOGN, replayed": vogn(compile=True), "VOGN without Triton": without_triton(vogn())}
+        | {"VOGN": vogn(), "VOGN, eager": vogn(compile=False), "VOGN, replayed": vogn(compile=True)}
+        | {"VOGN, eager, without Triton": without_triton(vogn(compile=False))}
         | {"IVON": own_ivon, "ivon-opt": ivon},
     },
     # A capture that fails leaves nothing that works, so these have a process of their own.
@@ -466,7 +468,7 @@ STAGES: dict[str, dict[str, dict[str, Callable[..., Call]]]] = {
 }
 #: All ways of a kind.
 WAYS = {kind: {way: None for stage in STAGES.values() for way in stage.get(kind, ())} for kind in ("moments", "steps")}
-PROFILED = {"fused", "fused, replayed", "VOGN"}
+PROFILED = {"fused, eager", "fused, replayed", "VOGN"}
 
 
 # The report.
@@ -558,7 +560,7 @@ def picture(models: Mapping[str, Any], path: Path, device: str) -> None:
             found = [(model[kind].get(way, {}).get("ratio"), i) for i, model in enumerate(models.values())]
             points = [(ratio, i) for ratio, i in found if ratio is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), "o^sDvP*X<>"[index % 10], label=way, markersize=8)
+                axes.plot(*zip(*points, strict=True), "o^sDvP*X<>pH"[index % 12], label=way, markersize=8)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -26,3 +26,11 @@ def set_seed(seed: int) -> None:
 def generator_state() -> Tensor:
     """Return the state of the default device's random numbers."""
     return torch.cuda.get_rng_state() if on_cuda() else torch.get_rng_state()
+
+
+def set_generator_state(state: Tensor) -> None:
+    """Set it to what `generator_state` returned."""
+    if on_cuda():
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)

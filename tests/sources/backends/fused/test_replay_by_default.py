@@ -18,6 +18,7 @@ import persample
 from persample.quantities import Norms
 from persample.sources.backends.fused import FusedSource, replay
 from persample.sources.backends.fused.patience import Patience
+from persample.testing.devices import generator_of, generator_state, set_generator_state
 from persample.testing.zoo.case import Net
 
 CALLS = 2
@@ -49,7 +50,7 @@ def mlp() -> nn.Sequential:
 
 
 def data(seed: int = 0, size: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     return torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
 
 
@@ -248,7 +249,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str) -> None:
     make, shape = MODELS[name]
-    generator = torch.Generator().manual_seed(1)
+    generator = generator_of(1)
     x = torch.randn(10, 8, *shape, generator=generator)
     y = torch.randint(3, (10, 8), generator=generator)
 
@@ -274,13 +275,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str) -> None:
     model, optimizer = begin()
     end(model, optimizer, range(6))
     assert optimizer.source.ran == "replayed", optimizer.source.ran_because
-    saved, drawn = copy.deepcopy((model.state_dict(), optimizer.state_dict())), torch.get_rng_state()
+    saved, drawn = copy.deepcopy((model.state_dict(), optimizer.state_dict())), generator_state()
     uninterrupted = end(model, optimizer, range(6, 10))
 
     model, optimizer = begin()
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
-    torch.set_rng_state(drawn)
+    set_generator_state(drawn)
     resumed = end(model, optimizer, range(6, 10))
     assert optimizer.source.ran == "replayed"
     assert torch.equal(uninterrupted, resumed)
