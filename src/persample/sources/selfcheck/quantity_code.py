@@ -15,7 +15,7 @@ Found = TypeVar("Found")
 
 
 class QuantityCode:
-    """What `begin` of a quantity returns, with errors that name the quantity.
+    """An accumulation, as `begin` of a quantity returns it, with errors that name the quantity.
 
     Args:
         quantity: the quantity.
@@ -33,29 +33,29 @@ class QuantityCode:
                 f"begin() of quantity {self.name!r} returned {type(accumulation).__name__}: return an object of a "
                 "subclass of persample.quantities.Accumulation."
             )
-        self._accumulation = accumulation
+        self.accumulation = accumulation
 
     @property
     def rereads(self) -> bool:
         """As of the accumulation."""
-        return self._accumulation.rereads
+        return self.accumulation.rereads
 
     @property
     def reads(self) -> Collection[str]:
         """As of the accumulation."""
-        return self._accumulation.reads
+        return self.accumulation.reads
 
     def add(self, block: Block) -> None:
         """Give it a block."""
-        self._run("add", self._accumulation.add, block)
+        self._run("add", self.accumulation.add, block)
 
     def another_round(self) -> bool:
         """Whether it wants another round."""
-        return self._run("another_round", self._accumulation.another_round)
+        return self._run("another_round", self.accumulation.another_round)
 
     def result(self) -> Any:
         """Return what it found."""
-        return self._run("result", self._accumulation.result)
+        return self._run("result", self.accumulation.result)
 
     def _run(self, method: str, function: Callable[..., Found], *arguments: Any) -> Found:
         try:

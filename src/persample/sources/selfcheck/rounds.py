@@ -185,8 +185,8 @@ class Reading:
         while self._wanting:
             if self._never_again:
                 raise ContractError(
-                    f"Quantity {self._wanting[0].name!r} wants to read the gradients once more, for which they are "
-                    "kept only if the attribute rereads of what begin() returned is true: set it."
+                    f"{type(self._wanting[0].accumulation).__name__} wants to read the gradients once more, for which "
+                    "they are kept only if its attribute rereads is true: set it."
                 )
             again(self._give)
             self._wanting = [accumulation for accumulation in self._wanting if accumulation.another_round()]
