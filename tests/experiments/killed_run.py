@@ -23,6 +23,7 @@ from persample.experiments.run import start
 from persample.experiments.train import train
 from persample.sources.backends.fused import replay
 from persample.testing.devices import generator_of
+from persample.vogn import VOGN
 
 
 def dataset() -> ImageDataset:
@@ -43,6 +44,8 @@ def train_in_a_child(checkpoint: Path) -> int:
     if checkpoint.exists():
         restore(run, checkpoint)
     train(run, dataset(), checkpoint)
+    assert isinstance(run.optimizer, VOGN)
+    assert checkpoint.name == "killed.pt" or run.optimizer.source.ran == "replayed"
     os._exit(0)
 
 

@@ -1082,6 +1082,30 @@ def test_explain_and_the_log_say_why(caplog: pytest.LogCaptureFixture) -> None:
     assert "(replayed)" in str(persample.explain(scaled(lambda m: 1.0).double(), data()[0], compile=True))
 
 
+@pytest.mark.parametrize(
+    ("act", "wrong", "expected"),
+    [(F.relu, 0.0, "inductor"), (F.softplus, 0.0, "inductor"), (F.softplus, 1e-3, "eager")],
+)
+def test_what_rounds_otherwise_serves_as_far_as_last_bits_may_go(
+    act: Any, wrong: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounding(way: Any, recorded: Any, operands: Any, kept: Any) -> Any:
+        def run(*operands: Tensor) -> Any:
+            rounded = [t + 2e-7 if t.shape == (1, 2) else t for t in operands]
+            return [result * (1 + wrong) for result in recorded.forward(*rounded)]
+
+        return run
+
+    monkeypatch.setattr(replay, "runner", rounding)
+    model: Any = Net(lambda m, x: m.last(act(m.first(x))), first=nn.Linear(2, 1, bias=False), last=nn.Linear(1, 1))
+    kept = torch.tensor([[1.0, -1.0]])  # for the first sample, the ReLU stands at zero
+    model.first.weight.data = kept.clone()
+    source = persample.make_source("fused", model, loss_fn, compile="inductor", check="never")
+    source.moments(torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 3.0]]), torch.ones(3, 1))
+    assert source.ran == expected, source.ran_because
+    assert torch.equal(model.first.weight, kept)
+
+
 # Quantities.
 
 ASKED: dict[str, Callable[[int], list[Any]]] = {

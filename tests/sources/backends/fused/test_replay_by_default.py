@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import persample
+from persample.kernels.compiled import without_kernels
 from persample.quantities import Norms
 from persample.sources.backends.fused import FusedSource, replay
 from persample.sources.backends.fused.patience import Patience
@@ -247,6 +248,23 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_take_the_kernels_that_compute_now(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model = make().eval()
+    x, y = torch.randn(8, *shape), torch.arange(8) % 3
+    source, plain = source_of(model, deterministic=True), source_of(model, deterministic=True, compile=False)
+    with_kernels = [source.moments(x, y) for _ in range(CALLS + 2)][-1]
+    with without_kernels():
+        found, expected = source.moments(x, y), plain.moments(x, y)
+        assert source.ran == "replayed"
+    for kind in ("mean", "second_moment"):
+        for key, value in getattr(expected, kind).items():
+            assert torch.equal(getattr(found, kind)[key], value)
+            torch.testing.assert_close(getattr(with_kernels, kind)[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str) -> None:
     make, shape = MODELS[name]
     generator = generator_of(1)
@@ -285,4 +303,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str) -> None:
     resumed = end(model, optimizer, range(6, 10))
     assert optimizer.source.ran == "replayed"
     assert torch.equal(uninterrupted, resumed)
+
+    model, optimizer = begin()  # on a machine without the kernels, say: the same to rounding
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    torch.set_rng_state(drawn)
+    with without_kernels():
+        elsewhere = end(model, optimizer, range(6, 10))
+    torch.testing.assert_close(elsewhere, uninterrupted, rtol=1e-3, atol=1e-4)
     assert torch.equal(uninterrupted, plain)

@@ -15,15 +15,16 @@ A step that fails in 1, 2 or 3 goes the ordinary way, and `Replay.reason` says w
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
+from operator import gt, is_
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +65,7 @@ _MOST_GRAPHS = 8  # of Dynamo's for one step
 _MOST_WANTED = 8  # different results of one graph
 _MOST_CLOSED = 64  # results that are known not to be recorded
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_MOVES, _UNITS = 5, 8  # how often parameters are moved, and by how many units in the last place
 
 
 class Ordinary(Protocol):
@@ -303,17 +305,18 @@ class _Step:
                 replayed = self._replayed(self._compiled, call)
             if any("lru_cache" in text for text in warned):
                 reason = "a function of the model remembers its results (functools.cache)"
-            elif not _agree(result, replayed):
-                reason = "the recorded step gives other numbers"
             elif not same_random_state(drawn, random_state(source.model)):
                 reason = "the recorded step draws other random numbers"
             elif after.changed():
                 reason = "the recorded step leaves another state on the model"
-            elif self.ran == "operations" and not _agree(result, replayed, exactly=True):
-                state.put_back()
-                set_random_state(start)
-                if _agree(result, what.compute(source, batch, what.tensors), exactly=True):
-                    reason = "the recorded step rounds otherwise"  # and not because every call does
+            else:
+
+                def again() -> Any:
+                    state.put_back()
+                    set_random_state(start)
+                    return what.compute(source, batch, what.tensors)
+
+                reason = self._other_numbers(result, replayed, again, [*source.parameters().values()])
         except Exception as error:  # noqa: BLE001 - whatever Dynamo or a tensor without values cannot do: a reason
             reason = _in_one_line(error)
         finally:
@@ -327,6 +330,28 @@ class _Step:
             self._served.add(what.key)
         source.ordinary_state = ordinary_state
         return result
+
+    def _other_numbers(
+        self, result: Any, replayed: Any, again: Callable[[], Any], parameters: Sequence[nn.Parameter]
+    ) -> str:
+        """Return why the recorded step may not serve, by its numbers; empty if it may.
+
+        Args:
+            result: that of the ordinary way.
+            replayed: that of the recorded step.
+            again: computes the first once more.
+            parameters: those of the model.
+        """
+        off = _off(result, replayed)
+        if self.ran == "operations" and any(off) and not any(_off(result, again())):
+            return "the recorded step rounds otherwise"  # and not because every call does
+        allowed = [_tolerance(tensor) for tensor in taken_apart(result)[0]]
+        if self.ran != "operations" and any(map(gt, off, allowed)):
+            # Where a ReLU stands at zero, rounding may change a gradient as much as if the last bits of parameters did.
+            for seed in range(_MOVES):
+                with _moved(parameters, seed):
+                    allowed = [max(most, 2 * moved) for most, moved in zip(allowed, _off(result, again()), strict=True)]
+        return "the recorded step gives other numbers" if any(map(gt, off, allowed)) else ""
 
     def _close(self, what: Request, reason: str) -> None:
         """Let what is wanted go the ordinary way from now on, but for kinds of batches that have been recorded."""
@@ -570,25 +595,44 @@ def _sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([first.setdefault(t.untyped_storage().data_ptr(), i) for i, t in enumerate(tensors)])
 
 
-def _agree(expected: Any, found: Any, *, exactly: bool = False) -> bool:
-    """Whether two results are the same, if not `exactly` then but for the order of additions in a kernel."""
+def _off(expected: Any, found: Any) -> list[float]:
+    """Return how much the tensors of a result are off, over the largest entry of each."""
     one, other = taken_apart(expected)[0], taken_apart(found)[0]
-    return len(one) == len(other) and all(map(_equal if exactly else _close, one, other))
+    return [*map(_off_by, one, other)] if len(one) == len(other) else [math.inf]
 
 
-def _equal(expected: Tensor, found: Tensor) -> bool:
+def _off_by(expected: Tensor, found: Tensor) -> float:
     if expected.shape != found.shape or expected.dtype != found.dtype:
-        return False
-    both_nan = (expected != expected) & (found != found)
-    return bool(((expected == found) | both_nan).all())
+        return math.inf
+    same = (expected == found) | (expected != expected) & (found != found)  # both are NaN
+    if same.all():
+        return 0.0
+    if not expected.dtype.is_floating_point and not expected.dtype.is_complex:
+        return math.inf
+    most = (found - expected).masked_fill(same, 0).abs().nan_to_num(math.inf).max().item()
+    size = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+    return most / size if size else math.inf
 
 
-def _close(expected: Tensor, found: Tensor) -> bool:
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return False
-    allowed = _TOLERANCE.get(expected.dtype, 4 * torch.finfo(expected.dtype).eps)
-    size = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if expected.numel() else 0.0
-    return torch.allclose(found, expected, rtol=0.0, atol=allowed * size, equal_nan=True)
+def _tolerance(tensor: Tensor) -> float:
+    """How much a result may be off because of the order of additions in a kernel."""
+    kind = tensor.dtype if tensor.dtype.is_floating_point or tensor.dtype.is_complex else torch.float32
+    return _TOLERANCE.get(kind, 4 * torch.finfo(kind).eps)
+
+
+@contextmanager
+def _moved(parameters: Iterable[nn.Parameter], seed: int) -> Iterator[None]:
+    """Let the last bits of parameters be others inside the context."""
+    kept = [(p, p.detach().clone()) for p in parameters]
+    try:
+        for p, values in kept:
+            generator = torch.Generator(p.device).manual_seed(seed)
+            units = torch.randint(-_UNITS, _UNITS + 1, p.shape, device=p.device, generator=generator).to(p.dtype)
+            p.data.copy_(values * (1 + units * torch.finfo(p.dtype).eps))
+        yield
+    finally:
+        for p, values in kept:
+            p.data.copy_(values)
 
 
 @contextmanager
