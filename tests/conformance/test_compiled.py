@@ -1,4 +1,4 @@
-"""The backend `fused` with `compile=True` passes the suite: what is judged are steps recorded on other numbers."""
+"""The backend `fused` passes the suite with recorded steps: what is judged are steps recorded on other numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import persample
 from persample.quantities import WeightedSum
+from persample.sources.backends.fused import replay
 from persample.sources.batch import as_batch
 from persample.sources.contract import Check
 from persample.sources.model.isolation import State, state_restored
@@ -90,6 +91,24 @@ class TestFusedCompiled(BackendSuite):
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_zoo(self, case: Case) -> None:
+        super().test_zoo(case)
+
+
+class TestFusedByDefault(TestFusedCompiled):
+    """What is recorded without being asked for, here at the first call."""
+
+    options: ClassVar = {}
+    one_in = 1 if THOROUGH else 12
+
+    @pytest.fixture(autouse=True)
+    @staticmethod
+    def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(replay, "_CALLS", 0)
+        monkeypatch.setattr(replay, "_SECONDS", 0.0)
+
+    @pytest.mark.parametrize("case", CASES[:: 1 if THOROUGH else 3], ids=lambda case: case.name)
     @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_zoo(self, case: Case) -> None:
         super().test_zoo(case)
