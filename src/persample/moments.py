@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -95,27 +95,33 @@ class Moments:
 
     def _noise_scale(self, names: Iterable[str]) -> float:
         names = list(names)
-        squares = _few_numbers([self.second_moment[name] for name in names], torch.sum).sum().item()
-        norms = _few_numbers([self.mean[name] for name in names], torch.linalg.vector_norm)
-        total = norms.square().sum().item()
+        squares = _in_float64([_sum_of(self.second_moment[name]) for name in names]).sum().item()
+        total = _in_float64([part for name in names for part in _norms_in(self.mean[name])]).square().sum().item()
         trace = max(0.0, (squares - total) * self.batch_size / (self.batch_size - 1))
         squared_norm = total - trace / self.batch_size
         return trace / squared_norm if squared_norm > 0 else math.inf
 
 
-def _few_numbers(tensors: Sequence[Tensor], reduced: Callable[..., Tensor]) -> Tensor:
-    """Return in float64 what `reduced` makes of rows of 512 numbers, and the numbers that are left over.
+# To read all numbers as float64 would take three times as long: what is made of many is put together in float64.
 
-    To read all numbers as float64 would take three times as long.
-    """
-    parts = [torch.empty(0, device=tensors[0].device)] if tensors else [torch.empty(0)]
-    for tensor in tensors:
-        numbers = at_least_float32(tensor).reshape(-1)
-        rows, left_over = numbers.split([len(numbers) // _ROW * _ROW, len(numbers) % _ROW])
-        if len(rows) > 0:
-            parts.append(reduced(rows.view(-1, _ROW), dim=1).to(parts[0].device))
-        parts.append(left_over.to(parts[0].device))
-    return torch.cat(parts).double()
+
+def _sum_of(numbers: Tensor) -> Tensor:
+    """Return the sum of numbers that are not negative, which PyTorch adds up in pairs."""
+    return numbers.sum(dtype=torch.promote_types(numbers.dtype, torch.float32)).view(1)
+
+
+def _norms_in(numbers: Tensor) -> list[Tensor]:
+    """Return numbers with the same sum of squares: the norms of rows of 512, and those that are left over."""
+    flat = at_least_float32(numbers).reshape(-1)
+    left_over = flat.numel() % _ROW
+    if left_over == flat.numel():
+        return [flat]
+    rows, rest = flat.split([flat.numel() - left_over, left_over])
+    return [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), rest]
+
+
+def _in_float64(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.to(parts[0].device) for part in parts] or [torch.zeros(0)]).double()
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:

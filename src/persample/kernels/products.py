@@ -131,9 +131,16 @@ def _linear_squared_norms(x: Tensor, delta: Tensor) -> Any:
 
 def _linear_moments_and_norms(x: Tensor, delta: Tensor) -> Any:
     check_linear(x, delta)
-    c = _of_linear(x, delta)
-    found = None if norms_from_products(x.shape[1], *c.geometry.weight[:2]) else _product(c, True, True)
-    sums = _in_shape(found, c.geometry.weight[:2])
+    shape = delta.shape[2], x.shape[2]
+    if x.shape[1] == 1:
+        one = _in_shape(_one_position(x, delta), shape)
+        return (
+            ON_ANY_DEVICE["linear_moments_and_norms"](x, delta)
+            if one is None
+            else (*one, ON_ANY_DEVICE["linear_squared_norms"](x, delta))
+        )
+    found = None if norms_from_products(x.shape[1], *shape) else _product(_of_linear(x, delta), True, True)
+    sums = _in_shape(found, shape)
     return ON_ANY_DEVICE["linear_moments_and_norms"](x, delta) if found is None or sums is None else (*sums, found[2])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from persample.quantities.block import Block
@@ -35,12 +36,21 @@ class _Norms(Accumulation[Tensor | dict[str, Tensor]]):
 
     def __init__(self, squares: ByGroup) -> None:
         self._squares = squares
+        self._waiting: dict[str, list[Tensor]] = {}  # those of all samples by one parameter, to be added up at once
 
     def add(self, block: Block) -> None:
         squares = self._squares.of(block.name)
-        if squares is not None:
-            squares[block.samples] += block.squared_norms().to(squares)
+        if squares is None:
+            return
+        found = block.squared_norms().to(squares)
+        if len(found) == len(squares):
+            self._waiting.setdefault(self._squares.groups[block.name], []).append(found)
+        else:
+            squares[block.samples] += found
 
     def result(self) -> Tensor | dict[str, Tensor]:
+        for group, waiting in self._waiting.items():
+            self._squares.values[group] += torch.stack(waiting).sum(0)
+        self._waiting = {}
         found = self._squares.result()
         return found.sqrt() if isinstance(found, Tensor) else {group: s.sqrt() for group, s in found.items()}
