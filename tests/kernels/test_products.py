@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from persample.kernels import compiled, products
 from persample.kernels.convolution import (
+    checked,
     convolution_moments,
     convolution_moments_and_norms,
+    convolution_per_sample,
     convolution_squared_norms,
 )
 from persample.kernels.linear import linear_moments
@@ -94,6 +97,33 @@ def test_convolutions(arguments: tuple[Any, ...], threads: int) -> None:
         require_close(found, expected)
     for found, alone in zip((total, squares, norms), (*sums_alone, norms_alone), strict=True):
         assert torch.equal(found, alone)
+
+
+@settings(max_examples=60)
+@given(arguments=convolutions(), rows=st.sampled_from([1, 4, 19]))
+def test_gradients_by_samples_as_groups(arguments: tuple[Any, ...], rows: int) -> None:
+    g, c = gradients(*arguments), checked(*arguments)
+    by_kernel = [form for name, form in products.gradient_forms(c).items() if name.startswith("kernel")]
+    assert bool(by_kernel) == (c.geometry.groups == c.images == 1)
+    if by_kernel:
+        by_kernel.append(partial(products._samples_as_groups, rows=rows))
+    for form in by_kernel:
+        (found,) = form(c)
+        assert found.dtype == c.x.dtype
+        require_close(found, g)
+    require_close(convolution_per_sample(*arguments), g)
+
+
+def test_gradients_where_the_kernel_does_not_serve() -> None:
+    x, delta = torch.randn(3, 2, 4, dtype=torch.float16), torch.randn(3, 5, 4, dtype=torch.float16)
+    arguments = (x, delta, [1], [1], [0], [1], 1, 1)
+    assert convolution_per_sample(*arguments).shape == (3, 5, 2, 1)
+    arguments = (x.double(), delta.double(), *arguments[2:])
+    g = gradients(*arguments)
+    for _ in range(2):
+        require_close(convolution_per_sample(*arguments), g)
+        with compiled.without_kernels():
+            require_close(convolution_per_sample(*arguments), g)
 
 
 @settings(max_examples=30)

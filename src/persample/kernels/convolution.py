@@ -132,28 +132,28 @@ def _fake_per_sample(*arguments: Any) -> Tensor:
 def convolution_moments(*arguments: Any) -> Sums:
     """Return Σ_i g_i and Σ_i g_i², each `(O, C/G, *K)`, for x `(B·R, C, *S)` and δ `(B·R, O, *L)`; see `arguments`."""
     c = checked(*arguments)
-    return choose(_key("convolution", c), lambda: _with_triton(c, forms(c)), c)
+    return choose(key_of("convolution", c), lambda: _with_triton(c, forms(c)), c)
 
 
 @operator(f"convolution_squared_norms{_ARGUMENTS} -> Tensor", _fake_norms)
 def convolution_squared_norms(*arguments: Any) -> Tensor:
     """Return ‖g_i‖², `(B,)`, of the same."""
     c = checked(*arguments)
-    return choose(_key("norms of a convolution", c), lambda: norm_forms(c), c)[0]
+    return choose(key_of("norms of a convolution", c), lambda: norm_forms(c), c)[0]
 
 
 @operator(f"convolution_moments_and_norms{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", _fake_moments_and_norms)
 def convolution_moments_and_norms(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖² of the same, of gradients that are formed once for all three."""
     c = checked(*arguments)
-    return choose(_key("moments and norms of a convolution", c), lambda: _each(_moments_and_norms, c), c)
+    return choose(key_of("moments and norms of a convolution", c), lambda: _each(_moments_and_norms, c), c)
 
 
 @operator(f"convolution_per_sample{_ARGUMENTS} -> Tensor", _fake_per_sample)
 def convolution_per_sample(*arguments: Any) -> Tensor:
     """Return g_i, `(B, O, C/G, *K)`, of the same."""
     c = checked(*arguments)
-    return choose(_key("gradients of a convolution", c), lambda: _each(_per_sample, c), c)[0]
+    return choose(key_of("gradients of a convolution", c), lambda: per_sample_forms(c), c)[0]
 
 
 def arguments(c: Images) -> tuple[Any, ...]:
@@ -162,7 +162,8 @@ def arguments(c: Images) -> tuple[Any, ...]:
     return c.x, c.delta, g.weight[2:], g.stride, g.padding, g.dilation, g.groups, c.images
 
 
-def _key(what: str, c: Images) -> Key:
+def key_of(what: str, c: Images) -> Key:
+    """Return what decides which form of something is the fastest."""
     lengths = (len(c.x) // c.images, *c.x.shape[2:], *c.delta.shape[2:])
     return Key((what, c.geometry, c.images, c.x.dtype, c.x.device), lengths)
 
@@ -178,6 +179,11 @@ def _with_triton(c: Images, found: dict[str, Callable[[Images], Sums]]) -> dict[
 def norm_forms(c: Images) -> dict[str, Callable[[Images], tuple[Tensor]]]:
     """The same ways to form gradients, some samples at a time, whose norms are taken in place of sums."""
     return _each(_norms, c)
+
+
+def per_sample_forms(c: Images) -> dict[str, Callable[[Images], tuple[Tensor]]]:
+    """The same ways to form gradients, which are put together in the order of the weight."""
+    return _each(_per_sample, c)
 
 
 def _each(made: Callable[..., Result], c: Images) -> dict[str, Callable[[Images], Result]]:
@@ -227,7 +233,7 @@ def _all_forms(c: Images) -> dict[str, Callable[[Images], Sums]]:
     gradient = math.prod(c.geometry.weight)
     found: dict[str, Callable[[Images], Sums]] = {
         f"patches {rows}": partial(_by_patches, rows=rows)
-        for rows in _pieces(c, max(gradient, _window_entries(c)), 2**17, 2**19)
+        for rows in pieces_within(c, max(gradient, _window_entries(c)), 2**17, 2**19)
     }
     if c.images > 1 or c.x.numel() == 0:
         return found
@@ -236,17 +242,19 @@ def _all_forms(c: Images) -> dict[str, Callable[[Images], Sums]]:
     outputs, channels, *kernel = c.geometry.weight
     rounded = c.geometry.groups * _aligned(outputs // c.geometry.groups) * _aligned(channels) * math.prod(kernel)
     taken = rounded if rounded == gradient else 2 * rounded
-    found |= {f"grouped {rows}": partial(_by_groups, rows=rows) for rows in _pieces(c, taken, 2**17, 2**18, 2**19)}
+    found |= {
+        f"grouped {rows}": partial(_by_groups, rows=rows) for rows in pieces_within(c, taken, 2**17, 2**18, 2**19)
+    }
     if c.geometry.groups == 1 and c.geometry.stride[0] == 1 and c.geometry.weight[2] > 1:
         entries = max(gradient, _window_entries(c) // c.geometry.weight[2])
-        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in _pieces(c, entries, 2**18, 3 * 2**17)}
+        found |= {f"rows {rows}": partial(_by_rows, rows=rows) for rows in pieces_within(c, entries, 2**18, 3 * 2**17)}
         found |= _aligned_forms(c, "aligned-rows", entries, c.geometry.weight[2])
     if c.geometry.groups == 1:
         found |= _aligned_forms(c, "aligned-patches", max(gradient, _window_entries(c)), 1)
     if c.geometry.groups == 1 and product_for(c.x) is not None and gradient > 2**14:
         found |= {
             f"{COMPILED} products {rows}": partial(_by_products, rows=rows)
-            for rows in _pieces(c, max(gradient, _window_entries(c)), 2**18, 2**20)
+            for rows in pieces_within(c, max(gradient, _window_entries(c)), 2**18, 2**20)
         }
     if gradient > 2**15:
         found["single"] = partial(_by_groups, rows=1)
@@ -258,7 +266,7 @@ def _aligned_forms(c: Images, name: str, entries: int, shifts: int) -> dict[str,
     number = math.prod(c.geometry.weight[1:]) // shifts
     if c.geometry.weight[0] % _ALIGNMENT == 0 or 5 * _aligned(number) > 6 * number:
         return {}
-    pieces = _pieces(c, entries, 3 * 2**17, 2**19)
+    pieces = pieces_within(c, entries, 3 * 2**17, 2**19)
     return {f"{name} {rows}": partial(_by_aligned_windows, rows=rows, shifts=shifts) for rows in pieces}
 
 
@@ -266,7 +274,7 @@ def _aligned(number: int) -> int:
     return -(-number // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pieces(c: Images, entries: int, *budgets: int) -> list[int]:
+def pieces_within(c: Images, entries: int, *budgets: int) -> list[int]:
     """How many samples to take at a time, so that what is made of them fits the cache: one number for each budget."""
     batch = len(c.x) // c.images
     return sorted({min(batch, samples_at_once(entries, c.x.device, budget)) for budget in budgets})

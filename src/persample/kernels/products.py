@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from persample.kernels.autotune import choose
 from persample.kernels.compiled import INT, POINTER, find_kernel
-from persample.kernels.convolution import Geometry, Images, checked
+from persample.kernels.convolution import Geometry, Images, checked, key_of, per_sample_forms, pieces_within
 from persample.kernels.library import LIBRARY, ON_ANY_DEVICE
 from persample.kernels.linear import check as check_linear
 from persample.kernels.linear import norms_from_products
@@ -116,6 +119,32 @@ def _convolution_moments_and_norms(*arguments: Any) -> Any:
     return _product(checked(*arguments), True, True) or ON_ANY_DEVICE["convolution_moments_and_norms"](*arguments)
 
 
+def _convolution_per_sample(*arguments: Any) -> Tensor:
+    c = checked(*arguments)
+    return choose(key_of("gradients of a convolution", c), lambda: gradient_forms(c), c)[0]
+
+
+def gradient_forms(c: Images) -> dict[str, Callable[[Images], tuple[Tensor]]]:
+    """Forms of g_i, with those in which the kernel takes each sample as a group: the sums over one sample are g_i."""
+    found = per_sample_forms(c)
+    if c.geometry.groups == c.images == 1 and c.x.numel() > 0:
+        for rows in pieces_within(c, c.x[0].numel() + c.delta[0].numel(), 2**17, 2**19):
+            found[f"kernel {rows}"] = partial(_samples_as_groups, rows=rows)
+    return found
+
+
+def _samples_as_groups(c: Images, rows: int) -> tuple[Tensor]:
+    gradients = c.delta.new_empty(len(c.x), *c.geometry.weight)
+    for x, delta, g in zip(c.x.split(rows), c.delta.split(rows), gradients.split(rows), strict=True):
+        weight = (len(x) * c.geometry.weight[0], *c.geometry.weight[1:])
+        geometry = replace(c.geometry, weight=weight, groups=len(x))
+        found = _product(Images(delta.flatten(0, 1).unsqueeze(0), x.flatten(0, 1).unsqueeze(0), geometry), True, False)
+        if found is None:
+            raise RuntimeError("The kernel does not serve this convolution.")
+        g.copy_(found[0].view_as(g))
+    return (gradients,)
+
+
 def _linear_moments(x: Tensor, delta: Tensor) -> Any:
     check_linear(x, delta)
     found = _one_position(x, delta) if x.shape[1] == 1 else _product(_of_linear(x, delta), True, False)
@@ -157,7 +186,7 @@ def _in_shape(found: tuple[Tensor, ...] | None, shape: Sequence[int]) -> Sums | 
 
 
 for implementation in (
-    *(_convolution_moments, _convolution_squared_norms, _convolution_moments_and_norms),
+    *(_convolution_moments, _convolution_squared_norms, _convolution_moments_and_norms, _convolution_per_sample),
     *(_linear_moments, _linear_squared_norms, _linear_moments_and_norms, _outer_moments),
 ):
     LIBRARY.impl(implementation.__name__.removeprefix("_"), implementation, "CPU")
