@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.contributions import Terms
+from persample.sources.backends.fused.memory_format import memory_format
 from persample.sources.backends.fused.trace import Trace
 
 
@@ -73,7 +73,7 @@ def _by_kernel(trace: Trace, x: Tensor, groups: int, weight: Tensor | None, bias
 
     def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         # The result lies in memory as PyTorch's own does: dropout draws its random numbers in that order.
-        x = x.contiguous(memory_format=suggest_memory_format(x) if x.is_cpu else torch.contiguous_format)
+        x = x.contiguous(memory_format=memory_format(x) if x.is_cpu else torch.contiguous_format)
         result, mean, rstd = torch.native_group_norm(x, gamma, beta, images, channels, pixels, groups, eps)
         return result, (x, mean, rstd)
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.layout import Layout
+from persample.sources.backends.fused.memory_format import memory_format
 from persample.sources.backends.fused.trace import Trace
 
 Rule = Callable[..., Any]
@@ -38,7 +38,7 @@ def in_order(rule: Rule) -> Rule:
 
 def _as(given: Tensor, x: Tensor) -> Tensor:
     """Return `x` in the memory format of `given`."""
-    return x.contiguous(memory_format=suggest_memory_format(given))
+    return x.contiguous(memory_format=memory_format(given))
 
 
 def _back(images: Tensor, layout: Layout, axis: Axis) -> Tensor:
