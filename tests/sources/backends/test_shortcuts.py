@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from persample.sources.backends import shortcuts
 from persample.sources.backends.contribution_blocks import Itself, SingleUse
 from persample.sources.backends.contributions import Contribution, Terms
 from persample.sources.backends.fused.linear import LinearProducts
@@ -76,3 +77,13 @@ def test_what_is_kept_of_terms_is_no_more_than_the_gradients() -> None:
     block = SingleUse("p", 0, SAMPLES, Terms(torch.randn(SAMPLES, 4, 3)), Itself("p"), 3)
     ((_, rows),) = block.to_keep().pieces()
     assert rows.untyped_storage().nbytes() == SAMPLES * 3 * 4
+
+
+@pytest.mark.parametrize("numbers", [1, 100, 10**6])
+def test_products_of_pieces(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcuts, "_MEETING", numbers)
+    torch.manual_seed(0)
+    delta, a = in_order(SAMPLES, 4, 6), in_order(SAMPLES, 4, 8)
+    rows = torch.einsum("blo,bli->boi", delta.double(), a.double()).flatten(1)
+    found = shortcuts.products_of_pieces(LinearProducts(delta, a), SAMPLES, 48)
+    torch.testing.assert_close(found.double(), rows @ rows.mT, rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from persample.kernels.lookups import add_up, lookup_squared_norms
 from persample.kernels.outer import outer_squared_norms, outer_weighted_sum
+from persample.kernels.pairs import products_of_pairs
 from persample.quantities.block import as_matrix
 from persample.sources.backends.contributions import Contribution, Lookups, OuterProducts, Terms
 
@@ -32,23 +33,20 @@ def pieces_of(contribution: Contribution, size: int, width: int, budget: int = 2
         yield where, contribution.take(where).per_sample()
 
 
-def products_of_pairs(contribution: Contribution, size: int, width: int) -> Tensor:
+def products_of_pieces(contribution: Contribution, size: int, width: int) -> Tensor:
     """Return g_i·g_j, shape `(size, size)`, from two pieces at a time."""
-    rows: list[list[Tensor]] = []
+    products: Tensor | None = None
     for here, g in pieces_of(contribution, size, width, _MEETING):
+        rows = as_matrix(g)
+        if products is None:
+            products = rows.new_empty(size, size)
+        products[here, here] = products_of_pairs(rows, rows)
         rest = contribution.take(slice(here.stop, size))
-        row = [as_matrix(g) @ as_matrix(g).mT]
-        if here.stop < size:
-            others = pieces_of(rest, size - here.stop, width, _MEETING)
-            row += [as_matrix(g) @ as_matrix(other).mT for _, other in others]
-        rows.append(row)
-    products = rows[0][0].new_zeros(size, size)
-    start = 0
-    for row in rows:
-        found = torch.cat(row, 1)
-        products[start : start + len(found), start:] = found
-        products[start:, start : start + len(found)] = found.mT
-        start += len(found)
+        for there, h in pieces_of(rest, size - here.stop, width, _MEETING):
+            met = slice(here.stop + there.start, here.stop + there.stop)
+            products[here, met] = found = products_of_pairs(rows, as_matrix(h))
+            products[met, here] = found.mT
+    assert products is not None  # a batch has samples
     return products
 
 
@@ -87,12 +85,12 @@ def weighted_sum(contribution: Contribution, weights: Tensor, width: int) -> Ten
 @singledispatch
 def gram(contribution: Contribution, size: int, width: int) -> Tensor:
     """Return g_i·g_j, shape `(size, size)`."""
-    return products_of_pairs(contribution, size, width)
+    return products_of_pieces(contribution, size, width)
 
 
 def gram_of_one_position(delta: Tensor, a: Tensor) -> Tensor:
     """Return (Δ Δᵀ) ∘ (A Aᵀ), for δ and a of shapes `(B, O)` and `(B, I)`."""
-    return (delta @ delta.mT).mul_(a @ a.mT)
+    return products_of_pairs(delta, delta).mul_(products_of_pairs(a, a))
 
 
 def scaled(delta: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +121,7 @@ def _(contribution: OuterProducts, weights: Tensor, width: int) -> Tensor:
 @gram.register
 def _(contribution: OuterProducts, size: int, width: int) -> Tensor:
     if contribution.a.shape[-1] > 1:
-        return products_of_pairs(contribution, size, width)
+        return products_of_pieces(contribution, size, width)
     delta, a = contribution.delta.squeeze(-1), contribution.a.squeeze(-1)
     products: Tensor = torch.einsum("bgo,cgo->gbc", delta, delta).mul_(torch.einsum("bgi,cgi->gbc", a, a)).sum(0)
     return products
@@ -173,6 +171,6 @@ def _(contribution: Lookups, size: int, width: int) -> Tensor:
     # The rows of the table that nobody looks up are zero for all samples.
     found, place = contribution.indices.unique(return_inverse=True)
     if len(found) == contribution.count:
-        return products_of_pairs(contribution, size, width)
+        return products_of_pieces(contribution, size, width)
     few = Lookups(place, contribution.delta, len(found))
-    return products_of_pairs(few, size, len(found) * contribution.delta.shape[-1])
+    return products_of_pieces(few, size, len(found) * contribution.delta.shape[-1])

@@ -13,7 +13,7 @@ from persample.sources.backends.shortcuts import (
     gram_of_one_position,
     moments_and_norms,
     numbers_held,
-    products_of_pairs,
+    products_of_pieces,
     scaled,
     squared_norms,
     weighted_sum,
@@ -85,4 +85,4 @@ def _scaled_in_order(factor: Tensor, weights: Tensor) -> Tensor:
 def _(contribution: LinearProducts, size: int, width: int) -> Tensor:
     if contribution.delta.shape[1] == 1:
         return gram_of_one_position(contribution.delta.squeeze(1), contribution.a.squeeze(1))
-    return products_of_pairs(contribution, size, width)
+    return products_of_pieces(contribution, size, width)
