@@ -162,6 +162,23 @@ def test_moments_and_norms_of_a_linear_layer(positions: int, width: int) -> None
         torch.testing.assert_close(norms, g.flatten(1).square().sum(1))
 
 
+@pytest.mark.parametrize(("positions", "width"), [(1, 3), (1, 200), (4, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weighted_sum_of_a_linear_layer(positions: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, delta = torch.randn(5, positions, width, dtype=dtype), torch.randn(5, positions, 2 * width, dtype=dtype)
+    weights = torch.rand(5)
+    expected = torch.einsum("b,blo,bli->oi", *precise((weights, delta, x)))
+    found = [linear.linear_weighted_sum(x, delta, weights)]
+    if positions == 1:
+        w = weights.to(dtype).view(-1, 1, 1)
+        found += [form(delta, x, w)[0] for form in linear._weighted_forms(x).values()]
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    for each in found:
+        torch.testing.assert_close(each.double(), expected, **close)
+    torch.library.opcheck(linear.linear_weighted_sum, (x, delta, weights))
+
+
 def test_opcheck_of_the_others() -> None:
     x, delta = torch.randn(5, 6, 3), torch.randn(30, 4)
     for bias in (None, torch.randn(4)):

@@ -132,6 +132,57 @@ def _likely_first(forms: dict[str, Form], left: Tensor, right: Tensor) -> dict[s
     return {likely: forms.pop(likely), **forms}
 
 
+def _fake_weighted(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
+    return _fake_moments(x, delta)[0]
+
+
+@operator("linear_weighted_sum(Tensor x, Tensor delta, Tensor weights) -> Tensor", _fake_weighted)
+def linear_weighted_sum(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_i w_i g_i, `(O, I)`, for x `(B, L, I)`, δ `(B, L, O)` and w `(B,)`."""
+    check(x, delta)
+    w = weights.to(delta.dtype).view(-1, 1, 1)
+    if x.shape[1] > 1:
+        return _weighted(delta, x, w)
+    key = Key(("weighted", delta.shape[2], x.shape[2], x.dtype, x.device), (len(x),))
+    return choose(key, lambda: _likely_first(_weighted_forms(x), delta, x), delta, x, w)[0]
+
+
+def _weighted_forms(x: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor]]]:
+    """Forms for one position."""
+    forms: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor]]] = {
+        "blas": lambda delta, x, w: (_weighted(delta, x, w),)
+    }
+    product = product_for(x)
+    if product is not None:
+
+        def by_columns(delta: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor]:
+            d, a = (t.squeeze(1).mT.clone(memory_format=torch.contiguous_format) for t in (delta, x))
+            return (product(d.mul_(w.flatten()), a),)
+
+        forms[COMPILED] = by_columns
+    return forms
+
+
+def _weighted(delta: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """One factor takes the weights, the one by which fewer numbers are copied."""
+    if delta.numel() + _copied(x) <= x.numel() + _copied(delta):
+        delta = _scaled_in_order(delta, w)
+    else:
+        x = _scaled_in_order(x, w)
+    return delta.flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+def _copied(factor: Tensor) -> int:
+    """How many numbers are copied to put all positions of all samples into one dimension."""
+    samples, positions = factor.shape[:2]
+    one_behind_the_other = 1 in (samples, positions) or factor.stride(0) == positions * factor.stride(1)
+    return 0 if one_behind_the_other else factor.numel()
+
+
+def _scaled_in_order(factor: Tensor, w: Tensor) -> Tensor:
+    return factor * w if _copied(factor) == 0 else factor.clone(memory_format=torch.contiguous_format).mul_(w)
+
+
 def _fake_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[:-1].numel(), len(weight))
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from persample.kernels.linear import linear_moments, linear_moments_and_norms, linear_squared_norms
+from persample.kernels.linear import (
+    linear_moments,
+    linear_moments_and_norms,
+    linear_squared_norms,
+    linear_weighted_sum,
+)
 from persample.sources.backends.shortcuts import (
     gram,
     gram_of_one_position,
     moments_and_norms,
     numbers_held,
     products_of_pieces,
-    scaled,
     squared_norms,
     weighted_sum,
 )
@@ -59,26 +62,7 @@ def _(contribution: LinearProducts, size: int, width: int) -> tuple[Tensor, Tens
 
 @weighted_sum.register
 def _(contribution: LinearProducts, weights: Tensor, width: int) -> Tensor:
-    delta, a = contribution.delta, contribution.a
-    # One factor takes the weights, the one by which fewer numbers are copied.
-    if delta.numel() + _copied(a) <= a.numel() + _copied(delta):
-        delta = _scaled_in_order(delta, weights)
-    else:
-        a = _scaled_in_order(a, weights)
-    return delta.flatten(0, 1).mT @ a.flatten(0, 1)
-
-
-def _copied(factor: Tensor) -> int:
-    """How many numbers are copied to put all positions of all samples into one dimension."""
-    samples, positions = factor.shape[:2]
-    one_behind_the_other = 1 in (samples, positions) or factor.stride(0) == positions * factor.stride(1)
-    return 0 if one_behind_the_other else factor.numel()
-
-
-def _scaled_in_order(factor: Tensor, weights: Tensor) -> Tensor:
-    if _copied(factor) == 0:
-        return scaled(factor, weights)
-    return factor.clone(memory_format=torch.contiguous_format).mul_(weights.to(factor.dtype).view(-1, 1, 1))
+    return linear_weighted_sum(contribution.a, contribution.delta, weights)
 
 
 @gram.register
