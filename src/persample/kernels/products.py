@@ -153,24 +153,23 @@ def _linear_moments(x: Tensor, delta: Tensor) -> Any:
 
 def _linear_squared_norms(x: Tensor, delta: Tensor) -> Any:
     check_linear(x, delta)
-    c = _of_linear(x, delta)
-    found = None if norms_from_products(x.shape[1], *c.geometry.weight[:2]) else _product(c, False, True)
+    shorter = norms_from_products(x.shape[1], delta.shape[2], x.shape[2])
+    found = None if shorter else _product(_of_linear(x, delta), False, True)
     return found[0] if found else ON_ANY_DEVICE["linear_squared_norms"](x, delta)
 
 
 def _linear_moments_and_norms(x: Tensor, delta: Tensor) -> Any:
     check_linear(x, delta)
-    shape = delta.shape[2], x.shape[2]
+    outputs, inputs = delta.shape[2], x.shape[2]
+    found: tuple[Tensor, ...] | None = None
     if x.shape[1] == 1:
-        one = _in_shape(_one_position(x, delta), shape)
-        return (
-            ON_ANY_DEVICE["linear_moments_and_norms"](x, delta)
-            if one is None
-            else (*one, ON_ANY_DEVICE["linear_squared_norms"](x, delta))
-        )
-    found = None if norms_from_products(x.shape[1], *shape) else _product(_of_linear(x, delta), True, True)
-    sums = _in_shape(found, shape)
-    return ON_ANY_DEVICE["linear_moments_and_norms"](x, delta) if found is None or sums is None else (*sums, found[2])
+        found = _one_position(x, delta)
+    elif not norms_from_products(x.shape[1], outputs, inputs):
+        found = _product(_of_linear(x, delta), True, True)
+    sums = _in_shape(found, (outputs, inputs))
+    if found is None or sums is None:
+        return ON_ANY_DEVICE["linear_moments_and_norms"](x, delta)
+    return *sums, *(found[2:] or (ON_ANY_DEVICE["linear_squared_norms"](x, delta),))
 
 
 def _outer_moments(delta: Tensor, a: Tensor) -> Any:
