@@ -7,7 +7,8 @@
 Each quantity is timed over an ordinary forward and backward pass; all take turns within one process for each model,
 until the time for each is used up. BackPACK's `BatchL2Grad` gives norms, Opacus' fast gradient clipping a clipped sum,
 with both of its backward passes; TorchJD's `autogram` a Gram matrix; where one is not installed, fails or gives other
-norms than a loop, the table says so. Peak memory includes parameters and batch.
+norms than a loop, the table says so. Peak memory includes parameters and batch. `fused` replays the step that it has
+recorded, as it does after some calls; "fused, eager" computes as in the first calls.
 
 Writes `quantities.md`, first the tables of docs/howto/quantities.md, then those of all sources; `quantities.png`, the
 picture there (docs/images); and `quantities.json`. What the folder holds of other models stays.
@@ -44,8 +45,8 @@ from gradients import in_fresh_process, machine, problem
 
 MODELS = {"LeNet-5": 128, "MLP": 128, "Transformer": 32, "ResNet-20": 128}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
-    "fused": ("fused", {}),
-    "fused, compile=True": ("fused", {"compile": True}),
+    "fused": ("fused", {"compile": True}),
+    "fused, eager": ("fused", {"compile": False}),
     "hooks": ("hooks", {}),
 }
 LIMIT = 1.0  # of the norms, in clipped sums
@@ -236,6 +237,8 @@ IN_DOCS = {
     "fused: Gram": "Gram matrix, `fused`",
     "TorchJD: Gram": "Gram matrix, TorchJD's `autogram`",
     "fused: moments, norms and noise scale": "moments, norms and noise scale, `fused`",
+    "fused, eager: moments": "moments, `fused` in its first calls",
+    "fused, eager: moments, norms and noise scale": "moments, norms and noise scale, `fused` in its first calls",
 }
 
 
