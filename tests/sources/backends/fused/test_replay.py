@@ -13,6 +13,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -992,6 +993,22 @@ def test_custom_functions_of_autograd() -> None:
 
     model = Net(lambda m, x: m.last(Twice.apply(torch.tanh(m.first(x)))), **layers())
     follow(model, lambda call: SETTINGS.update(scale=1.0 + call))
+
+
+def test_models_that_talk_to_other_processes(tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        total = torch.ones(5, dtype=x.dtype)
+        torch.distributed.all_reduce(total)
+        return m.last(torch.tanh(m.first(x)) * total)  # type: ignore[no-any-return]
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        source = source_of(Net(forward, **layers()).double(), check="never")
+        source.moments(*data())
+        assert source.ran == "eager"
+        assert "other processes" in source.ran_because
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # The rest of the world.

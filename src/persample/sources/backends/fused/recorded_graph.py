@@ -122,6 +122,9 @@ def _refuse_operation(node: torch.fx.Node) -> None:
         return
     if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
         raise NotReplayableError("it draws from a generator of its own")
+    if "c10d" in getattr(node.target, "namespace", ""):
+        # To record takes one call more, for which the other processes, which may record later, would not be there.
+        raise NotReplayableError("it exchanges tensors with other processes")
     by_values = _BY_VALUES & set(getattr(node.target, "tags", ()))
     if node.target is torch.ops.aten.index.Tensor:
         indices = [i.meta["val"].dtype for i in node.args[1] if i is not None]  # type: ignore[union-attr]
