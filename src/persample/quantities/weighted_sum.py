@@ -65,7 +65,7 @@ class WeightedSum:
 
         Such a function may know its batch alone (weights of its samples), and may keep count of its calls.
         """
-        of_fewer = self.weights[:size] if isinstance(self.weights, Tensor) else _of_any_norms
+        of_fewer = self.weights[:size] if isinstance(self.weights, Tensor) else _OfAnyNorms()
         return replace(self, weights=of_fewer)
 
 
@@ -90,8 +90,12 @@ class Clipping:
         return (self.max_norm / norms).clamp(max=1.0)
 
 
-def _of_any_norms(norms: Tensor) -> Tensor:
-    return 1 / (1 + norms)
+@dataclass(frozen=True)
+class _OfAnyNorms:
+    """A function in place of the user's; as the one of `clipping`, it says of itself what it is made of."""
+
+    def __call__(self, norms: Tensor) -> Tensor:
+        return 1 / (1 + norms)
 
 
 class _WeightedSum(Accumulation[Weighted]):
