@@ -76,10 +76,8 @@ def test_lengths_alike_share_a_trial() -> None:
     assert run(128) > 1
 
 
-@pytest.mark.parametrize(("unit", "runs"), [(1.0, [1, 2, 2, 1]), (1e-6, [2, 5, 5, 2])])
-def test_of_slow_forms_the_two_best_are_timed_once(
-    unit: float, runs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("unit", "runs"), [(1.0, [1, 3, 3, 1]), (1e-6, [2, 5, 5, 2])])
+def test_of_slow_forms_the_two_best_are_timed(unit: float, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that each form moves on."""
     now, counts = [0.0], [0, 0, 0, 0]
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: now[0])

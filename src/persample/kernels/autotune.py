@@ -8,6 +8,7 @@ Sequences and images come in ever new lengths, and no length may cost a trial, o
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -26,7 +27,7 @@ COMPILED = "onednn"  # begins the names of forms that are compiled for each shap
 
 _MOST_COMPILED = 8  # shapes of a kind
 _MOST_KEYS = 4096
-_TRIALS = 4
+_TRIALS, _TRIALS_IF_SLOW = 4, 2
 _SHORT = 1e-3  # seconds: a time that other work on the machine easily doubles, and that costs little to repeat
 
 
@@ -145,13 +146,14 @@ def _timed(candidates: Mapping[str, Callable[..., Result]], operands: tuple[Any,
     with _lock.held():
         results, seconds = _those_that_agree(candidates, operands)
         slow = min(seconds.values()) > _SHORT and all(r.is_cpu for r in next(iter(results.values())))
-        if slow:  # their first run tells enough to time only the two best, once
+        if slow:  # their first run tells enough to time only the two best, and counts
             best = sorted(seconds, key=seconds.__getitem__)[:2]
             seconds = {name: took for name, took in seconds.items() if name in best}
-        for trial in range((1 if slow else _TRIALS) if len(seconds) > 1 else 0):
+        else:
+            seconds = dict.fromkeys(seconds, math.inf)
+        for trial in range((_TRIALS_IF_SLOW if slow else _TRIALS) if len(seconds) > 1 else 0):
             for name in seconds:
-                took = _seconds(candidates[name], operands)
-                seconds[name] = took if trial == 0 else min(seconds[name], took)
+                seconds[name] = min(seconds[name], _seconds(candidates[name], operands))
             if trial == 0:  # no more time for those that are out of the question
                 limit = 2 * min(seconds.values())
                 seconds = {name: took for name, took in seconds.items() if took <= limit}
