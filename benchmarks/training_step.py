@@ -36,7 +36,7 @@ from earlier import EARLIER, in_turns, timed, with_earlier
 from gradients import in_fresh_process, machine, problem
 
 DATA_SIZE = 50_000
-WARM_UP = 5  # rounds, in which kinds of batches are checked, forms chosen and steps recorded
+WARM_UP = 10  # rounds, in which kinds of batches are checked, forms chosen and steps recorded
 
 
 def adam_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:

@@ -74,7 +74,9 @@ def benchmark(
     In every round the plain pass and all backends take their turn, so that what else the machine does meets them
     alike; the ratios are medians over the rounds. Each turn is two calls, of which the second is timed, as in a loop
     that does nothing else: the first finds the caches and the memory that another backend left. A backend that refuses
-    or disagrees with the oracle (see `crosscheck`) is not timed. Self-checks are off while the clock runs.
+    or disagrees with the oracle (see `crosscheck`) is not timed. Self-checks are off while the clock runs. `fused`
+    records its step after ten calls or more: `options={"fused": {"compile": True}}` times it as it runs from then on,
+    False as before.
 
     Args:
         model: the network; it is not changed.

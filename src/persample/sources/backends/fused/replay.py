@@ -57,7 +57,7 @@ from persample.sources.model.recurrent_layers import repeatable
 _log = logging.getLogger(__name__)
 
 # When a step is recorded for which nobody has asked.
-_CALLS, _SECONDS = 10, 0.2
+_CALLS, _SECONDS = 10, 0.1
 _IN_VAIN = "what was recorded has served no later call"
 
 _MOST_STEPS = 8
