@@ -98,18 +98,6 @@ def test_inductor_is_not_given_thousands_of_operations(monkeypatch: pytest.Monke
     assert "minutes" in source.ran_because
 
 
-def test_a_step_is_recorded_by_itself_when_its_kind_has_come_a_few_times() -> None:
-    source, model = source_of(model := model_of(), "auto"), model
-    ran = []
-    for size in (6, 6, 4, 6, 6, 6, 4):
-        require_right(source.moments(*batch(size)), model, *batch(size))
-        ran.append(source.ran)
-    assert ran == ["eager"] * 4 + ["replayed"] * 2 + ["eager"]
-    x, y = batch()
-    source.norms(x, y)
-    assert source.ran == "eager"
-
-
 @pytest.mark.skipif(on_cuda(), reason="an index out of bounds ends the process there")
 def test_an_error_is_that_of_the_ordinary_way_and_the_next_batch_is_replayed() -> None:
     source, model = source_of(model := model_of(), True), model
