@@ -19,8 +19,11 @@ help:
 demo: venv
 	$(BIN)/persample reproduce --dataset mnist-5k --out runs/demo --overwrite
 
+# One process per core, with one thread each: most tests are too small for threads. The blocks of a page build on each other.
+test: export OMP_NUM_THREADS = 1
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest docs README.md src --numprocesses auto --dist loadfile
 
 conformance: venv
 	$(BIN)/python -m pytest tests/conformance --hypothesis-profile=nightly
