@@ -40,6 +40,20 @@ def test_many_positions(size: tuple[int, int, int], positions: int) -> None:
             assert error < 1e-5, name
 
 
+@pytest.mark.parametrize("outputs", [8, 50], ids=["formed", "from products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norms_where_positions_cancel(outputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a = torch.randn(5, 1, 40, dtype=dtype) + 1e-4 * torch.randn(5, 6, 40, dtype=dtype)
+    delta = torch.randn(5, 6, outputs, dtype=dtype)
+    delta[::2] -= delta[::2].mean(1, keepdim=True)
+    delta[4] = 0
+    assert linear.norms_from_products(6, outputs, 40) == (outputs == 50)
+    expected = torch.einsum("blo,bli->boi", delta.double(), a.double()).flatten(1).square().sum(1)
+    found = linear.linear_squared_norms(a, delta)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-9 if dtype == torch.float64 else 1e-3, atol=0)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_the_layer_itself_whichever_product_is_taken(

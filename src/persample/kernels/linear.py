@@ -60,10 +60,32 @@ def linear_squared_norms(x: Tensor, delta: Tensor) -> Tensor:
     positions, outputs, inputs = delta.shape[1], delta.shape[2], x.shape[2]
     if positions == 1:
         return delta.square().sum((1, 2)) * x.square().sum((1, 2))
-    if norms_from_products(positions, outputs, inputs):
-        products = (delta @ delta.mT).mul_(x @ x.mT)
-        return products.flatten(1).sum(1).clamp_(min=0)  # rounding may leave less than nothing
+    return (_norms_of_products if norms_from_products(positions, outputs, inputs) else _norms_of_gradients)(x, delta)
+
+
+def _norms_of_gradients(x: Tensor, delta: Tensor) -> Tensor:
     return torch.cat([squared_norms(g) for g in _pieces(delta, x)])
+
+
+def _norms_of_products(x: Tensor, delta: Tensor) -> Tensor:
+    """Return ‖g_i‖² as sums of products, whose rounding errors are those of their terms.
+
+    The terms are of the size of ‖δ_i‖² ‖x_i‖² / L, as is ‖g_i‖² where positions do not depend on each other. Where it
+    is much less, because they cancel, it comes from g_i. A GPU is not asked whether they do: it has enough digits.
+    """
+    precise = torch.float64 if x.is_cuda else x.dtype
+    d, a = [t.to(precise) @ t.to(precise).mT for t in (delta, x)]
+    terms = _traces(d) * _traces(a) / len(d[0])
+    norms = d.mul_(a).flatten(1).sum(1)
+    if not x.is_cuda:
+        cancelled = norms < torch.finfo(precise).eps ** (1 / 3) * terms
+        if cancelled.any():
+            norms[cancelled] = _norms_of_gradients(x[cancelled], delta[cancelled])
+    return norms.clamp_(min=0).to(x.dtype)
+
+
+def _traces(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def norms_from_products(positions: int, outputs: int, inputs: int) -> bool:
