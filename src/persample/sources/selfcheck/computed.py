@@ -42,6 +42,7 @@ def computed(source: Contract, batch: Batch, compute: Compute, state: State, che
         moved = {id(p) for p in state.moved()}
         source.moving = {name for name, p in source.model.named_parameters() if id(p) in moved}
     if checking:
+        ran = source.ran, source.ran_because
         with state_restored(source.state()):
             state.put_back()  # the check repeats the forward pass from where it began
             try:
@@ -53,6 +54,7 @@ def computed(source: Contract, batch: Batch, compute: Compute, state: State, che
                     with random_state_restored(source.model, before):
                         _refuse_uses(source, batch, disagreement)
                     raise
+        source.ran, source.ran_because = ran  # the check asks for more, which may be served in another way
     return result
 
 
