@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from types import EllipsisType
 from typing import Any, ClassVar
 
 import torch
@@ -115,7 +116,7 @@ class PosteriorState(torch.optim.Optimizer):
         loss_fn: Callable[[Any, Any], Tensor] | None,
         settings: dict[str, Any],
         *,
-        data_size: int | None = None,
+        data_size: int | EllipsisType = ...,
         prior_precision: float | Mapping[str, Tensor] = 1.0,
         prior_mean: float | Mapping[str, Tensor] = 0.0,
         prior: Prior | None = None,
@@ -137,7 +138,7 @@ class PosteriorState(torch.optim.Optimizer):
             raise TypeError(
                 f"{type(self).__name__}() has no argument {name!r}: {_ELSEWHERE.get(name, '')}it takes {known}."
             )
-        if data_size is None:
+        if data_size is ...:
             raise TypeError(f"{type(self).__name__}() needs data_size=…, the number of training samples.")
         network, params = model_and_params(model, params)
         refuse_model(network, several_processes=not self.keeps_draws_apart)
