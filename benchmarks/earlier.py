@@ -26,6 +26,9 @@ COMMIT = "4da6825"
 #: The name of its column.
 EARLIER = "build before"
 
+# Threads wait for more work in a loop before they sleep, and would take the cores from the other process, in seconds.
+_UNTIL_ASLEEP = 0.02
+
 #: How long each of them takes in each round, in seconds.
 Timed = Callable[[], float]
 
@@ -54,6 +57,7 @@ def in_turns(calls: Mapping[str, Timed], rounds: int, warm_up: int = 3) -> dict[
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + warm_up):
         for name, call in calls.items():
+            time.sleep(_UNTIL_ASLEEP)
             took = call()
             if round_number >= warm_up:
                 seconds[name].append(took)

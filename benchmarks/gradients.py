@@ -178,6 +178,8 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     for backend, marker in zip(COLUMNS, "|*oHPXsDdv^<>", strict=True):
         costs = [(i, result["costs"].get(backend)) for i, result in enumerate(results)]
         points = [(cost["time_ratio"], i) for i, cost in costs if cost is not None and cost["problem"] is None]
+        if not points:
+            continue
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
@@ -193,8 +195,8 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xscale("log")
-    axes.set_xlim(0.9, 150)
-    axes.set_xticks([1, 1.5, 2, 3, 5, 10, 20, 50, 100], ["1", "1.5", "2", "3", "5", "10", "20", "50", "100"])
+    ticks = [t for t in (0.5, 0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if axes.get_xlim()[0] < t < axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(results)), [f"{r['model']}, batch {r['batch']}" for r in results])
     axes.invert_yaxis()

@@ -163,8 +163,9 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the ratios of all steps as points with their quartiles, a line for each model."""
     figure = Figure(figsize=(9, 1.4 + 0.8 * len(results)), layout="constrained")
     axes = figure.subplots()
-    shown = [name for name in COLUMNS if name not in (ADAM, "noise alone")]
-    for place, (name, marker) in enumerate(zip(shown, "|P*oXsDd^", strict=True)):
+    measured = {name for r in results for name in r["steps"]} - {ADAM, "noise alone"}
+    shown = [name for name in COLUMNS if name in measured]
+    for place, (name, marker) in enumerate(zip(shown, "|P*oXsDd^", strict=False)):
         rows = [
             (i + 0.6 * (place / len(shown) - 0.5), r["steps"][name])
             for i, r in enumerate(results)
