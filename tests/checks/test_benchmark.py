@@ -66,3 +66,19 @@ def test_quantities_are_timed_in_place_of_moments() -> None:
     assert fused.time_ratio is not None
     assert hooks.time_ratio is not None
     assert len(asked) > 2 * 2 * 3  # two backends, three rounds with the first, two calls in each
+
+
+class Branching(nn.Linear):
+    """A step that cannot be recorded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if bool(self.weight.detach().sum() > 0) else -x)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": {"compile": False}}], ids=["default", "without recording"])
+def test_fused_is_timed_as_it_runs_after_some_calls(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    x, y = torch.randn(6, 4), torch.randint(2, (6,))
+    loss_fn = persample.losses.cross_entropy
+    persample.benchmark(Branching(4, 2), loss_fn, x, y, backends=["fused"], options=options, rounds=1)
+    told = [record for record in caplog.records if "does not replay" in record.message]
+    assert bool(told) == (not options)
