@@ -46,7 +46,6 @@ BACKENDS = [
     *("fused", "fused, eager", "fused, replayed", "fused, inductor", "hooks", "vmap", "vmap in chunks"),
     *("backpack (extend)", "backpack (rules)", "opacus (module)", "opacus (rules)"),
 ]
-SETTLED = {"fused": {"compile": True}}  # as it runs by default after some calls
 PLAIN_COMPILED = "plain, compiled"
 COLUMNS = [PLAIN_COMPILED, EARLIER, *BACKENDS]
 GAIN = "build before over fused"
@@ -68,7 +67,7 @@ def measure(name: str, batch: int, device: str, rounds: int, backends: list[str]
     """Return what the backends cost on one model."""
     model, inputs, targets = problem(name, batch, device)
     costs = persample.benchmark(
-        model, persample.losses.cross_entropy, inputs, targets, backends=backends, rounds=rounds, options=SETTLED
+        model, persample.losses.cross_entropy, inputs, targets, backends=backends, rounds=rounds
     )
     return {"model": name, "batch": batch, "costs": {cost.backend: asdict(cost) for cost in costs}}
 
@@ -88,7 +87,7 @@ def measure_earlier(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Return what the earlier build costs over the ordinary pass, and over `fused` of today in the same rounds."""
     given = problem(name, batch)
     loss_fn = persample.losses.cross_entropy
-    source = persample.make_source("fused", given[0], loss_fn, check="never", **SETTLED["fused"])
+    source = persample.make_source("fused", given[0], loss_fn, check="never", compile=True)
     calls = {
         PLAIN: timed(plain_pass(given[0], loss_fn, *given[1:])),
         "fused": timed(lambda: source.moments(*given[1:])),

@@ -78,10 +78,16 @@ def _norms_of_products(x: Tensor, delta: Tensor) -> Tensor:
     terms = _traces(d) * _traces(a) / len(d[0])
     norms = d.mul_(a).flatten(1).sum(1)
     if not x.is_cuda:
-        cancelled = norms < torch.finfo(precise).eps ** (1 / 3) * terms
-        if cancelled.any():
-            norms[cancelled] = _norms_of_gradients(x[cancelled], delta[cancelled])
+        lost = have_cancelled(norms, terms)
+        if lost.any():
+            norms[lost] = _norms_of_gradients(x[lost], delta[lost])
     return norms.clamp_(min=0).to(x.dtype)
+
+
+def have_cancelled(norms: Tensor, terms: Tensor) -> Tensor:
+    """Whether each ‖g_i‖² is too small for its digits to be right, as a sum of products of the size of `terms`."""
+    least: float = torch.finfo(norms.dtype).eps ** (1 / 3)
+    return norms < least * terms
 
 
 def _traces(matrices: Tensor) -> Tensor:

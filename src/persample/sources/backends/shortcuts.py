@@ -15,6 +15,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from persample.kernels import pieces
 from persample.kernels.lookups import add_up, lookup_squared_norms
 from persample.kernels.outer import outer_squared_norms, outer_weighted_sum
 from persample.kernels.pairs import products_of_pairs
@@ -99,8 +100,7 @@ def scaled(delta: Tensor, weights: Tensor) -> Tensor:
 
 
 def _squares(values: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(as_matrix(values), dim=1)
-    return norms.square()
+    return pieces.squared_norms(as_matrix(values))
 
 
 @numbers_held.register

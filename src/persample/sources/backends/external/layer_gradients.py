@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from persample.dtypes import at_least_float32
+from persample.kernels.linear import have_cancelled
 from persample.quantities.block import Block
 
 
@@ -146,7 +147,7 @@ def cancels(use: LayerCall, squared_norms: Tensor) -> bool:
     if positions(use) < 2:
         return False
     terms = _squares(use.delta) * _squares(use.inputs[0]) / positions(use)
-    return bool((squared_norms < torch.finfo(squared_norms.dtype).eps ** (1 / 3) * terms).any())
+    return bool(have_cancelled(squared_norms, terms).any())
 
 
 def _squares(values: Tensor) -> Tensor:

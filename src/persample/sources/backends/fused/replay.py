@@ -125,11 +125,7 @@ class Replay:
 
     def run(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return what is wanted of `batch`, by a recorded step or the ordinary way."""
-        if self._patience is None:
-            result = self._result(source, batch, what)
-            return what.compute(source, batch, what.tensors) if result is None else result
-        kind = what.key, batch.kind(), *[t.shape for t in _tensors_of(batch)]
-        if self._patience.is_due(kind):
+        if self._patience is None or self._patience.is_due(kind := _kind(batch, what)):
             result = self._result(source, batch, what)
             return what.compute(source, batch, what.tensors) if result is None else result
         self.reason, self.ran = "", None
@@ -582,6 +578,11 @@ def _is_watched() -> bool:
     """Whether a debugger, say, wants to see the lines of the model that are run."""
     monitoring = getattr(sys, "monitoring", None)
     return sys.gettrace() is not None or (monitoring is not None and monitoring.get_tool(0) is not None)
+
+
+def _kind(batch: Batch, what: Request) -> Hashable:
+    """Return what batches of one kind have in common."""
+    return what.key, batch.kind(), *[t.shape for t in _tensors_of(batch)]
 
 
 def _tensors_of(batch: Batch) -> list[Tensor]:
