@@ -39,6 +39,7 @@ from persample.quantities import (
 from persample.quantities.computed import numbers_in
 from persample.sources.backends.fused import FusedSource, replay
 from persample.testing.devices import generator_of
+from persample.testing.trace import no_trace
 from persample.testing.zoo.case import Net
 
 SETTINGS: dict[str, Any] = {}
@@ -1037,6 +1038,23 @@ def test_nothing_of_it_is_copied_or_pickled_or_kept_alive() -> None:
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
     assert not any(type(thing) is replay._Recording for thing in gc.get_objects())
+
+
+def test_no_trace_is_left_on_the_tensors_of_the_model() -> None:
+    parts = layers() | {"frozen": nn.Linear(3, 3).requires_grad_(False), "norm": nn.BatchNorm1d(5)}
+    scale = torch.tensor([1.0, 2.0, 3.0])  # neither parameter nor buffer
+    shift, loss_scale = torch.ones(3), torch.ones(1)
+    model: Any = Net(lambda m, x: m.frozen(m.last(m.norm(m.first(x)))) * scale + m.shift, shift=shift, **parts)
+    model.double().eval()
+    marked = model.norm.running_mean
+    marked.note = "the user's own"
+    x, y = data()
+    with no_trace(model, x, y, scale, loss_scale):
+        source = source_of(model, lambda outputs, targets: loss_fn(outputs * loss_scale, targets))
+        for _ in range(3):
+            source.moments(x, y)
+    assert source.ran == "replayed"
+    assert vars(marked) == {"note": "the user's own"}
 
 
 def test_an_optimizer_has_it_by_an_option_and_nothing_of_it_in_its_state() -> None:

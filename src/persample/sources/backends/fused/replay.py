@@ -663,12 +663,35 @@ def _capturing() -> Iterator[list[str]]:
         use_numpy_random_stream=True,
     )
     try:
-        with warnings.catch_warnings(record=True) as caught, careful, torch.compiler.set_stance("default"):
+        stance = torch.compiler.set_stance("default")
+        with warnings.catch_warnings(record=True) as caught, careful, stance, _marks_taken_off():
             warnings.simplefilter("always")
             yield texts
         texts += [str(warning.message) for warning in caught]
     finally:
         dynamo.utils.warn_once_cache.update(told)
+
+
+@contextmanager
+def _marks_taken_off() -> Iterator[None]:
+    """Take off the attribute that Dynamo marks the tensors of a model with: copies would have it, too."""
+    from torch._dynamo import decorators
+
+    mark = decorators.mark_static_address
+    marks: list[tuple[Tensor, str]] = []
+
+    def mark_and_note(t: Tensor, *args: Any, **kwargs: Any) -> None:
+        before = set(vars(t))
+        mark(t, *args, **kwargs)
+        marks.extend((t, name) for name in vars(t).keys() - before)
+
+    decorators.mark_static_address = mark_and_note
+    try:
+        yield
+    finally:
+        decorators.mark_static_address = mark
+        for t, name in marks:
+            vars(t).pop(name, None)
 
 
 def _in_one_line(error: Exception) -> str:
