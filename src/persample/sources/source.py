@@ -21,7 +21,7 @@ from persample.quantities.weighted_sum import Weighted, WeightedSum, WeightedSum
 from persample.sources.batch import Batch, as_batch
 from persample.sources.contract import Contract, Receive, one_at_a_time
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
-from persample.sources.model.eager import uncompiled
+from persample.sources.model.eager import not_compiled, uncompiled
 from persample.sources.model.isolation import parameters_counted, parameters_guarded, state_restored, untouched
 from persample.sources.model.random_state import random_state, random_state_restored, same_random_state
 from persample.sources.model.refusals import refuse_impossible
@@ -54,6 +54,7 @@ class PerSampleGradSource(Contract):
 
     # What users call.
 
+    @not_compiled
     def moments(self, inputs: Any, targets: Any) -> Moments:
         """Return the mean gradient and the mean squared gradient of the single samples.
 
@@ -77,6 +78,7 @@ class PerSampleGradSource(Contract):
         moments: Moments = self._run(inputs, targets, moments_of)
         return moments
 
+    @not_compiled
     def per_sample(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return the gradient of the loss of each sample, `{name: (B, *parameter.shape)}`.
 
@@ -86,6 +88,7 @@ class PerSampleGradSource(Contract):
         _, gradients = self._run(inputs, targets, per_sample_of)
         return gradients
 
+    @not_compiled
     def compute(
         self,
         inputs: Any,
@@ -139,6 +142,7 @@ class PerSampleGradSource(Contract):
         found: Weighted = several.weighted_sum
         return WeightedSumResult(found.gradient, found.weights, found.norms, several.losses)
 
+    @not_compiled
     def gram(self, inputs: Any, targets: Any, *, other: tuple[Any, Any] | None = None) -> Tensor:
         """Return the products g_i·g_j of the gradients of all samples, shape `(B, B)`; see `compute`.
 
@@ -174,6 +178,7 @@ class PerSampleGradSource(Contract):
         sketch: Tensor = self.compute(inputs, targets, projection)[projection]
         return sketch
 
+    @not_compiled
     def uses(self, inputs: Any = None, targets: Any = None) -> list[Use]:
         """Return what would serve each use of a parameter, without computing gradients.
 

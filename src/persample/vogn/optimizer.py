@@ -15,6 +15,7 @@ from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
 from persample.kernels.step import draw_
 from persample.moments import Moments
+from persample.sources.model.eager import not_compiled, refuse_compiled
 from persample.sources.recording.recorder import ModelNotCalledError
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.vogn import core
@@ -74,6 +75,7 @@ class VariationalOptimizer(PosteriorState):
 
     # What users call: training.
 
+    @not_compiled
     def observe(self, inputs: Any, targets: Any, *, redraw: bool = True) -> Tensor:
         """Draw weights from the posterior `mc_samples` times, and collect the moments of the gradients at them.
 
@@ -166,6 +168,7 @@ class VariationalOptimizer(PosteriorState):
 
         If it raises, what was observed before stays, and nothing is added to it.
         """
+        refuse_compiled("sampled_params()")
         require_generator("generator", generator)
         require_scale(loss_scale)
         if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
@@ -193,6 +196,7 @@ class VariationalOptimizer(PosteriorState):
             self._pending.observations = replace(self._pending.observations, draws=draws)
 
     @torch.no_grad()
+    @not_compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the posterior from the observations since the last step, and discard them.
 
@@ -260,6 +264,7 @@ class VariationalOptimizer(PosteriorState):
 
     # What users call: the posterior.
 
+    @not_compiled
     def predict(
         self,
         inputs: Any,
@@ -290,6 +295,7 @@ class VariationalOptimizer(PosteriorState):
             drawn = self._with_generator(draws)
             return posterior.predict(inputs, likelihood=likelihood, progress=progress, **drawn)
 
+    @not_compiled
     def predict_gaussian(
         self, inputs: Any, *, noise_precision: float = 1.0, **draws: Unpack[DrawOptions]
     ) -> GaussianPrediction:
@@ -298,6 +304,7 @@ class VariationalOptimizer(PosteriorState):
         with self._lending.lend("predict_gaussian()"):
             return posterior.predict_gaussian(inputs, noise_precision=noise_precision, **self._with_generator(draws))
 
+    @not_compiled
     def elbo(self, inputs: Any, targets: Any = None, *, progress: bool = False, **draws: Unpack[DrawOptions]) -> Elbo:
         """Estimate the evidence lower bound with the optimizer's loss, prior and N; see `Posterior.elbo`.
 

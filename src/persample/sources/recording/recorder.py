@@ -21,7 +21,7 @@ from persample.sources.batch import Batch, split_batch
 from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_from, outer_backward, variables_of
 from persample.sources.model.batch_norm_nodes import read_right
-from persample.sources.model.eager import uncompiled
+from persample.sources.model.eager import refuse_compiled, uncompiled
 from persample.sources.model.isolation import state_restored
 from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.recording.forward_pass import ForwardPass, tensors_of
@@ -201,6 +201,7 @@ class Recorder(TorchFunctionMode):
     # Inner workings.
 
     def __enter__(self) -> Recorder:
+        refuse_compiled("recording()")
         self.hold(
             self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
