@@ -148,6 +148,10 @@ def wrong_batch():
 
 def wrong_loss():
     return nn.Linear(3, 2), torch.randn(5, 3), torch.zeros(5), lambda outputs, targets: outputs.no_such_method()
+def targets_among_inputs():
+    return nn.Linear(3, 2), (torch.randn(5, 3), torch.zeros(5))
+def no_loss():
+    return nn.Linear(3, 2), torch.randn(5, 3), torch.zeros(5)
 """
 
 
@@ -235,6 +239,11 @@ def test_refuses_what_mixes_the_samples_of_a_users_model(persample: Command, mod
         ("models_of_a_user:raises", "models_of_a_user:raises() fails (TypeError: "),
         ("models_of_a_user:wrong_batch", "the model does not run on torch.float32 of shape (5, 4) (RuntimeError: "),
         ("models_of_a_user:wrong_loss", "the loss of models_of_a_user:wrong_loss fails (AttributeError: "),
+        ("models_of_a_user:targets_among_inputs", "the model does not run on inputs of type tuple (TypeError: "),
+        (
+            "models_of_a_user:no_loss",
+            "models_of_a_user:no_loss made a tuple (Linear, Tensor, Tensor): return a model, (model, inputs), or",
+        ),
         ("missing.py:build", "missing.py is not a Python file: correct the path"),
         (".:build", ". is not a Python file"),
         ("some-module:build", "some-module is not a Python file"),

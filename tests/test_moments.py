@@ -69,7 +69,8 @@ def test_variance_and_noise_scale() -> None:
     squared = float(g.mean(0).square().sum()) - trace / 6
     assert moments.noise_scale() == pytest.approx(trace / squared if squared > 0 else float("inf"))
     assert moments.noise_scale(per={"all": ["a"]}) == {"all": moments.noise_scale()}
-    with pytest.raises(OptionError, match="names 'b', which these moments do not contain"):
+    assert moments.noise_scale(per="parameter") == {"a": moments.noise_scale()}
+    with pytest.raises(OptionError, match="names 'b', which is no parameter"):
         moments.noise_scale(per={"all": ["b"]})
     one = Moments(torch.zeros(1), {"a": g[0]}, {"a": g[0].square()})
     with pytest.raises(UsageError, match="one gradient"):
@@ -101,6 +102,17 @@ def test_noise_scale_of_many_numbers(dtype: torch.dtype) -> None:
     for group, names in positive.items():
         assert by_group[group] == pytest.approx(expected(names), **close)
     assert by_group["none"] == float("inf")
+
+
+def test_noise_scale_of_modules() -> None:
+    g = 1 + torch.randn(6, 4, dtype=torch.float64, generator=generator_of(0))
+    rows = {"0.weight": g, "0.bias": g[:, :2], "01.weight": 2 * g[:, 1:], "2": 1 + g}
+    moments = Moments(
+        torch.zeros(6), {n: r.mean(0) for n, r in rows.items()}, {n: r.square().mean(0) for n, r in rows.items()}
+    )
+    by_module = moments.noise_scale(per={"first": ["0", "0.bias"], "one": "01"})
+    by_name = moments.noise_scale(per={"first": ["0.weight", "0.bias"], "one": ["01.weight"]})
+    assert by_module == by_name
 
 
 def test_noise_scale_is_unbiased_in_both_of_its_parts() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from persample.dtypes import at_least_float32
-from persample.errors import OptionError, UsageError
+from persample.errors import UsageError
+from persample.quantities.parts import Per, members
 
 _ROW = 512
 
@@ -62,9 +63,9 @@ class Moments:
     def noise_scale(self, per: None = None) -> float: ...
 
     @overload
-    def noise_scale(self, per: Mapping[str, Iterable[str]]) -> dict[str, float]: ...
+    def noise_scale(self, per: Literal["parameter"] | Mapping[str, Iterable[str]]) -> dict[str, float]: ...
 
-    def noise_scale(self, per: Mapping[str, Iterable[str]] | None = None) -> float | dict[str, float]:
+    def noise_scale(self, per: Per = None) -> float | dict[str, float]:
         """Return the batch size at which the noise of the mean gradient equals the gradient: B_simple.
 
         It is tr Σ / ‖G‖², with Σ the covariance of the gradients of single samples and G their expectation, and with
@@ -78,23 +79,19 @@ class Moments:
         (`merge_moments`).
 
         Args:
-            per: names of parameters by group, for the noise scale of each group; None for that of all together.
+            per: None for the noise scale of all parameters together; `"parameter"` for that of each; or a dict of the
+                names of parameters (or of modules) by group, for that of each group.
 
         Raises:
             UsageError: there is but one sample.
-            OptionError: `per` names no parameter.
+            OptionError: `per` names no parameter of these moments.
         """
         self._refuse_single()
         if per is None:
             return self._noise_scale(self.mean)
-        for group, names in per.items():
-            for name in names:
-                if name not in self.mean:
-                    raise OptionError(f"Group {group!r} names {name!r}, which these moments do not contain.")
-        return {group: self._noise_scale(names) for group, names in per.items()}
+        return {group: self._noise_scale(names) for group, names in members(per, self.mean).items()}
 
     def _noise_scale(self, names: Iterable[str]) -> float:
-        names = list(names)
         squares = _in_float64([_sum_of(self.second_moment[name]) for name in names]).sum().item()
         total = _in_float64([part for name in names for part in _norms_in(self.mean[name])]).square().sum().item()
         trace = max(0.0, (squares - total) * self.batch_size / (self.batch_size - 1))

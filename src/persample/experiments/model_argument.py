@@ -27,6 +27,8 @@ from persample.sources.splits.tree import map_tensors
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(persample.__file__).parent), "<frozen ")
 
+_RETURN = "return a model, (model, inputs), or (model, inputs, targets, loss_fn)"
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -57,7 +59,7 @@ class Asked:
         if self.inputs is None:
             raise OptionError(
                 f"{self.name} returned no batch: pass the shape of a sample by --shape (and --tokens if it takes "
-                "integers), or return a model and a batch"
+                "integers), or return (model, inputs)"
             )
         if self.loss_fn is not None:
             return self.model, self.loss_fn, self.inputs, self.targets
@@ -80,8 +82,8 @@ def ask(
 
     Args:
         name: A shipped model; or `package.module:name` or `path/to/file.py:name`, found from the working directory
-            too. What stands there is a module, or is called without arguments and returns a module, or a module and a
-            batch, or a module, inputs, targets and the loss of each sample.
+            too. What stands there is a module, or is called without arguments and returns a module, (module, inputs),
+            or (module, inputs, targets, loss_fn), where the loss is that of each sample.
         shape: The shape of a sample as in "3,32,32", for a batch of random numbers in place of the one that came with
             the model.
         tokens: The numbers of that batch are whole, and below this one.
@@ -141,8 +143,12 @@ def require_runs(asked: Asked) -> None:
     """
     args, kwargs, targets = as_batch(asked.inputs, asked.targets, asked.model).for_a_call()
     inputs = asked.inputs
-    what = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else "its batch"
-    advice = "give its sample's shape by --shape, and --tokens if it takes integers"
+    if isinstance(inputs, Tensor):
+        what = f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+        advice = "give its sample's shape by --shape, and --tokens if it takes integers"
+    else:
+        what = f"inputs of type {type(inputs).__name__}"
+        advice = f"if they hold the targets, too, pass these apart; {_RETURN}"
     with torch.no_grad(), _failing(f"the model does not run on {what}", advice):
         outputs = asked.model(*args, **kwargs)
     if asked.loss_fn is not None:
@@ -173,11 +179,13 @@ def _of_the_user(name: str) -> Asked:
                 made = made()
     parts = made if isinstance(made, tuple) and len(made) in (2, 4) else (made,)
     if not isinstance(parts[0], nn.Module):
-        raise OptionError(
-            f"{name} made a {type(parts[0]).__name__}; it must make a module, or a module and a batch, or a module, "
-            "inputs, targets and a loss"
-        )
+        raise OptionError(f"{name} made {_kinds(made)}: {_RETURN}")
     return Asked(name, *parts)
+
+
+def _kinds(made: Any) -> str:
+    kinds = f" ({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else ""
+    return f"a {type(made).__name__}{kinds}"
 
 
 def _load_file(path: Path) -> ModuleType:

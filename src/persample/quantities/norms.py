@@ -16,6 +16,9 @@ from persample.quantities.protocol import Accumulation, Setting
 class Norms:
     """‖g_i‖₂ of each sample, shape `(B,)`.
 
+    It is the root of a sum of squares, so as PyTorch's own norms it overflows to infinity, or loses digits down to
+    zero, where the squares do: in float32 above 1.8e19 and below 1e-19, in float64 above 1e154 and below 1e-154.
+
     Attributes:
         per: None for the norm over all parameters together; `"parameter"` for a dict with the norms by each; or a dict
             of the names of parameters (or of modules) by group, for a dict with the norms by each group.

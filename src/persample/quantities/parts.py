@@ -16,30 +16,49 @@ Per = Literal["parameter"] | Mapping[str, Iterable[str]] | None
 ALL = "all parameters"
 
 
-def group_of_each(per: Per, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+def members(per: Per, parameters: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of the parameters in each group.
+
+    Raises:
+        OptionError: `per` is something else, or names no parameter.
+    """
+    parameters = list(parameters)
+    if per is None:
+        return {ALL: parameters}
+    if per == "parameter":
+        return {name: [name] for name in parameters}
+    if not isinstance(per, Mapping):
+        raise OptionError(f"per={per!r} is not known: pass None, 'parameter', or a dict of names by group.")
+    return {group: _named(group, beginnings, parameters) for group, beginnings in per.items()}
+
+
+def _named(group: str, beginnings: Iterable[str], parameters: list[str]) -> list[str]:
+    beginnings = [beginnings] if isinstance(beginnings, str) else list(beginnings)
+    for beginning in beginnings:
+        if not any(_begins(name, beginning) for name in parameters):
+            raise OptionError(
+                f"Group {group!r} names {beginning!r}, which is no parameter that requires a gradient, nor the "
+                f"beginning of one: use names of model.named_parameters(), such as {next(iter(parameters), '')!r}."
+            )
+    return [name for name in parameters if any(_begins(name, beginning) for beginning in beginnings)]
+
+
+def _begins(name: str, beginning: str) -> bool:
+    return name == beginning or name.startswith(f"{beginning}.")
+
+
+def group_of_each(names_by_group: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """Return the group of each parameter that is in one.
 
     Raises:
-        OptionError: `per` is something else, names no parameter, or puts one into two groups.
+        OptionError: a parameter is in two groups.
     """
-    if per is None:
-        return dict.fromkeys(parameters, ALL)
-    if per == "parameter":
-        return {name: name for name in parameters}
-    if not isinstance(per, Mapping):
-        raise OptionError(f"per={per!r} is not known: pass None, 'parameter', or a dict of names by group.")
     found: dict[str, str] = {}
-    for group, beginnings in per.items():
-        for beginning in [beginnings] if isinstance(beginnings, str) else beginnings:
-            names = [name for name in parameters if name == beginning or name.startswith(f"{beginning}.")]
-            if not names:
-                raise OptionError(
-                    f"Group {group!r} names {beginning!r}, which is no parameter that requires a gradient, nor the "
-                    f"beginning of one: use names of model.named_parameters(), such as {next(iter(parameters), '')!r}."
-                )
-            for name in names:
-                if found.setdefault(name, group) != group:
-                    raise OptionError(f"Parameter {name!r} is in the groups {found[name]!r} and {group!r}: name one.")
+    for group, names in names_by_group.items():
+        for name in names:
+            if name in found:
+                raise OptionError(f"Parameter {name!r} is in the groups {found[name]!r} and {group!r}: name one.")
+            found[name] = group
     return found
 
 
@@ -47,8 +66,8 @@ class ByGroup:
     """Tensors that are added up over the parameters of each group."""
 
     def __init__(self, per: Per, setting: Setting, *shape: int) -> None:
-        self.groups = group_of_each(per, setting.parameters)
-        names = [ALL] if per is None else list(dict.fromkeys(self.groups.values()))
+        names = members(per, setting.parameters)
+        self.groups = group_of_each(names)
         self.values = {group: setting.zeros(*shape) for group in names}
         self._together = per is None
 

@@ -72,6 +72,8 @@ class WeightedSum:
 def clipping(max_norm: float) -> Callable[[Tensor], Tensor]:
     """Return the weights min(1, C / ‖g_i‖) by which each gradient has a norm of at most C = `max_norm`.
 
+    A gradient whose norm overflows (see `Norms`) gets the weight 0.
+
     Raises:
         OptionError: `max_norm` is not positive.
     """

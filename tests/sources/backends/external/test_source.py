@@ -360,7 +360,7 @@ BOTH: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, bool]] = {
     "keyword": (
         lambda: net(lambda m, x: m.a(input=x), a=nn.Linear(4, 2)),
         (4,),
-        "'a' was called with anything but one positional",
+        "'a' was called with something other than one positional",
         True,
     ),
     "forward hook": (lambda: with_hook("forward_hook"), (4,), "Linear '0' has hooks", True),
@@ -522,12 +522,12 @@ def with_activations() -> nn.Module:
         (
             lambda: net(lambda m, x: m.a(x, x), a=nn.Bilinear(4, 4, 2)),
             (4,),
-            "Bilinear 'a' was called with anything but one positional",
+            "Bilinear 'a' was called with something other than one positional",
         ),
         (
             lambda: net(lambda m, x: m.s(m.a(x), 3.0), a=nn.Linear(4, 5), s=Scale()),
             (4,),
-            "Scale 's' was called with anything",
+            "Scale 's' was called with something",
         ),
         (lambda: mlp(Buffered()), (4,), "Buffered '2' has parameters and buffers"),
         (lambda: mlp(nn.BatchNorm1d(5).eval()), (4,), "BatchNorm1d '2' has parameters and buffers"),

@@ -284,7 +284,7 @@ def _watched(layers: Mapping[str, nn.Module]) -> list[str]:
             if not torch.is_grad_enabled():
                 return
             if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-                refuse(f"{name} was called with anything but one positional tensor.")
+                refuse(f"{name} was called with something other than one positional tensor.")
             if not isinstance(output, Tensor):
                 refuse(f"{name} returned {type(output).__name__}, not a tensor.")
 
