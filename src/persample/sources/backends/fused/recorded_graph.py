@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from persample.sources.backends.fused.tidying import tidy
 from persample.sources.model.batch_norm_nodes import read_right
 
 # What a graph may call: operations of PyTorch, and arithmetic on the sizes of tensors.
@@ -112,6 +113,7 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
     recorded = make_fx(step, tracing_mode="fake")(*[t.detach() for t in examples])
     for node in recorded.graph.nodes:
         _refuse_operation(node)
+    tidy(recorded)
     return recorded
 
 
