@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as D
 
-from persample import VOGN, Posterior, fisher, losses, make_source
+from persample import VOGN, Ensemble, Posterior, fisher, laplace, losses, make_source
 from persample.errors import LossError, OptionError, UsageError
 from persample.likelihoods import (
     Bernoulli,
@@ -176,6 +177,51 @@ def test_categorical_with_the_classes_last() -> None:
         Categorical()(outputs[:, 0, 0], targets[:, 0])
 
 
+def test_posteriors_predict_by_the_loss_they_were_trained_with() -> None:
+    """In an ensemble, pruned and after Laplace, too: nothing has to be repeated, and no softmax is taken of means."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(3, 2), torch.randn(2, 6, 2).unbind()
+    x = torch.cat([x, x[:, :1]], 1)
+    optimizer = VOGN(model, Gaussian(4.0), data_size=6)
+    optimizer.observe(x, y)
+    optimizer.step()
+    posterior = optimizer.posterior
+    due = posterior.predict(x, likelihood=Gaussian(4.0), samples=3, generator=generator_of(0)).mean
+    for one in (posterior, Ensemble([posterior])):
+        predicted = one.predict(x, samples=3, generator=generator_of(0))
+        assert torch.equal(predicted.mean, due)
+        assert bool((predicted.aleatoric_variance == 0.25).all())
+    information = fisher(model, [(x, y)], loss_fn=Gaussian(4.0))
+    for other in (
+        posterior.prune(0.2),
+        laplace(model, [(x, y)], loss_fn=Gaussian(4.0)),
+        laplace(model, information, loss_fn=Gaussian(4.0)),
+        Ensemble.of_models([model, nn.Linear(3, 2)], loss_fn=Gaussian(4.0)),
+    ):
+        assert bool((other.predict(x, samples=2).aleatoric_variance == 0.25).all())
+    mixed = Ensemble([posterior, Posterior(posterior.mean, posterior.precision, model, losses.bernoulli)])
+    with pytest.raises(UsageError, match="losses of several likelihoods: pass likelihood="):
+        mixed.predict(x)
+    squared = Posterior(posterior.mean, posterior.precision, model, nn.MSELoss())
+    with pytest.raises(UsageError, match=r"use predict_gaussian\(\)"):
+        squared.predict(x)
+
+
+def test_a_loaded_posterior_takes_its_loss(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = nn.Linear(3, 2)
+    posterior = VOGN(model, losses.bernoulli, data_size=6).posterior
+    posterior.save(tmp_path / "p")
+    Ensemble([posterior]).save(tmp_path / "e")
+    x = torch.randn(4, 3)
+    due = posterior.predict(x, samples=3, generator=generator_of(0)).probabilities
+    for loaded in (
+        Posterior.load(tmp_path / "p", model, loss_fn=losses.bernoulli),
+        Ensemble.load(tmp_path / "e", model, loss_fn=losses.bernoulli),
+    ):
+        assert torch.equal(loaded.predict(x, samples=3, generator=generator_of(0)).probabilities, due)
+
+
 def test_learned_noise_finds_the_noise() -> None:
     """Of a linear function with noise 0.3, and none of the posterior's making."""
     g = generator_of(0)
@@ -209,6 +255,30 @@ class TestRefusals:
         posterior = Posterior(*({n: torch.ones_like(p) for n, p in model.named_parameters()} for _ in range(2)), model)
         with pytest.raises(LossError, match="twice as many outputs"):
             posterior.predict(torch.zeros(2, 2), likelihood=HeteroscedasticGaussian())
+
+    def test_targets_that_are_no_classes(self) -> None:
+        with pytest.raises(LossError, match=r"probabilities of the classes.*targets\.long\(\)"):
+            Categorical()(torch.zeros(4, 3), torch.zeros(4))
+        with pytest.raises(LossError, match=r"with C > 1.*use Bernoulli"):
+            Categorical()(torch.zeros(4, 1), torch.zeros(4).long())
+
+    @pytest.mark.parametrize("kind", ["mc", "exact"])
+    @pytest.mark.parametrize("wrong", [-1, 3])
+    def test_classes_that_do_not_exist(self, kind: Any, wrong: int) -> None:
+        x, y = torch.randn(4, 2), torch.tensor([0, wrong, 2, -100])
+        with pytest.raises(LossError, match=f"3 classes, but a target is {wrong}.*ignore_index={wrong}"):
+            fisher(nn.Linear(2, 3), [(x, y)], loss_fn=Categorical(), kind=kind)
+
+    @pytest.mark.parametrize("outputs", [1, 2])
+    def test_learned_noise_of_another_size(self, outputs: int) -> None:
+        for model in (nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))):
+            with pytest.raises(LossError, match=f"has {outputs} log-variances, but its model returned means of shape"):
+                LearnedNoise(model, outputs)(torch.zeros(4, 2))
+
+    def test_a_class_in_place_of_a_likelihood(self) -> None:
+        posterior = VOGN(nn.Linear(2, 3), data_size=4).posterior
+        with pytest.raises(OptionError, match=r"is a class: pass an instance, Categorical\(\)"):
+            posterior.predict(torch.zeros(2, 2), likelihood=Categorical)
 
     def test_a_noise_that_is_none(self) -> None:
         for value in (0.0, -1.0, math.inf, math.nan):

@@ -123,24 +123,38 @@ class Categorical(TargetDistribution):
         self._refuse_other_positions(outputs, targets)
         if not isinstance(targets, Tensor) or targets.is_floating_point():
             return None
-        ignored = targets == self.ignore_index
+        ignored, classes = targets == self.ignore_index, self._classes_second(outputs).shape[1]
+        wrong = targets[~ignored & ((targets < 0) | (targets >= classes))]
+        if len(wrong):
+            raise LossError(
+                f"The logits have {classes} classes, but a target is {wrong[0].item()}: class indices go from 0 to "
+                f"{classes - 1}; pass ignore_index={wrong[0].item()} if these targets shall not count."
+            )
         return ignored.unsqueeze(-1 if self.classes_last else 1) if bool(ignored.any()) else None
 
     def _classes_second(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(-1, 1) if self.classes_last else tensor
 
     def _refuse_other_positions(self, outputs: Tensor, targets: Any) -> None:
-        """Raise unless there are logits, and one target for each position.
+        """Raise unless there are logits of several classes, and one target for each position.
 
         Raises:
             LossError: there are not.
         """
-        if outputs.dim() < 2:
+        if outputs.dim() < 2 or self._classes_second(outputs).shape[1] < 2:
             raise LossError(
-                f"Categorical needs logits of shape (B, C, …), but the model returned {tuple(outputs.shape)}: use "
-                "Bernoulli for the logit of one class."
+                "Categorical needs logits of shape (B, C, …) with C > 1, but the model returned "
+                f"{tuple(outputs.shape)}: use Bernoulli for the logit of one class."
             )
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+        if not isinstance(targets, Tensor):
+            return
+        if targets.is_floating_point():
+            if targets.shape != outputs.shape:
+                raise LossError(
+                    f"Targets of dtype {targets.dtype} are probabilities of the classes, in the shape of the logits "
+                    f"{tuple(outputs.shape)}, but the data's have {tuple(targets.shape)}: pass class indices by "
+                    "targets.long()."
+                )
             return
         shape = tuple(self._classes_second(outputs).select(1, 0).shape)
         if tuple(targets.shape) != shape:
@@ -276,8 +290,17 @@ class LearnedNoise(nn.Module):
         self.log_variance = nn.Parameter(torch.full((outputs,), log_variance, dtype=like.dtype, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return means and log-variances, concatenated in dim 1."""
+        """Return means and log-variances, concatenated in dim 1.
+
+        Raises:
+            LossError: the means have another shape.
+        """
         mean: Tensor = self.model(*args, **kwargs)
+        if mean.dim() < 2 or mean.shape[1] != len(self.log_variance):
+            raise LossError(
+                f"LearnedNoise has {len(self.log_variance)} log-variances, but its model returned means of shape "
+                f"{tuple(mean.shape)}: pass outputs=D for means of shape (B, D, …)."
+            )
         log_variance = self.log_variance.view(1, -1, *[1] * (mean.dim() - 2))
         return torch.cat([mean, torch.zeros_like(mean) + log_variance], 1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import Dataset, IterableDataset
 
 from persample.errors import BatchError, MissingPackageError
 
@@ -23,9 +24,15 @@ def batches_of(loader: Iterable[Any], *, progress: bool = False) -> Iterator[tup
         progress: whether to show a bar, by tqdm.
 
     Raises:
-        BatchError: a batch is neither.
+        BatchError: a batch is neither; or `loader` is a data set, whose entries are single samples.
         MissingPackageError: `progress` without the package tqdm.
     """
+    given: object = loader
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        raise BatchError(
+            f"The loader is a {type(given).__name__}, whose entries are single samples: pass "
+            "DataLoader(dataset, batch_size=...), with batch_size=None if its entries are batches."
+        )
     for batch in _with_bar(loader) if progress else loader:
         yield inputs_and_targets(batch)
 

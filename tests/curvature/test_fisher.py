@@ -324,6 +324,36 @@ class TestRefusals:
             with pytest.raises(OptionError, match=str(next(iter(options)))):
                 self.run(**options)
 
+    def test_a_data_set_in_place_of_a_loader(self) -> None:
+        with pytest.raises(BatchError, match=r"TensorDataset, whose entries are single samples: pass DataLoader\("):
+            self.run(TensorDataset(*data()))
+        x, y = data()
+        found = self.run(DataLoader(TensorDataset(x[None], y[None]), batch_size=None))
+        assert found.data_size == 11
+
+    def test_nothing_to_derive_by(self) -> None:
+        with pytest.raises(UsageError, match="no parameter that requires a gradient"):
+            fisher(network().requires_grad_(False), [data()], loss_fn=losses.cross_entropy)
+
+    @pytest.mark.parametrize("kind", ["empirical", "mc", "exact"])
+    def test_a_class_in_place_of_a_loss(self, kind: Any) -> None:
+        with pytest.raises(LossError, match=r"is the class Categorical itself: pass one of its instances"):
+            self.run(loss_fn=Categorical, kind=kind)
+
+    def test_a_squared_error_has_no_noise(self) -> None:
+        for loss_fn in (nn.MSELoss(), functools.partial(F.mse_loss, reduction="none")):
+            with pytest.raises(UsageError, match=r"use persample\.likelihoods\.Gaussian"):
+                self.run(loss_fn=loss_fn, kind="exact")
+
+    def test_merging_with_something_else(self) -> None:
+        with pytest.raises(OptionError, match="not with dict"):
+            self.run().merge({})  # type: ignore[arg-type]
+
+    def test_an_entry_that_the_model_does_not_take(self) -> None:
+        x, y = data()
+        with pytest.raises(BatchError, match=r"nor with its entries \(got an unexpected keyword argument 'index'\)"):
+            self.run([{"input": x, "index": torch.arange(11), "labels": y}])
+
     def test_an_empty_loader(self) -> None:
         with pytest.raises(UsageError, match="no batch"):
             self.run([])

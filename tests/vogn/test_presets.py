@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import persample
 from persample.testing.devices import generator_of
 from persample.vogn import VOGN, presets
 
@@ -113,3 +114,12 @@ def test_khan_2018() -> None:
         np.testing.assert_allclose(p.detach().numpy(force=True), m, rtol=1e-9, atol=1e-11)
     for found, expected in zip(vogn._precision(), precision, strict=True):
         np.testing.assert_allclose(found.numpy(force=True), expected, rtol=1e-9)
+
+
+def test_algorithm_1_is_found_from_the_package() -> None:
+    assert persample.vogn.presets.algorithm1() == {
+        "order": "printed",
+        "momentum": 0.0,
+        "temperature": 1.0,
+        "hess_init": 0.0,
+    }

@@ -73,12 +73,18 @@ def fisher(
 
     Raises:
         OptionError: an argument is out of its range.
-        UsageError: the loader is empty, or `loss_fn` is no distribution that `kind` knows.
+        UsageError: the loader is empty, `loss_fn` is no distribution that `kind` knows, or nothing requires a gradient.
         PersampleError: whatever the source refuses.
     """
     require_kind(kind)
     require_count("draws", draws)
     require_generator("generator", generator)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            "There is no Fisher information: the model has no parameter that requires a gradient; call "
+            "requires_grad_(True) on those that are wanted."
+        )
+    losses.as_per_sample(loss_fn)
     targets_of = None if kind == "empirical" else distribution_of(loss_fn)
     of_source = loss_fn if targets_of is None else _product if kind == "exact" else _of_logits(loss_fn)
     source = make_source(backend, model, of_source, **dict(backend_options or {}))

@@ -49,6 +49,8 @@ class Fisher:
         Raises:
             OptionError: they are of different kinds, or belong to different parameters.
         """
+        if not isinstance(other, Fisher):
+            raise OptionError(f"A Fisher information merges with another one, not with {type(other).__name__}.")
         if self.kind != other.kind:
             raise OptionError(
                 f"A Fisher information of kind {self.kind!r} cannot merge with one of kind {other.kind!r}: compute "

@@ -36,7 +36,7 @@ def laplace(
     Args:
         model: the trained network. It becomes the posterior's.
         loader: the training data, as for `persample.fisher`; or what that returned.
-        loss_fn: as for `persample.fisher`; needed with a loader.
+        loss_fn: as for `persample.fisher`; needed with a loader. The posterior predicts by it, see `Posterior.predict`.
         prior_precision: λ > 0; by default the one of the largest evidence.
         of_fisher: kind, draws, backend and the like, as for `persample.fisher`.
 
@@ -46,10 +46,9 @@ def laplace(
         PersampleError: as `persample.fisher`.
     """
     if isinstance(loader, Fisher):
-        if loss_fn is not None or of_fisher:
+        if of_fisher:
             raise OptionError(
-                "A Fisher information was given, so there is nothing left to compute: omit loss_fn and the other "
-                "arguments."
+                f"A Fisher information was given, so there is nothing left to compute: omit {', '.join(of_fisher)}."
             )
         information = loader
     else:
@@ -70,7 +69,8 @@ def laplace(
         raise OptionError(f'prior_precision={prior_precision!r} must be a number > 0, or "marginal likelihood".')
     else:
         precision = float(prior_precision)
-    return Posterior(mean, {name: (value + precision).to(mean[name]) for name, value in curvature.items()}, model)
+    of_weights = {name: (value + precision).to(mean[name]) for name, value in curvature.items()}
+    return Posterior(mean, of_weights, model, loss_fn)
 
 
 def best_prior_precision(mean: list[Tensor], curvature: list[Tensor]) -> float:

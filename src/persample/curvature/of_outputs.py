@@ -38,7 +38,10 @@ def distribution_of(loss_fn: Callable[..., Any]) -> TargetDistribution:
             return Bernoulli()
         if loss_fn is losses.gaussian:
             return Gaussian(float(keywords.get("noise_precision", 1.0)))
-    reason = f"it has {weighted[0]}" if weighted else "it is none of those"
+    if loss_fn is F.mse_loss or isinstance(loss_fn, nn.MSELoss):
+        reason = "a squared error does not tell the noise: use persample.likelihoods.Gaussian(noise_precision)"
+    else:
+        reason = f"it has {weighted[0]}" if weighted else "it is none of those"
     raise UsageError(
         'kind="mc" and kind="exact" need a loss that is a distribution of the targets: one of persample.likelihoods, '
         "persample.losses.cross_entropy, bernoulli or gaussian, or cross entropy of PyTorch without weights "

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from persample.errors import DataError, OptionError
+from persample.errors import DataError, OptionError, UsageError
 from persample.files import replacing
 from persample.loaders import batches_of, inputs_of
 from persample.vogn.monte_carlo import DrawOptions, for_each_draw
 from persample.vogn.over_loader import at_the_same_draws, joined
 from persample.vogn.posterior import Posterior
-from persample.vogn.prediction import Likelihood, Summarised, summary_of
+from persample.vogn.prediction import Likelihood, Summarised, likelihood_of, summary_of
 
 _INDEX = "ensemble.json"
 _HEADER: dict[str, Any] = {"format": "persample ensemble", "version": "1"}
@@ -70,8 +70,12 @@ class Ensemble:
                 raise OptionError(f"Member {index} of the ensemble has {what}: give it posteriors with models.")
 
     @staticmethod
-    def of_models(models: Iterable[nn.Module]) -> Ensemble:
+    def of_models(models: Iterable[nn.Module], *, loss_fn: Callable[[Any, Any], Any] | None = None) -> Ensemble:
         """Return the ensemble of networks trained without a posterior; each counts as a single draw.
+
+        Args:
+            models: the networks.
+            loss_fn: the loss that they were trained with, by which `predict` knows what they return.
 
         Raises:
             OptionError: there is none.
@@ -80,14 +84,14 @@ class Ensemble:
         for model in models:
             mean = {name: p.detach().clone() for name, p in model.named_parameters()}
             sure = {name: torch.full_like(value, math.inf) for name, value in mean.items()}
-            members.append(Posterior(mean, sure, model))
+            members.append(Posterior(mean, sure, model, loss_fn))
         return Ensemble(members)
 
     def predict(
         self,
         inputs: Any,
         *,
-        likelihood: Likelihood | Summarised = "categorical",
+        likelihood: Likelihood | Summarised | None = None,
         progress: bool = False,
         **draws: Unpack[DrawOptions],
     ) -> Any:
@@ -95,13 +99,15 @@ class Ensemble:
 
         Args:
             inputs: what the models take, or a DataLoader.
-            likelihood: what they return.
+            likelihood: what they return; None goes by the losses of the members.
             progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples of each member, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
+            UsageError: no likelihood is given, and the losses of the members stand for several.
             PersampleError: as `Posterior.predict`.
         """
+        likelihood = likelihood or self._likelihood()
         if isinstance(inputs, DataLoader):
             batches = inputs_of(inputs, progress=progress)
             return joined(self._over(batches, draws, lambda part: self.predict(part, likelihood=likelihood, **draws)))
@@ -157,6 +163,7 @@ class Ensemble:
         folder: str | PathLike[str],
         models: nn.Module | Iterable[nn.Module],
         *,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
         device: torch.device | str | None = None,
     ) -> Ensemble:
         """Read what `save` wrote.
@@ -165,7 +172,8 @@ class Ensemble:
             folder: where it was written.
             models: the networks of the members, in order; or one, if they differ in their weights alone. They are not
                 changed.
-            device: as for `Posterior.load`.
+            loss_fn: as for `Posterior.load`.
+            device: likewise.
 
         Raises:
             MissingPackageError: the package safetensors is not installed.
@@ -178,8 +186,15 @@ class Ensemble:
         if len(found) != count:
             raise OptionError(f"{place} has {count} members, but {len(found)} models were given: pass one for each.")
         return Ensemble(
-            Posterior.load(place / _member(index), model, device=device) for index, model in enumerate(found)
+            Posterior.load(place / _member(index), model, loss_fn=loss_fn, device=device)
+            for index, model in enumerate(found)
         )
+
+    def _likelihood(self) -> Likelihood | Summarised:
+        first, *others = (likelihood_of(member.loss_fn) for member in self.members)
+        if any(other != first for other in others):
+            raise UsageError("The members were trained with losses of several likelihoods: pass likelihood=...")
+        return first
 
     def _over(self, batches: Iterable[Any], draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterable[Any]:
         devices = {mean.device for member in self.members for mean in member.mean.values()}

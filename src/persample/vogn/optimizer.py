@@ -28,7 +28,7 @@ from persample.vogn.monte_carlo import DrawOptions
 from persample.vogn.observations import Observations, Observed
 from persample.vogn.param_group import Part
 from persample.vogn.posterior_state import PosteriorState, tensors_of_state
-from persample.vogn.prediction import GaussianPrediction, Likelihood, Summarised, likelihood_of
+from persample.vogn.prediction import GaussianPrediction, Likelihood, Summarised
 from persample.vogn.sampling import NoiseState, noise_from, noise_state, restored, set_noise_state, standard_noise
 from persample.vogn.settings import known_scale, require_generator, require_scale, require_settings
 from persample.vogn.supported_models import refuse_replicas
@@ -281,15 +281,13 @@ class VariationalOptimizer(PosteriorState):
         Args:
             inputs: what the model takes, or a DataLoader.
             progress: whether to show a bar over a DataLoader, by tqdm.
-            likelihood: what the model returns. None goes by the loss: "bernoulli" if it is `persample.losses.bernoulli`
-                or PyTorch's of the same kind, else "categorical".
+            likelihood: what the model returns; None goes by the loss.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             UsageError: no likelihood is given, and the loss is one of real numbers, or of probabilities.
             PersampleError: as `Posterior.predict`.
         """
-        likelihood = likelihood or likelihood_of(self.loss_fn)
         posterior = self.posterior
         with self._lending.lend("predict()"):
             drawn = self._with_generator(draws)

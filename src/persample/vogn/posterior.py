@@ -26,6 +26,7 @@ from persample.vogn.prediction import (
     GaussianSummary,
     Likelihood,
     Summarised,
+    likelihood_of,
     summary_of,
 )
 from persample.vogn.prior import Prior, require_same_shapes
@@ -44,6 +45,7 @@ class Posterior:
         mean: μ of each parameter, keyed by its name in `model.named_parameters()`, in at least float32.
         precision: 1/σ² of each weight, with the same keys and shapes; infinite where the weight was pruned.
         model: the network that `predict` and the like use; None after loading without one.
+        loss_fn: the loss that it was trained with, by which `predict` knows what the model returns; None if unknown.
 
     Raises:
         OptionError: the keys or shapes differ.
@@ -52,6 +54,7 @@ class Posterior:
     mean: Mapping[str, Tensor]
     precision: Mapping[str, Tensor]
     model: nn.Module | None = field(default=None, repr=False)
+    loss_fn: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         require_same_shapes(self.mean, self.precision)
@@ -181,6 +184,7 @@ class Posterior:
             mean={name: value.masked_fill(masks[name], 0.0) for name, value in self.mean.items()},
             precision={name: value.masked_fill(masks[name], math.inf) for name, value in self.precision.items()},
             model=self.model,
+            loss_fn=self.loss_fn,
         )
 
     @overload
@@ -188,25 +192,33 @@ class Posterior:
         self,
         inputs: Any,
         *,
-        likelihood: Likelihood = "categorical",
+        likelihood: Likelihood,
         progress: bool = False,
         **draws: Unpack[DrawOptions],
     ) -> ClassPrediction: ...
 
     @overload
     def predict(
-        self, inputs: Any, *, likelihood: Summarised, progress: bool = False, **draws: Unpack[DrawOptions]
+        self,
+        inputs: Any,
+        *,
+        likelihood: Summarised | None = None,
+        progress: bool = False,
+        **draws: Unpack[DrawOptions],
     ) -> Any: ...
 
     def predict(
         self,
         inputs: Any,
         *,
-        likelihood: Likelihood | Summarised = "categorical",
+        likelihood: Likelihood | Summarised | None = None,
         progress: bool = False,
         **draws: Unpack[DrawOptions],
     ) -> Any:
-        """Predict classes by averaging over draws of the weights: Σ_k p(y | x, w_k) / K.
+        """Predict by averaging over draws of the weights: Σ_k p(y | x, w_k) / K.
+
+        Returns a `ClassPrediction`; a `GaussianPrediction` if the likelihood, or the loss, is one of real numbers or
+        counts of `persample.likelihoods`.
 
         The model stays in the mode it is in: call `model.eval()` before, to predict without dropout.
 
@@ -216,15 +228,19 @@ class Posterior:
                 or inputs alone.
             likelihood: what the model returns. "categorical": logits of shape `(B, C, …)`, of which the softmax over
                 dim 1 is taken; "bernoulli": logits of any shape, of which the sigmoid is; or one of
-                `persample.likelihoods`, whose prediction is returned.
+                `persample.likelihoods`, whose prediction is returned. None goes by `loss_fn`: "bernoulli" if it is
+                `persample.losses.bernoulli` or PyTorch's of the same kind, a likelihood if it is one, else
+                "categorical".
             progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples, generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
             OptionError: a number is below 1, `likelihood` is unknown, or the posterior is not one of the model.
-            UsageError: the posterior has no model, or the model's outputs are not logits of that shape.
+            UsageError: the posterior has no model; the model's outputs are not logits of that shape; or no likelihood
+                is given, and the loss is one of real numbers, or of probabilities.
             BatchError: `inputs` is neither a tensor, nor a tuple, nor a dict.
         """
+        likelihood = likelihood or likelihood_of(self.loss_fn)
         if isinstance(inputs, DataLoader):
             parts = self._over(inputs, progress, draws, lambda part: self.predict(part, likelihood=likelihood, **draws))
             return joined(parts)
@@ -334,13 +350,18 @@ class Posterior:
 
     @staticmethod
     def load(
-        path: str | PathLike[str], model: nn.Module | None = None, *, device: torch.device | str | None = None
+        path: str | PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
+        device: torch.device | str | None = None,
     ) -> Posterior:
         """Read what `save` wrote.
 
         Args:
             path: the file.
             model: the network that `predict` and the like shall use; it is not changed.
+            loss_fn: the loss that the posterior was trained with, which the file does not hold.
             device: where to put the tensors; if None, where the model has its parameters, or on the CPU.
 
         Raises:
@@ -355,7 +376,7 @@ class Posterior:
                 {name: value.to(places.get(name, value.device)) for name, value in table.items()}
                 for table in (mean, precision)
             )
-        return Posterior(mean, precision, model)
+        return Posterior(mean, precision, model, loss_fn)
 
     def _over(self, loader: Any, progress: bool, draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:
         """Yield `ask` of each batch's inputs, all at the same draws."""

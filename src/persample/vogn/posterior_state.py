@@ -55,6 +55,7 @@ from persample.vogn.supported_models import refuse_model, refuse_processes
 _ELSEWHERE = {
     "ess": "the effective sample size is data_size / temperature; ",
     "weight_decay": "a weight decay of w is prior_precision = w * data_size; ",
+    "betas": "they are momentum and decay; ",
     "beta1": "it is the first of betas; ",
     "beta2": "it is the second of betas; ",
     "clip_radius": "it is max_update; ",
@@ -227,7 +228,7 @@ class PosteriorState(torch.optim.Optimizer):
 
     @property
     def posterior(self) -> Posterior:
-        """The current posterior: copies of the tensors, with the optimizer's model.
+        """The current posterior: copies of the tensors, with the optimizer's model and loss.
 
         Raises:
             UsageError: inside `sampled_params()`, where the model holds a draw.
@@ -237,7 +238,7 @@ class PosteriorState(torch.optim.Optimizer):
         params = self._params()
         precision = dict(zip(params, self._precision(), strict=True))
         mean = {name: p.detach().to(precision[name].dtype, copy=True) for name, p in params.items()}
-        return Posterior(mean, precision, self.model)
+        return Posterior(mean, precision, self.model, self.loss_fn)
 
     @property
     def prior(self) -> Prior:

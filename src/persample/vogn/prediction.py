@@ -105,7 +105,13 @@ _LOSSES_OF_REAL_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 def summary_of(likelihood: Likelihood | Summarised) -> Summary:
-    """Return an accumulator of the outputs of draws into a prediction."""
+    """Return an accumulator of the outputs of draws into a prediction.
+
+    Raises:
+        OptionError: the likelihood is a class, or unknown.
+    """
+    if isinstance(likelihood, type):
+        raise OptionError(f"likelihood={likelihood.__name__} is a class: pass an instance, {likelihood.__name__}().")
     return likelihood.summary() if isinstance(likelihood, Summarised) else ClassSummary(likelihood)
 
 

@@ -28,25 +28,32 @@ def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         if fits(model, args, kwargs) and not whole:
             raise
         given = f"its only argument, of type {type(args[0]).__name__}" if whole else "the inputs"
+        apart = _misfit(model, (), args[0]) if whole and isinstance(args[0], Mapping) else None
+        apart = f", nor with its entries ({apart})" if apart else ""
         raise BatchError(
-            f"The model cannot be called with {given} ({error}): a tuple is passed as positional arguments, a dict as "
-            "keyword arguments; (it,) passes a tuple, a dict or an object whole."
+            f"The model cannot be called with {given} ({error}){apart}: a tuple is passed as positional arguments, a "
+            "dict as keyword arguments; (it,) passes a tuple, a dict or an object whole."
         ) from error
 
 
 def fits(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `forward` takes these arguments, by number and names; also where its signature does not tell."""
+    return _misfit(model, args, kwargs) is None
+
+
+def _misfit(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why `forward` does not take these arguments; None if it does, or if its signature does not tell."""
     if getattr(model, "_forward_pre_hooks", None):  # may change them
-        return True
+        return None
     try:
         signature = _signature(getattr(model, "forward", model))
     except (TypeError, ValueError):
-        return True
+        return None
     try:
         signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 @lru_cache(maxsize=128)
