@@ -148,6 +148,14 @@ def wrong_batch():
 
 def wrong_loss():
     return nn.Linear(3, 2), torch.randn(5, 3), torch.zeros(5), lambda outputs, targets: outputs.no_such_method()
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+    def forward(self, x):
+        return self.scale * x
+def own_parameter():
+    return Scaled()
 def targets_among_inputs():
     return nn.Linear(3, 2), (torch.randn(5, 3), torch.zeros(5))
 def no_loss():
@@ -344,6 +352,19 @@ def test_benchmarks(persample: Command) -> None:
     assert code == 0
     assert "plain" in out
     assert "hooks" in out
+
+
+@pytest.mark.parametrize("command", ["crosscheck", "bench"])
+def test_tells_each_problem_in_full(persample: Command, tmp_path: Path, command: str) -> None:
+    (tmp_path / "models_of_a_user.py").write_text(MODELS_OF_A_USER)
+    chosen = ["--backend", "hooks", "--backend", "fused"]
+
+    code, out, _ = persample(command, "--model", "models_of_a_user:own_parameter", "--shape", "3", *chosen)
+
+    assert code == 0
+    table, _, below = out.partition("└")
+    assert "hooks" in table
+    assert "hooks: The model (Scaled) has parameters of its own, and backend 'hooks' has" in " ".join(below.split())
 
 
 def test_quantities_by_name(persample: Command) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from persample.checks import Agreement, Cost
 from persample.experiments.australian_credit.scores import Score
@@ -67,8 +69,8 @@ def summary_table(runs: Sequence[Sequence[Record]]) -> Table:
     return table
 
 
-def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
-    """The table of errors of each backend."""
+def agreement_table(agreements: Iterable[Agreement], title: str) -> Group:
+    """The table of errors of each backend, and below it why some have none."""
     agreements = list(agreements)
     asked = ["quantities"] if any(agreement.quantities is not None for agreement in agreements) else []
     table = Table(title=title, caption="Largest relative errors against a loop over the samples in float64")
@@ -77,28 +79,38 @@ def agreement_table(agreements: Iterable[Agreement], title: str) -> Table:
     for agreement in agreements:
         of_quantities = [agreement.quantities] if asked else []
         errors = (agreement.mean, agreement.second_moment, agreement.per_sample, *of_quantities, agreement.allowed)
-        verdict = agreement.problem or ("agrees" if agreement.agrees else "DISAGREES")
-        table.add_row(agreement.name, *(_number(error, ".1e") for error in errors), escape(verdict))
-    return table
+        verdict = "agrees" if agreement.agrees else "no result" if agreement.problem else "DISAGREES"
+        table.add_row(agreement.name, *(_number(error, ".1e") for error in errors), verdict)
+    return _with_problems(table, agreements)
 
 
-def cost_table(costs: Iterable[Cost], title: str, timed: Sequence[str] = ()) -> Table:
-    """Return what each backend costs for what was `timed`, the moments if that is empty."""
+def cost_table(costs: Iterable[Cost], title: str, timed: Sequence[str] = ()) -> Group:
+    """Return what each backend costs for what was `timed`, the moments if that is empty; below it what was not."""
+    costs = list(costs)
     what = ", ".join(timed) or "moments"
     table = Table(title=title, caption=f"Ratios of {what} to a plain forward and backward pass of the same run")
-    for heading in ("backend", "ms", "time ×", "quartiles", "peak MiB", "memory ×", "problem"):
-        table.add_column(heading, justify="left" if heading in ("backend", "problem") else "right")
+    for heading in ("backend", "ms", "time ×", "quartiles", "peak MiB", "memory ×"):
+        table.add_column(heading, justify="left" if heading == "backend" else "right")
     for cost in costs:
+        quartiles = [_number(ratio, ".2f") for ratio in (cost.time_ratio_low, cost.time_ratio_high)]
         table.add_row(
             cost.name,
             _number(cost.seconds, ".2f", 1e3),
             _number(cost.time_ratio, ".2f"),
-            f"{_number(cost.time_ratio_low, '.2f')} to {_number(cost.time_ratio_high, '.2f')}",
+            "–" if cost.problem else " to ".join(quartiles),
             _number(cost.peak_bytes, ".1f", 2**-20),
             _number(cost.memory_ratio, ".2f"),
-            escape(cost.problem or ""),
         )
-    return table
+    return _with_problems(table, costs)
+
+
+def _with_problems(table: Table, rows: Sequence[Agreement | Cost]) -> Group:
+    """Return a table, and below it each problem in full, with the backends that have it."""
+    backends: dict[str, list[str]] = {}
+    for row in rows:
+        if row.problem:
+            backends.setdefault(row.problem, []).append(row.name)
+    return Group(table, *(Text(f"{', '.join(names)}: {problem}") for problem, names in backends.items()))
 
 
 def backends_table(backends: Iterable[Backend]) -> Table:
