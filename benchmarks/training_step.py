@@ -135,7 +135,7 @@ def measure(name: str, batch: int, rounds: int, steps: list[str]) -> dict[str, A
     results = {}
     for step, took in seconds.items():
         ratios = [own / adam for own, adam in zip(took, seconds[ADAM], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         results[step] = {"seconds": statistics.median(took), "ratio": middle, "low": low, "high": high}
     gains = {}
     if EARLIER in seconds and VOGN in seconds:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import persample
+from persample.checks.benchmark import _cost
 from persample.moments import Moments
 from persample.quantities import Norms, Setting
 from persample.sources import Batch, LoopSource, registry
@@ -46,6 +47,11 @@ def test_right_backends_are_timed_and_others_are_told() -> None:
         assert refused.time_ratio is None
         assert reason in str(refused.problem)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_quartiles_of_few_rounds_lie_between_the_ratios() -> None:
+    cost = _cost("fused", {"plain": [1.0, 1.0], "fused": [1.0, 9.0]}, {"plain": 1, "fused": 1})
+    assert (cost.time_ratio_low, cost.time_ratio, cost.time_ratio_high) == (3.0, 5.0, 7.0)
 
 
 def test_quantities_are_timed_in_place_of_moments() -> None:

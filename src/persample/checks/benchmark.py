@@ -157,7 +157,7 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch
 
 def _cost(name: str, seconds: Mapping[str, list[float]], peaks: Mapping[str, int]) -> Cost:
     ratios = [own / plain for own, plain in zip(seconds[name], seconds[PLAIN], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return Cost(
         backend=name,
         seconds=statistics.median(seconds[name]),
