@@ -426,23 +426,30 @@ def _group_gradients(c: Images, rows: int) -> Iterator[Tensor]:
 
 def _grouped(c: Images) -> Tensor:
     """g_i of all samples by one grouped convolution, in which the weight's values do not matter."""
-    batch, weight, geometry = len(c.x), c.geometry.weight, c.geometry
+    batch, (outputs, *others) = len(c.x), c.geometry.weight
     # Through one dimension, which leaves no doubt about strides: of images of one pixel the kernels take some for
     # channels last, and fail.
+    delta, x = c.delta.reshape(-1).view(1, -1, *c.delta.shape[2:]), c.x.reshape(-1).view(1, -1, *c.x.shape[2:])
+    geometry = replace(c.geometry, weight=(batch * outputs, *others), groups=batch * c.geometry.groups)
+    return weight_gradient(delta, x, geometry).reshape(batch, *c.geometry.weight)
+
+
+def weight_gradient(delta: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """Return the ordinary gradient of a convolution's weight, from δ and its input."""
     gradient: Tensor = torch.ops.aten.convolution_backward.default(
-        c.delta.reshape(-1).view(1, -1, *c.delta.shape[2:]),
-        c.x.reshape(-1).view(1, -1, *c.x.shape[2:]),
-        c.x.new_empty(batch * weight[0], *weight[1:]),
+        delta,
+        x,
+        x.new_empty(geometry.weight),
         None,
         geometry.stride,
         geometry.padding,
         geometry.dilation,
         False,
         [0] * len(geometry.stride),
-        batch * geometry.groups,
+        geometry.groups,
         [False, True, False],
     )[1]
-    return gradient.reshape(batch, *weight)
+    return gradient
 
 
 def _rows_in_order(g: Tensor, c: Images) -> Tensor:

@@ -108,7 +108,7 @@ class Contract(ABC):
         return read(self, batch, asked)
 
     def reading_blocks(self) -> AbstractContextManager[None]:
-        """Return the context in which quantities read blocks of this source."""
+        """Return the context in which quantities read blocks of this source, and passes are recorded."""
         return nullcontext()
 
     def refuse_unsupported(self) -> None:  # noqa: B027 - most backends have nothing to add

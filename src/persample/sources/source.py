@@ -26,6 +26,7 @@ from persample.sources.model.isolation import parameters_counted, parameters_gua
 from persample.sources.model.random_state import random_state, random_state_restored, same_random_state
 from persample.sources.model.refusals import refuse_impossible
 from persample.sources.model.usage import Use
+from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.replay import ReplayRecorder
 from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.computed import Compute, computed
@@ -265,10 +266,15 @@ class PerSampleGradSource(Contract):
             UnsupportedModelError: a part of the model has no per-sample gradient, or not with this backend; or the
                 forward pass cannot be repeated, by a backend that runs the model itself.
         """
-        with ReplayRecorder(self, loss_reduction, Wanted(quantities, groups, loss_scale)) as recorder:
+        recorder = self.recorder(loss_reduction, Wanted(quantities, groups, loss_scale))
+        with self.reading_blocks(), recorder:
             yield recorder.recorded
 
     # What a backend implements, where it can do better.
+
+    def recorder(self, loss_reduction: LossReduction, wanted: Wanted) -> Recorder:
+        """Return what records passes of the user's own; here it repeats each of them with `compute_moments`."""
+        return ReplayRecorder(self, loss_reduction, wanted)
 
     def compute_moments(self, batch: Batch) -> Moments:
         """Return the moments of `batch`; here as averages over `compute_per_sample`."""

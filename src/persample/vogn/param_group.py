@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from persample.dtypes import at_least_float32
+from persample.vogn import core
 from persample.vogn.core import Tensors
 from persample.vogn.settings import temperature_at
 
@@ -37,6 +38,19 @@ class Part:
     prior_precision: float | Tensors
     prior_mean: float | Tensors
     temperature: float
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """N, λ and τ, as the functions of `core` take them."""
+        return {
+            "data_size": self.data_size,
+            "prior_precision": self.prior_precision,
+            "temperature": self.temperature,
+        }
+
+    def with_prior(self, gradient: Tensors) -> Tensors:
+        """Return a gradient with that of the prior at the means, see `core.add_prior`."""
+        return core.add_prior(gradient, self.mean, prior_mean=self.prior_mean, **self.objective)
 
     def state(self, key: str) -> list[Any]:
         """Return one entry of the state of each parameter."""

@@ -242,8 +242,8 @@ class Posterior:
         """
         likelihood = likelihood or likelihood_of(self.loss_fn)
         if isinstance(inputs, DataLoader):
-            parts = self._over(inputs, progress, draws, lambda part: self.predict(part, likelihood=likelihood, **draws))
-            return joined(parts)
+            batches = inputs_of(inputs, progress=progress)
+            return joined(self._over(batches, draws, lambda part: self.predict(part, likelihood=likelihood, **draws)))
         summary = summary_of(likelihood)
         for_each_draw(self._model("predict()"), self, inputs, summary.add, **draws)
         return summary.result()
@@ -295,13 +295,7 @@ class Posterior:
             if targets is not None:
                 raise UsageError("A DataLoader provides its own targets: omit the argument.")
             pairs = batches_of(inputs, progress=progress)
-            tables = at_the_same_draws(
-                pairs,
-                draws.get("generator"),
-                self._devices(),
-                lambda pair: self.log_likelihoods(loss_fn, *pair, **draws),
-            )
-            return torch.cat(list(tables), 1)
+            return torch.cat(list(self._over(pairs, draws, lambda p: self.log_likelihoods(loss_fn, *p, **draws))), 1)
         batch = split_batch(*arguments(inputs, model), targets, for_gradients=False)
         table = LikelihoodTable(loss_fn, batch.targets)
         for_each_draw(model, self, inputs, table.add, **draws)
@@ -378,9 +372,8 @@ class Posterior:
             )
         return Posterior(mean, precision, model, loss_fn)
 
-    def _over(self, loader: Any, progress: bool, draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:
-        """Yield `ask` of each batch's inputs, all at the same draws."""
-        batches = inputs_of(loader, progress=progress)
+    def _over(self, batches: Iterable[Any], draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:
+        """Yield `ask` of each batch, all at the same draws."""
         return at_the_same_draws(batches, draws.get("generator"), self._devices(), ask)
 
     def _devices(self) -> set[torch.device]:

@@ -17,7 +17,6 @@ from persample import IVON, VOGN, Posterior, Vadam, laplace, losses
 from persample.experiments.contest.course import Course
 from persample.vogn import ClassPrediction, VariationalOptimizer
 
-Settings: TypeAlias = Mapping[str, Any]
 Step: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 _ROWS_AT_ONCE = 500

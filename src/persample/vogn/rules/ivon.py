@@ -87,12 +87,7 @@ class IVON(VariationalOptimizer):
         }
 
     def _part_precision(self, part: Part) -> Tensors:
-        return core.posterior_precision(
-            part.state("hessian"),
-            data_size=part.data_size,
-            prior_precision=part.prior_precision,
-            temperature=part.temperature,
-        )
+        return core.posterior_precision(part.state("hessian"), **part.objective)
 
     def _effective_lr(self, part: Part) -> Tensors:
         inverse = torch._foreach_reciprocal(_with_decay(part, part.state("hessian")))
@@ -112,14 +107,7 @@ class IVON(VariationalOptimizer):
         hessian = core.update_hessian(old, estimate, _with_decay(part, old), decay=beta2)
         mean = core.update_mean(
             part.mean,
-            core.add_prior(
-                corrected,
-                part.mean,
-                data_size=part.data_size,
-                prior_precision=part.prior_precision,
-                prior_mean=part.prior_mean,
-                temperature=part.temperature,
-            ),
+            part.with_prior(corrected),
             _with_decay(part, hessian),
             lr=part.settings["lr"],
             max_update=part.settings["max_update"],
@@ -132,9 +120,7 @@ class IVON(VariationalOptimizer):
 
 def _with_decay(part: Part, hessian: Tensors) -> Tensors:
     """Return h + δ."""
-    return core.divisor(
-        hessian, data_size=part.data_size, prior_precision=part.prior_precision, temperature=part.temperature
-    )
+    return core.divisor(hessian, **part.objective)
 
 
 def _first(part: Part) -> Tensors:

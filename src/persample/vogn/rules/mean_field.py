@@ -101,14 +101,9 @@ class MeanFieldVI(VariationalOptimizer):
     def _update(
         self, part: Part, gradient: list[Tensor], observed: list[Observed]
     ) -> tuple[Tensors, list[dict[str, Any]]]:
-        objective: dict[str, Any] = {"data_size": part.data_size, "temperature": part.temperature}
-        by_mean = core.add_prior(
-            gradient, part.mean, prior_precision=part.prior_precision, prior_mean=part.prior_mean, **objective
-        )
+        by_mean = part.with_prior(gradient)
         scale = _scale(part)
-        by_scale = core.add_prior(
-            _mean_products(part, observed), scale, prior_precision=part.prior_precision, **objective
-        )
+        by_scale = core.add_prior(_mean_products(part, observed), scale, **part.objective)
         # The entropy's part of the divergence, − log σ.
         torch._foreach_addcdiv_(
             by_scale, [torch.ones_like(s) for s in scale], scale, value=-part.temperature / part.data_size

@@ -84,40 +84,27 @@ class Vadam(VariationalOptimizer):
         }
 
     def _part_precision(self, part: Part) -> Tensors:
-        return core.posterior_precision(
-            part.state("curvature"),
-            data_size=part.data_size,
-            prior_precision=part.prior_precision,
-            temperature=part.temperature,
-        )
+        return core.posterior_precision(part.state("curvature"), **part.objective)
 
     def _effective_lr(self, part: Part) -> Tensors:
         masses = [mass or 1.0 for mass in part.state("curvature_mass")]
         root = torch._foreach_sqrt(torch._foreach_div(part.state("curvature"), masses))
-        denominator = core.divisor(
-            root, data_size=part.data_size, prior_precision=part.prior_precision, temperature=part.temperature
-        )
-        return torch._foreach_mul(torch._foreach_reciprocal(denominator), part.settings["lr"])
+        return torch._foreach_mul(torch._foreach_reciprocal(core.divisor(root, **part.objective)), part.settings["lr"])
 
     def _update(
         self, part: Part, gradient: list[Tensor], observed: list[Observed]
     ) -> tuple[Tensors, list[dict[str, Any]]]:
-        objective: dict[str, Any] = {
-            "data_size": part.data_size,
-            "prior_precision": part.prior_precision,
-            "temperature": part.temperature,
-        }
         beta1, beta2 = part.settings["betas"]
         average, average_mass, corrected_average = core.running_average(
             part.state("average"),
             part.state("average_mass"),
-            core.add_prior(gradient, part.mean, prior_mean=part.prior_mean, **objective),
+            part.with_prior(gradient),
             decay=beta1,
         )
         curvature, curvature_mass, corrected_curvature = core.running_average(
             part.state("curvature"), part.state("curvature_mass"), _mean_squares(part, observed), decay=beta2
         )
-        denominator = core.divisor(torch._foreach_sqrt(corrected_curvature), **objective)
+        denominator = core.divisor(torch._foreach_sqrt(corrected_curvature), **part.objective)
         mean = core.update_mean(part.mean, corrected_average, denominator, lr=part.settings["lr"])
         keys = ("average", "average_mass", "curvature", "curvature_mass")
         rows = zip(average, average_mass, curvature, curvature_mass, strict=True)

@@ -157,13 +157,7 @@ class VOGN(VariationalOptimizer):
         return state
 
     def _part_precision(self, part: Part) -> Tensors:
-        return core.posterior_precision(
-            part.state("curvature"),
-            data_size=part.data_size,
-            prior_precision=part.prior_precision,
-            damping=part.settings["damping"],
-            temperature=part.temperature,
-        )
+        return core.posterior_precision(part.state("curvature"), damping=part.settings["damping"], **part.objective)
 
     def _effective_lr(self, part: Part) -> Tensors:
         return torch._foreach_mul(
@@ -203,18 +197,8 @@ def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[
     new_curvature = core.update_curvature(curvature, second_moment, decay=settings["decay"])
     new_states: list[dict[str, Any]] = [{"curvature": s} for s in new_curvature]
 
-    def with_prior(values: Tensors) -> Tensors:
-        return core.add_prior(
-            values,
-            part.mean,
-            data_size=part.data_size,
-            prior_precision=part.prior_precision,
-            prior_mean=part.prior_mean,
-            temperature=part.temperature,
-        )
-
     if settings["average_prior"]:
-        gradient = with_prior(gradient)
+        gradient = part.with_prior(gradient)
     if _has_momentum(part):
         buffers, masses, gradient = core.running_average(
             _momentum(part),
@@ -227,7 +211,7 @@ def vogn_update(part: Part, gradient: Tensors, second_moment: Tensors) -> tuple[
             new |= {"momentum_buffer": buffer, "momentum_mass": mass}
     new_mean = core.update_mean(
         part.mean,
-        gradient if settings["average_prior"] else with_prior(gradient),
+        gradient if settings["average_prior"] else part.with_prior(gradient),
         _divisor(part, curvature if settings["order"] == "printed" else new_curvature),
         lr=settings["lr"],
         max_update=settings["max_update"],
@@ -285,10 +269,4 @@ def _momentum(part: Part) -> list[Tensor]:
 
 def _divisor(part: Part, curvature: Tensors) -> Tensors:
     """Return s + d + τ λ / N."""
-    return core.divisor(
-        curvature,
-        data_size=part.data_size,
-        prior_precision=part.prior_precision,
-        damping=part.settings["damping"],
-        temperature=part.temperature,
-    )
+    return core.divisor(curvature, damping=part.settings["damping"], **part.objective)

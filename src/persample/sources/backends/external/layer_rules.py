@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from persample.dtypes import without_autocast
 from persample.errors import UnsupportedModelError
 from persample.quantities.block import Block
-from persample.quantities.protocol import Quantity
 from persample.sources.backends.contributions import precise
 from persample.sources.backends.external.layer_gradients import LayerCall, LayerGradients, cancels, positions, trainable
 from persample.sources.backends.layer_usage import uses_of_layers
@@ -39,7 +37,7 @@ from persample.sources.model.refusals import FUSED_OR_VJP, describe, foreign_par
 from persample.sources.model.usage import Use
 from persample.sources.recording.forward_pass import ForwardPass
 from persample.sources.recording.layer_recorder import CallRecorder
-from persample.sources.recording.results import LossReduction, Recorded, Wanted
+from persample.sources.recording.results import LossReduction, Wanted
 from persample.sources.selfcheck.oracle import gradients_at
 from persample.sources.selfcheck.rounds import MAX_BYTES, Reading
 from persample.sources.source import PerSampleGradSource
@@ -223,17 +221,8 @@ class PeerRulesSource(PerSampleGradSource):
         uses = [_use(call, delta) for call, delta in zip(calls, deltas, strict=True) if delta is not None]
         return losses.detach(), list(gradients[: len(parameters)]), uses
 
-    @contextmanager
-    def recording(
-        self,
-        loss_reduction: LossReduction = "mean",
-        *,
-        quantities: Sequence[Quantity[Any]] = (),
-        groups: Tensor | Sequence[int] | None = None,
-        loss_scale: float | None = None,
-    ) -> Iterator[Recorded]:
-        with PeerRecorder(self, loss_reduction, Wanted(quantities, groups, loss_scale)) as recorder:
-            yield recorder.recorded
+    def recorder(self, loss_reduction: LossReduction, wanted: Wanted) -> PeerRecorder:
+        return PeerRecorder(self, loss_reduction, wanted)
 
     def square_sums(self, uses: Iterable[LayerCall]) -> dict[nn.Parameter, Tensor]:
         """Return Σ_i g_i² of the parameters in use."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
-from persample.quantities.protocol import Quantity
 from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.batch import Batch
@@ -18,7 +16,8 @@ from persample.sources.contract import Check, Receive
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.refusals import FUSED_OR_VJP
 from persample.sources.model.usage import Use
-from persample.sources.recording.results import LossReduction, Recorded
+from persample.sources.recording.recorder import Recorder
+from persample.sources.recording.results import LossReduction, Wanted
 from persample.sources.source import PerSampleGradSource
 
 Result = TypeVar("Result")
@@ -85,16 +84,8 @@ class PeerSource(PerSampleGradSource):
                 self.norms_by = self._rules().find_norms(batch)
         return uses
 
-    @contextmanager
-    def recording(
-        self,
-        loss_reduction: LossReduction = "mean",
-        *,
-        quantities: Sequence[Quantity[Any]] = (),
-        groups: Tensor | Sequence[int] | None = None,
-        loss_scale: float | None = None,
-    ) -> Iterator[Recorded]:
-        """Record the moments of passes that the user runs, see `PerSampleGradSource.recording`.
+    def recorder(self, loss_reduction: LossReduction, wanted: Wanted) -> Recorder:
+        """Return what records passes that the user runs.
 
         The rules are applied to the user's own pass. The machinery, whose hooks are not on the user's model, repeats
         it; with `machinery="auto"` only where the rules do not serve the model.
@@ -102,12 +93,10 @@ class PeerSource(PerSampleGradSource):
         if self._quantities_by_rules():
             self.ran = "rules"
             rules = self._rules()
-            self.norms_by, record = rules.norms_by, rules.recording
-        else:
-            self.ran = self.own
-            record = super().recording
-        with record(loss_reduction, quantities=quantities, groups=groups, loss_scale=loss_scale) as recorded:
-            yield recorded
+            self.norms_by = rules.norms_by
+            return rules.recorder(loss_reduction, wanted)
+        self.ran = self.own
+        return super().recorder(loss_reduction, wanted)
 
     def state_changed(self, state: State) -> bool:
         return self._moved_attributes or super().state_changed(state)

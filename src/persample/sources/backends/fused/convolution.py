@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from persample.kernels.convolution import (
@@ -14,6 +13,7 @@ from persample.kernels.convolution import (
     convolution_moments_and_norms,
     convolution_per_sample,
     convolution_squared_norms,
+    weight_gradient,
 )
 from persample.sources.backends.shortcuts import moments_and_norms, numbers_held, scaled, squared_norms, weighted_sum
 
@@ -46,18 +46,5 @@ def _(contribution: Convolution, size: int, width: int) -> Tensor:
 
 @weighted_sum.register
 def _(contribution: Convolution, weights: Tensor, width: int) -> Tensor:
-    geometry = contribution.geometry
-    gradient: Tensor = torch.ops.aten.convolution_backward.default(  # the ordinary weight gradient, of w_i δ_i
-        scaled(contribution.delta, weights.repeat_interleave(contribution.images)),
-        contribution.x,
-        contribution.x.new_empty(geometry.weight),
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        False,
-        [0] * len(geometry.stride),
-        geometry.groups,
-        [False, True, False],
-    )[1]
-    return gradient
+    delta = scaled(contribution.delta, weights.repeat_interleave(contribution.images))
+    return weight_gradient(delta, contribution.x, contribution.geometry)

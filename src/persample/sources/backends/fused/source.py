@@ -30,7 +30,7 @@ from persample.sources.batch import Batch
 from persample.sources.contract import Check, Read, Receive
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.usage import Use, current_module
-from persample.sources.recording.results import LossReduction, Recorded, Wanted
+from persample.sources.recording.results import LossReduction, Wanted
 from persample.sources.selfcheck.oracle import gradient, other_leaves, reentrant_refused, refuse_accumulated
 from persample.sources.source import PerSampleGradSource
 
@@ -146,18 +146,8 @@ class FusedSource(PerSampleGradSource):
     def reading_blocks(self) -> AbstractContextManager[None]:
         return deterministic_choice(self.deterministic)
 
-    @contextmanager
-    def recording(
-        self,
-        loss_reduction: LossReduction = "mean",
-        *,
-        quantities: Sequence[Quantity[Any]] = (),
-        groups: Tensor | Sequence[int] | None = None,
-        loss_scale: float | None = None,
-    ) -> Iterator[Recorded]:
-        recorder = FusedRecorder(self, loss_reduction, Wanted(quantities, groups, loss_scale))
-        with deterministic_choice(self.deterministic), recorder:
-            yield recorder.recorded
+    def recorder(self, loss_reduction: LossReduction, wanted: Wanted) -> FusedRecorder:
+        return FusedRecorder(self, loss_reduction, wanted)
 
     def _of_one(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of a single sample is the ordinary one."""

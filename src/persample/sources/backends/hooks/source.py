@@ -7,8 +7,7 @@ samples. The backward pass here stops at the outputs of the layers; autograd nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from persample.dtypes import without_autocast
 from persample.errors import OptionError, UnsupportedModelError
 from persample.moments import Moments
-from persample.quantities.protocol import Quantity
 from persample.sources.backends.contributions import Contribution
 from persample.sources.backends.hooks.counting import Receive, UseCounter, contributions_of
 from persample.sources.backends.hooks.recorder import HooksRecorder
@@ -37,7 +35,7 @@ from persample.sources.model.module_calls import (
 )
 from persample.sources.model.refusals import VMAP_OR_VJP
 from persample.sources.model.usage import Use
-from persample.sources.recording.results import LossReduction, Recorded, Wanted
+from persample.sources.recording.results import LossReduction, Wanted
 from persample.sources.selfcheck.oracle import gradients_at
 from persample.sources.source import PerSampleGradSource
 
@@ -118,18 +116,8 @@ class HooksSource(PerSampleGradSource):
     def samples_at_once(self, batch: Batch, max_bytes: int) -> int:
         return batch.size
 
-    @contextmanager
-    def recording(
-        self,
-        loss_reduction: LossReduction = "mean",
-        *,
-        quantities: Sequence[Quantity[Any]] = (),
-        groups: Tensor | Sequence[int] | None = None,
-        loss_scale: float | None = None,
-    ) -> Iterator[Recorded]:
-        wanted = Wanted(quantities, groups, loss_scale)
-        with HooksRecorder(self, modules_with_rules(self.model), loss_reduction, wanted) as recorder:
-            yield recorder.recorded
+    def recorder(self, loss_reduction: LossReduction, wanted: Wanted) -> HooksRecorder:
+        return HooksRecorder(self, modules_with_rules(self.model), loss_reduction, wanted)
 
     def _backward(self, batch: Batch, receive: Receive) -> Tensor:
         """Run forward and backward once; pass contributions to `receive`, with parameter name and number of uses.
