@@ -20,7 +20,7 @@ def distribution_of(loss_fn: Callable[..., Any]) -> TargetDistribution:
     """Return the likelihood that a loss of this package or of PyTorch stands for.
 
     Raises:
-        UsageError: nobody can tell from it, or it is weighted.
+        UsageError: the loss stands for no known likelihood, or is weighted.
     """
     if isinstance(loss_fn, TargetDistribution):
         return loss_fn

@@ -109,9 +109,9 @@ class PerSampleGradSource(Contract):
             targets: its targets.
             *quantities: what is wanted, such as `persample.quantities.Norms()`.
             groups: for each sample the number of its user, document or the like: the gradients of a group are added up
-                before the quantities are taken of these sums, in ascending order of the numbers.
-            max_bytes: as many bytes of per-sample gradients as may be formed at once. Backends that form them take
-                some samples after the other, and repeat that where a quantity needs all of them again; `fused` and
+                first, and the quantities are those of the sums, in ascending order of the numbers.
+            max_bytes: the most bytes of per-sample gradients to form at once. Backends that form them take some
+                samples after the other, and repeat that where a quantity needs all of them again; `fused` and
                 `hooks` need none.
 
         Raises:
@@ -150,8 +150,8 @@ class PerSampleGradSource(Contract):
         Args:
             inputs: a mini-batch, as for `moments`.
             targets: its targets.
-            other: inputs and targets of a second batch, whose gradients h_j take the place of g_j: `(B, n)`. Of these,
-                as many are formed at once as fit in 256 MiB, and the first batch is repeated for each such part.
+            other: inputs and targets of a second batch, whose gradients h_j take the place of g_j: `(B, n)`. At most
+                256 MiB of these are formed at once, and the first batch is repeated for each such part.
 
         Raises:
             UnsupportedModelError: as `compute`; or the model draws random numbers, and there are several such parts.

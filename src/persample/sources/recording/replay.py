@@ -1,6 +1,6 @@
 """Recording by repeating the user's pass, for the backends that run the model themselves.
 
-In the user's backward pass the gradient δ of his loss L arrives at the outputs z of the model. If L is a sum over the
+In the user's backward pass the gradient δ of the loss L arrives at the outputs z of the model. If L is a sum over the
 samples, what sample i adds to the gradient of L is the gradient of
 
     ⟨δ_i, z_i⟩,    with δ_i held fixed,

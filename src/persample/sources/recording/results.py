@@ -1,6 +1,6 @@
 """Moments of the gradients in forward and backward passes that the user runs: `with source.recording(): …`.
 
-The user calls the model and reduces the losses to a scalar himself, L = Σ_i ℓ_i / B or Σ_i ℓ_i. A row of the backward
+The user calls the model and reduces the losses to a scalar, L = Σ_i ℓ_i / B or Σ_i ℓ_i. A row of the backward
 pass, what sample i adds to the gradient of L, is then c g_i with c = 1/B or 1, so that
 
     Σ_i g_i / B = Σ_i row_i / (c B)        Σ_i g_i² / B = Σ_i row_i² / (c² B)
