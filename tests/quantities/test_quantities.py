@@ -430,6 +430,10 @@ def test_options() -> None:
         source.compute(x, y, Norms(), Norms(per="parameter"))
     with pytest.raises(persample.errors.OptionError, match="no parameter"):
         source.compute(x, y, Norms(per={"a": ["3"]}))
+    with pytest.raises(persample.errors.OptionError, match="Group 'a' of per= is None"):
+        source.compute(x, y, Norms(per={"a": None}))  # type: ignore[dict-item]
+    with pytest.raises(persample.errors.OptionError, match="other must be a pair"):
+        source.gram(x, y, other=x)  # type: ignore[arg-type]
     with pytest.raises(persample.errors.OptionError, match="in the groups"):
         source.compute(x, y, Norms(per={"a": ["0"], "b": ["0.weight"]}))
     with pytest.raises(persample.errors.OptionError, match=r"shape \(7,\)"):

@@ -33,6 +33,8 @@ def members(per: Per, parameters: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _named(group: str, beginnings: Iterable[str], parameters: list[str]) -> list[str]:
+    if not isinstance(beginnings, Iterable):
+        raise OptionError(f"Group {group!r} of per= is {beginnings!r}: pass names of parameters or modules.")
     beginnings = [beginnings] if isinstance(beginnings, str) else list(beginnings)
     for beginning in beginnings:
         if not any(_begins(name, beginning) for name in parameters):

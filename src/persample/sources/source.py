@@ -154,11 +154,14 @@ class PerSampleGradSource(Contract):
                 256 MiB of these are formed at once, and the first batch is repeated for each such part.
 
         Raises:
+            OptionError: `other` is no pair.
             UnsupportedModelError: as `compute`; or the model draws random numbers, and there are several such parts.
         """
         if other is None:
             products: Tensor = self.compute(inputs, targets, Gram()).gram
             return products
+        if not isinstance(other, tuple) or len(other) != 2:
+            raise OptionError("other must be a pair, the inputs and the targets of a second batch.")
         second = as_batch(*other, self.model)
         rows = samples_within(self, second, MAX_BYTES)
         start, columns = random_state(self.model), []

@@ -703,7 +703,7 @@ def _in_one_line(error: Exception) -> str:
     if type(error).__name__ in _BY_VALUES:
         return "where entries go depends on the values of tensors"
     if "convert all Tensors to FakeTensors" in text:
-        return "whose the entries of a tensor are is found out by trial, which takes values"
+        return "to which samples the entries of a tensor belong is found out by trial, which takes values"
     name = "" if isinstance(error, NotReplayableError) else f"{type(error).__name__}: "
     places = re.findall(r'File "([^"]+)", line (\d+)', text.partition("from user code")[2])
     place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
