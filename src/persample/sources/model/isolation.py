@@ -155,6 +155,10 @@ class Held:
         """Whether something else is held, or in another order."""
         return self.containers.changed()
 
+    def ids(self) -> set[int]:
+        """Return the ids of the modules and of the containers."""
+        return {*map(id, self.modules), *[id(container) for container, _ in self.containers.before()]}
+
 
 class State:
     """What a model keeps from one forward pass to the next, as it is now.

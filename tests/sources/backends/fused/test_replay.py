@@ -11,6 +11,8 @@ import random
 import threading
 import types
 import weakref
+from abc import ABC
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -374,6 +376,90 @@ def identity_of_another_object(patch: pytest.MonkeyPatch) -> Any:
 
 
 @changing
+def order_of_another_object(patch: pytest.MonkeyPatch) -> Any:
+    table = OrderedDict(a=1.0, b=2.0)
+    return scaled(lambda m: sum(n * v for n, v in enumerate(table.values()))), lambda call: table.move_to_end("a")
+
+
+@changing
+def key_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
+    table: dict[str, float] = {}
+
+    def read(m: Any) -> float:
+        try:
+            return table["scale"]
+        except KeyError:
+            return 1.0
+
+    return scaled(read), lambda call: table.update(scale=2.0) if call == 2 else None
+
+
+@changing
+def name_that_a_module_lacked(patch: pytest.MonkeyPatch) -> Any:
+    settings = types.ModuleType("settings")
+    return scaled(lambda m: getattr(settings, "scale", 1.0)), lambda call: call == 2 and setattr(settings, "scale", 2.0)
+
+
+@changing
+def attribute_that_was_computed(patch: pytest.MonkeyPatch) -> Any:
+    class Computed:
+        def __getattr__(self, name: str) -> float:
+            return 1.0
+
+    settings: Any = Computed()
+    return scaled(lambda m: settings.scale), lambda call: call == 2 and setattr(settings, "scale", 2.0)
+
+
+@changing
+def attribute_hidden_by_that_of_a_class_between(patch: pytest.MonkeyPatch) -> Any:
+    class Base(Net):
+        scale = 1.0
+
+    class Own(Base):
+        pass
+
+    model = Own(lambda m, x: m.last(torch.tanh(m.first(x)) * m.scale), **layers())
+    return model, lambda call: call == 2 and setattr(Own, "scale", 2.0)
+
+
+@changing
+def attribute_of_the_class_of_another_object(patch: pytest.MonkeyPatch) -> Any:
+    class Base:
+        scale = 1.0
+
+    class Own(Base):
+        pass
+
+    settings = Own()
+    return scaled(lambda m: settings.scale), lambda call: call == 2 and setattr(Own, "scale", 2.0)
+
+
+@changing
+def method_of_a_class_of_pytorch(patch: pytest.MonkeyPatch) -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.last(m.first(x.unsqueeze(1)).flatten(1))  # type: ignore[no-any-return]
+
+    def twice(m: Any, *args: Any) -> Tensor:
+        return ordinary(m, *args) * 2
+
+    ordinary = nn.Conv1d._conv_forward
+    model = Net(forward, first=nn.Conv1d(1, 2, 3), last=nn.Linear(4, 3))
+    return model, lambda call: call == 2 and patch.setattr(nn.Conv1d, "_conv_forward", twice)
+
+
+@changing
+def instance_of_an_abstract_class(patch: pytest.MonkeyPatch) -> Any:
+    class Large(ABC):  # noqa: B024
+        pass
+
+    class Own:
+        pass
+
+    own = Own()
+    return scaled(lambda m: 2.0 if isinstance(own, Large) else 1.0), lambda call: call == 2 and Large.register(Own)
+
+
+@changing
 def environment(patch: pytest.MonkeyPatch) -> Any:
     patch.setenv("SCALE_OF_A_TEST", "1")
     model = scaled(lambda m: float(os.environ["SCALE_OF_A_TEST"]))
@@ -649,6 +735,20 @@ def ordinary(model: nn.Module, change: Callable[[int], object], check: Any) -> N
     for call in range(6):
         change(call)
         source.moments(*data(seed=call))
+
+
+def test_counters_beside_what_a_model_reads_are_no_hindrance() -> None:
+    class Own(Net):
+        steps = 0
+
+    settings = types.SimpleNamespace(scale=2.0, steps=0)
+    model = Own(lambda m, x: m.last(torch.tanh(m.first(x)) * settings.scale), **layers())
+
+    def count(call: int) -> None:
+        Own.steps = settings.steps = call
+        settings.last = call
+
+    assert follow(model, count) == ["replayed"] * 6
 
 
 @pytest.mark.parametrize("name", ["tensor_made_of_an_attribute", "tensor_made_of_sizes"])

@@ -22,6 +22,7 @@ import time
 import types
 import warnings
 import weakref
+from abc import get_cache_token
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import gt, is_
@@ -38,6 +39,7 @@ from torch.utils._device import DeviceContext
 from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
 from persample.sources.backends.fused import nan_probe
+from persample.sources.backends.fused.namespaces import Namespaces
 from persample.sources.backends.fused.patience import Patience
 from persample.sources.backends.fused.recorded_graph import (
     NotReplayableError,
@@ -47,6 +49,7 @@ from persample.sources.backends.fused.recorded_graph import (
 )
 from persample.sources.backends.fused.request import Request, put_together, taken_apart
 from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, first_line, runner
+from persample.sources.backends.fused.unguarded import see_unguarded
 from persample.sources.batch import Batch
 from persample.sources.model.eager import compiling_is_off
 from persample.sources.model.isolation import Held, State
@@ -187,13 +190,16 @@ class _Step:
     """Forward pass and loss of one model in one state of its attributes, compiled.
 
     Dynamo's guards have gaps: a key that a dict lacks, the order of an `OrderedDict`, a method that a class of
-    PyTorch's has got anew. So all that modules hold and how their classes are called must be what it was, by identity.
+    PyTorch's has got anew. So all that modules hold must be what it was, by identity, and so must be the methods of
+    their classes and of those of other objects that Dynamo has met.
 
     Attributes:
         ran: how it was run at last; None if in the ordinary way.
         ran_because: why not in the way that was asked for.
         was_recorded: whether it was recorded then, or at least tried to be.
         graphs: those that Dynamo has captured.
+        held: what the modules hold.
+        names: what the classes of modules, and other classes and modules that Dynamo has met, define.
     """
 
     def __init__(self, source: Ordinary, way: Way) -> None:
@@ -207,12 +213,14 @@ class _Step:
         self._served: set[Hashable] = set()  # what has been recorded, for a kind of batch at least
         self._closed: dict[Hashable, str] = {}  # why it is not recorded for further kinds
         self._key = _key(source)
-        self._held = Held(source.model)
+        self.held, self.names = Held(source.model), Namespaces()
+        for kind in dict.fromkeys(map(type, self.held.modules)):
+            self.names.add_class(kind)
         self._compiled: Callable[..., Any] | None = None  # until it is recorded
 
     def fits(self, source: Ordinary) -> bool:
         """Whether it is of this source as it is now."""
-        return not self._held.changed() and self._key == _key(source)
+        return not self.held.changed() and not self.names.changed() and self._key == _key(source)
 
     def result(self, source: Ordinary, batch: Batch, what: Request, *, may_record: bool) -> Any:
         """Return what is wanted of `batch`, or None if the step cannot be replayed."""
@@ -495,12 +503,11 @@ class _Recording:
 
 def _key(source: Ordinary) -> tuple[Any, ...]:
     """Return what decides how a step runs, besides the attributes of the model."""
-    classes = dict.fromkeys(map(type, modules_of(source.model)))
     return (
-        *(id(source.model), id(source.loss_fn), source.deterministic, nn.Module._call_impl),
+        *(id(source.model), id(source.loss_fn), source.deterministic, get_cache_token()),
         *[mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)],
         *[torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")],
-        *[(kind, kind.__call__, getattr(kind, "forward", None)) for kind in classes],
+        *dict.fromkeys(map(type, modules_of(source.model))),
     )
 
 
@@ -521,18 +528,21 @@ def _compiled(model: nn.Module, loss_fn: Callable[[Any, Any], Any], asking: _Ste
         refuse_graph(graph, examples)
         if len(asking.graphs) >= _MOST_GRAPHS:
             raise NotReplayableError(f"Dynamo has captured it {_MOST_GRAPHS} times")
-        guard_identities(("args", "kwargs", "targets"))
         assert asking.call is not None
+        source, given = asking.call.source, ("args", "kwargs", "targets")
+        known = {"model": source.model, "loss_fn": source.loss_fn}
+        scope = {"L": known | dict(zip(given, asking.call.arguments, strict=True)), "G": own_globals}
+        see_unguarded(scope, given, asking.held.ids(), asking.names)
+        guard_identities(given)
         asking.graphs.append(_Graph(graph, examples, step, asking.call))
         return asking.graphs[-1]
 
     # Dynamo keeps its graphs with the code and the compiled functions with the globals, so both are made anew: they go
     # with the step, and the steps of other sources do not count for its limit.
+    builtins = {"__builtins__": __builtins__, "__name__": __name__}
+    own_globals: dict[str, Any] = {**builtins, "torch": torch, "NotRecordedError": _NotRecordedError}
     own = types.FunctionType(
-        losses_of_batch.__code__.replace(),
-        {"__builtins__": __builtins__, "__name__": __name__, "torch": torch, "NotRecordedError": _NotRecordedError},
-        "losses_of_batch",
-        closure=losses_of_batch.__closure__,
+        losses_of_batch.__code__.replace(), own_globals, "losses_of_batch", closure=losses_of_batch.__closure__
     )
     # Dynamo never lets go of its guards, they hold the globals, and those the graphs.
     weakref.finalize(asking, _empty, asking.graphs).atexit = False

@@ -1,0 +1,55 @@
+"""What a model may go by while Dynamo captures it, and Dynamo leaves without a guard."""
+
+from __future__ import annotations
+
+import dis
+from collections import OrderedDict
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persample.sources.backends.fused.namespaces import Namespaces
+from persample.sources.backends.fused.recorded_graph import NotReplayableError
+
+_FOLDER_OF_PYTORCH = str(Path(torch.__file__).parent)
+
+
+def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Container[int], seen: Namespaces) -> None:
+    """See to what Dynamo, which is capturing, leaves without a guard.
+
+    No guard sees what was looked for in vain and comes later, a method that a class of PyTorch's has got anew, nor that
+    an `OrderedDict` was put into another order.
+
+    Args:
+        scope: the local variables `"L"` and the global ones `"G"` of the captured function.
+        given: the names of local variables that are others in each call.
+        known: the ids of objects of which it is known already what they hold.
+        seen: takes what is to be seen from now on.
+
+    Raises:
+        NotReplayableError: the model goes by something that cannot be seen.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._guards import TracingContext
+
+    context = TracingContext.get()
+    codes = [code for code in context.traced_code if not code.co_filename.startswith(_FOLDER_OF_PYTORCH)]
+    if any(step.opname == "CHECK_EXC_MATCH" for code in codes for step in dis.get_instructions(code)):
+        raise NotReplayableError("the model catches errors")
+    names = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+    own = tuple(f"L['{name}']" for name in given)
+    for guard in context.guards_context.dynamo_guards:
+        if guard.inner_create_fn() not in (GuardBuilder.TYPE_MATCH, GuardBuilder.MODULE_MATCH):
+            continue
+        if guard.name.startswith((*own, "G['__import_torch")):
+            continue
+        value = eval(guard.name, dict(scope))  # Dynamo's name of a value is an expression
+        if id(value) in known or isinstance(value, Tensor):
+            continue
+        if isinstance(value, OrderedDict):
+            raise NotReplayableError("the model looks into an OrderedDict, whose order may change")
+        seen.add_names(value, names)
+        seen.add_class(type(value))
