@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,8 @@ import torch
 from persample import metrics
 from persample.errors import BatchError, OptionError
 from persample.testing.devices import generator_of
+
+Metric = Callable[[Any, Any], float]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -51,8 +56,39 @@ def test_refusals() -> None:
         for metric in (metrics.log_loss, metrics.brier_score, metrics.calibration_error):
             with pytest.raises(BatchError, match=r"shape \(N, C\)"):
                 metric(p, targets)
-    with pytest.raises(OptionError, match="bins=0"):
-        metrics.calibration_error(p, torch.zeros(3).long(), bins=0)
+    for bins in (0, 2.5):
+        with pytest.raises(OptionError, match=f"bins={bins}"):
+            metrics.calibration_error(p, torch.zeros(3).long(), bins=bins)  # type: ignore[arg-type]
     for scores in (torch.zeros(0), torch.zeros(2, 2), torch.tensor([float("nan")])):
         with pytest.raises(BatchError, match="outside must be a vector"):
             metrics.auroc(torch.zeros(3), scores)
+
+
+@pytest.mark.parametrize("metric", [metrics.log_loss, metrics.brier_score, metrics.calibration_error])
+class TestOfWrongClasses:
+    def test_logits_are_no_probabilities(self, metric: Metric) -> None:
+        logits = torch.randn(5, 3, generator=generator_of(0))
+        for values in (logits, logits.log_softmax(1), logits.exp(), logits.softmax(1).round().long()):
+            with pytest.raises(BatchError, match=r"pass logits\.softmax\(1\)"):
+                metric(values, torch.zeros(5).long())
+
+    def test_probabilities_in_half_precision_are(self, metric: Metric) -> None:
+        p = torch.randn(50, 1000, generator=generator_of(0)).softmax(1)
+        y = torch.arange(50)
+        for dtype in (torch.float16, torch.bfloat16):
+            assert metric(p.to(dtype), y) == pytest.approx(metric(p, y), rel=0.02, abs=1e-3)
+
+    def test_targets_that_are_no_classes(self, metric: Metric) -> None:
+        p = torch.full((3, 2), 0.5)
+        for targets in (torch.tensor([0, 1, 2]), torch.tensor([0, -100, 1]), torch.zeros(3)):
+            with pytest.raises(BatchError, match="from 0 to 1, the indices of the classes"):
+                metric(p, targets)
+
+    def test_arrays_and_other_whole_numbers(self, metric: Metric) -> None:
+        p = torch.randn(6, 3, generator=generator_of(0), dtype=torch.float64).softmax(1)
+        y = torch.tensor([0, 1, 2, 0, 1, 2])
+        due = metric(p, y)
+        assert metric(p.numpy(), y.numpy()) == metric(p, y.int()) == metric(p, y.to(torch.uint8)) == due
+
+    def test_what_is_not_a_number_gives_none(self, metric: Metric) -> None:
+        assert np.isnan(metric(torch.full((3, 2), float("nan")), torch.zeros(3).long()))

@@ -89,6 +89,7 @@ def test_training_curves(ax: Any, tmp_path: Path) -> None:
         "VOGN, predictions averaged over the posterior": [[1, 0.7], [2, 0.5]],
         "swag": [[1, 1]],
     }
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == curves.keys()
     with pytest.raises(DataError, match=r"no column 'brier'; it has optimizer, epoch"):
         plots.training_curves(path, "brier", ax=ax)
     with pytest.raises(DataError, match=r"split='train'; it has 'test'"):

@@ -1,6 +1,6 @@
 """Metrics of class probabilities, and of uncertainty as a detector of out-of-distribution samples.
 
-All take tensors, and return a Python float, averaged in float64.
+All take tensors (or arrays of NumPy), and return a Python float, averaged in float64.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def log_loss(probabilities: Tensor, targets: Tensor) -> float:
         targets: class indices, shape `(N,)`.
 
     Raises:
-        BatchError: the shapes do not belong together, or there is no sample.
+        BatchError: they are no probabilities and class indices of these shapes.
     """
-    _require_classes(probabilities, targets)
+    probabilities, targets = _classes(probabilities, targets)
     of_targets = probabilities.gather(1, targets[:, None]).clamp(min=torch.finfo(probabilities.dtype).tiny)
     return -of_targets.double().log().mean().item()
 
@@ -36,9 +36,9 @@ def brier_score(probabilities: Tensor, targets: Tensor) -> float:
         targets: class indices, shape `(N,)`.
 
     Raises:
-        BatchError: the shapes do not belong together, or there is no sample.
+        BatchError: they are no probabilities and class indices of these shapes.
     """
-    _require_classes(probabilities, targets)
+    probabilities, targets = _classes(probabilities, targets)
     distance = probabilities.double().scatter_add(1, targets[:, None], -torch.ones_like(targets[:, None]).double())
     return distance.square().sum(1).mean().item()
 
@@ -55,11 +55,11 @@ def calibration_error(probabilities: Tensor, targets: Tensor, *, bins: int = 15)
         bins: their number.
 
     Raises:
-        BatchError: the shapes do not belong together, or there is no sample.
+        BatchError: they are no probabilities and class indices of these shapes.
         OptionError: `bins` is below 1.
     """
-    _, confidence, right = calibration_bins(probabilities, targets, bins)
-    return ((confidence - right).abs().sum() / len(targets)).item()
+    count, confidence, right = calibration_bins(probabilities, targets, bins)
+    return ((confidence - right).abs().sum() / count.sum()).item()
 
 
 def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,15 +70,24 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int) -> tuple
     Returns:
         Three tensors of shape `(bins,)` in float64.
     """
-    _require_classes(probabilities, targets)
-    if bins < 1:
-        raise OptionError(f"bins={bins!r} must be a whole number >= 1.")
+    probabilities, targets = _classes(probabilities, targets)
+    require_bins(bins)
     confidence, predicted = probabilities.double().max(1)
     place = (confidence * bins).long().clamp(0, bins - 1)
     sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
     sums.index_add_(1, place, torch.stack([torch.ones_like(confidence), confidence, (predicted == targets).double()]))
     count, confident, right = sums
     return count, confident, right
+
+
+def require_bins(bins: object) -> None:
+    """Raise unless `bins` is a whole number above 0.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
+        raise OptionError(f"bins={bins!r} must be a whole number >= 1.")
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
@@ -116,15 +125,41 @@ def fpr95(inside: Tensor, outside: Tensor) -> float:
     return (outside <= threshold).double().mean().item()
 
 
-def _require_classes(probabilities: Tensor, targets: Tensor) -> None:
+def _classes(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as tensors on one device.
+
+    Raises:
+        BatchError: they are no probabilities of classes and class indices, one for each sample.
+    """
+    probabilities = torch.as_tensor(probabilities)
+    targets = torch.as_tensor(targets, device=probabilities.device)
+    shapes = f"{tuple(probabilities.shape)} and {tuple(targets.shape)}"
     if probabilities.dim() != 2 or targets.shape != probabilities.shape[:1] or not len(targets):
         raise BatchError(
             "Metrics need probabilities of shape (N, C) and class indices of shape (N,), N >= 1, but got "
-            f"{tuple(probabilities.shape)} and {tuple(targets.shape)}."
+            f"{shapes}: of class 1 alone, pass torch.stack([1 - p, p], 1); of several positions, flatten them."
         )
+    sums = probabilities.sum(1, dtype=torch.float64)
+    wrong = (probabilities < 0).any(1) | ((sums - 1).abs() > _OFF)  # what is not a number makes the metric none
+    if not probabilities.is_floating_point() or bool(wrong.any()):
+        raise BatchError(
+            "Metrics need probabilities of the classes, not negative, with sum 1 for each sample: pass "
+            "logits.softmax(1), or the probabilities of a prediction."
+        )
+    if targets.is_floating_point() or not bool(((targets >= 0) & (targets < probabilities.shape[1])).all()):
+        raise BatchError(
+            f"Targets must be whole numbers from 0 to {probabilities.shape[1] - 1}, the indices of the classes, but "
+            f"they are of dtype {targets.dtype}, from {targets.min().item()} to {targets.max().item()}: leave out the "
+            "samples that do not count."
+        )
+    return probabilities, targets.long()
+
+
+_OFF = 0.02  # by how much the sum of probabilities in half precision may differ from 1
 
 
 def _scores(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    inside, outside = torch.as_tensor(inside), torch.as_tensor(outside)
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.dim() != 1 or not len(scores) or bool(scores.isnan().any()):
             raise BatchError(f"{name} must be a vector of numbers with at least one entry, got {tuple(scores.shape)}.")

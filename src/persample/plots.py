@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from persample.errors import BatchError, DataError, MissingPackageError, OptionError
-from persample.metrics import calibration_bins
+from persample.errors import BatchError, DataError, MissingPackageError
+from persample.metrics import calibration_bins, require_bins
 from persample.vogn.prediction import GaussianPrediction
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def reliability_diagram(
         ax: where to draw.
 
     Raises:
-        BatchError: the shapes do not belong together, or there is no sample.
+        BatchError: they are no probabilities and class indices of these shapes.
         OptionError: `bins` is below 1.
         MissingPackageError: matplotlib is not installed.
     """
@@ -82,10 +82,9 @@ def entropy_histogram(entropies: Tensor | Mapping[str, Tensor], *, bins: int = 3
         OptionError: `bins` is below 1.
         MissingPackageError: matplotlib is not installed.
     """
-    if bins < 1:
-        raise OptionError(f"bins={bins!r} must be a whole number >= 1.")
+    require_bins(bins)
     named = dict(entropies) if isinstance(entropies, Mapping) else {"": entropies}
-    values = {name: tensor.detach().flatten().double().cpu() for name, tensor in named.items()}
+    values = {name: torch.as_tensor(given).detach().flatten().double().cpu() for name, given in named.items()}
     for name, tensor in values.items():
         if not len(tensor) or not bool(tensor.isfinite().all()):
             raise BatchError(f"The entropies {name!r} must be finite numbers, at least one.")
@@ -141,6 +140,7 @@ def training_curves(
     metric: str = "log_loss",
     *,
     split: str = "test",
+    legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a metric over the epochs, one curve for each kind of prediction.
@@ -150,6 +150,7 @@ def training_curves(
             "prediction", and the metric.
         metric: the column to draw, such as "log_loss" or "accuracy".
         split: the part of the data, "train", "validation" or "test".
+        legend: whether to name the curves.
         ax: where to draw.
 
     Raises:
@@ -174,7 +175,7 @@ def training_curves(
     ax.grid(alpha=0.3)
     ax.locator_params(axis="x", integer=True)
     ax.set(xlabel="Epoch", ylabel=_METRICS.get(metric, metric))
-    return ax
+    return _with_legend(ax, legend)
 
 
 def _rows_of(path: str | PathLike[str]) -> list[Mapping[str, Any]]:

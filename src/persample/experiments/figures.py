@@ -37,7 +37,7 @@ def figure2(records: Sequence[Record], path: Path, title: str) -> None:
     axes = figure.subplots(len(rows), len(_COLUMNS), sharex=True, sharey="col", squeeze=False)
     for row, split in enumerate(rows):
         for column, metric in enumerate(_COLUMNS):
-            training_curves(table, metric, split=split, ax=axes[row, column])
+            training_curves(table, metric, split=split, legend=False, ax=axes[row, column])
             axes[row, column].set(xlabel="", ylabel="")
     for column, heading in enumerate(_COLUMNS.values()):
         axes[0, column].set_title(heading)
