@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import persample
-from persample.errors import OptionError
+from persample.errors import OptionError, UsageError
 from persample.testing.devices import generator_of
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
@@ -150,6 +153,68 @@ def test_a_batch_without_a_loss_is_left_out() -> None:
     net.none_at = {0, 3}
     fit(net, 10, accumulate_grad_batches=2, max_epochs=1)
     assert net.posterior.steps == 3
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("mc_samples", [1, 2])
+def test_a_step_without_a_loss_is_left_out(parts: int, mc_samples: int) -> None:
+    """As if these batches were not there; also where the model was called before None was returned."""
+    if parts * mc_samples == 4:
+        pytest.skip("several draws need a closure")
+
+    class Late(Net):
+        def training_step(self, batch: Any, index: int) -> Tensor | None:
+            at, self.none_at = self.none_at, set()
+            loss, self.none_at = super().training_step(batch, index), at
+            return None if index in at else loss
+
+    due = Net(mc_samples=mc_samples)
+    due.configure_optimizers()
+    for rows in (slice(0, 10 * parts), slice(20, 20 + 10 * parts)):
+        for _ in range(mc_samples):
+            with due.posterior.sampled_params(train=True):
+                F.cross_entropy(due.model(X[rows]), Y[rows]).backward()
+        due.posterior.step()
+        due.posterior.zero_grad()
+    for kind in (Net, Late):
+        net = kind(mc_samples=mc_samples)
+        net.none_at = {1, 3, 4} if parts == 1 else {4}
+        fit(net, 10, accumulate_grad_batches=parts, max_epochs=1)
+        assert_same(net, due)
+
+
+def test_a_module_without_forward_is_named() -> None:
+    class Whole(Net):
+        def configure_optimizers(self) -> Any:
+            self.posterior = persample.VOGN(self, data_size=50)
+            return self.posterior
+
+    net = Whole()
+    net.configure_optimizers()
+    with pytest.raises(UsageError, match=r"missing the required .forward. function: pass the module that your code"):
+        net.posterior.predict(X)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_two_processes_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("lightning_ranks.py")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*start, str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ran.returncode == 0, ran.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 4
+    for found in (first, second):
+        assert "process_group=torch.distributed.group.WORLD in configure_optimizers()" in found.pop("error")
+    assert not torch.equal(first.pop("seen"), second.pop("seen"))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0)
+        torch.testing.assert_close(value, first[name.replace("lightning", "hand")], rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_that_overflowed_is_forgotten() -> None:

@@ -209,6 +209,16 @@ class TestEvaluation:
         assert predicted.metrics["test_loss"] == pytest.approx(F.nll_loss(probabilities.log(), LABELS).item(), rel=1e-5)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(predicted.metrics["test_loss"])
 
+    @pytest.mark.parametrize("of_tokens", [False, True])
+    def test_of_smoothed_labels(self, of_tokens: bool, tmp_path: Path) -> None:
+        model, data = (gpt(), data_of(TOKENS)) if of_tokens else (bert(), data_of(LABELS))
+        trainer = make(tmp_path, model, data=data, of_trainer={"samples": 5}, label_smoothing_factor=0.2)
+        trainer.train()
+        log = self.draws(trainer).softmax(-1).mean(0).log()
+        outputs, labels = (log[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()) if of_tokens else (log, LABELS)
+        due = F.cross_entropy(outputs, labels, label_smoothing=0.2).item()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(due, rel=1e-5)
+
     def test_of_tokens(self, tmp_path: Path) -> None:
         trainer = make(tmp_path, gpt(), data=data_of(TOKENS), of_trainer={"samples": 5})
         trainer.train()
@@ -238,7 +248,7 @@ class TestEvaluation:
 
     def test_without_labels_the_likelihood_must_be_said(self, tmp_path: Path) -> None:
         data = [{"input_ids": t} for t in TOKENS]
-        with pytest.raises(UsageError, match=r'likelihood="categorical"'):
+        with pytest.raises(UsageError, match=r'the data have no labels.*likelihood="categorical"'):
             make(tmp_path, bert()).predict(data)
         trainer = make(tmp_path, bert(), of_trainer={"likelihood": "categorical", "samples": 3})
         trainer.train()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -46,29 +47,34 @@ def averaged(likelihood: Outputs, outputs: Tensor) -> Tensor:
     return F.logsigmoid(outputs).logsumexp(0) - F.logsigmoid(-outputs).logsumexp(0)
 
 
-def loss_like(outputs: Tensor, labels: Tensor, loss: Tensor) -> tuple[Outputs, Callable[[Tensor], Tensor]] | None:
+def loss_like(
+    outputs: Tensor, labels: Tensor, loss: Tensor, *, smoothing: float = 0.0
+) -> tuple[Outputs, Callable[[Tensor], Tensor]] | None:
     """Return the likelihood whose mean loss of `outputs` is `loss`, and that loss as a function; None if there is none.
 
     Args:
         outputs: of a model, shape `(B, …)`.
         labels: what the model computed its loss from; −100 is ignored.
         loss: the loss that it returned.
+        smoothing: of the labels, where it is a cross-entropy.
     """
     for name, (likelihood, function) in _LOSSES.items():
         if not _takes(name, outputs, labels):
             continue
+        if likelihood == "categorical":
+            function = partial(function, smoothing=smoothing)
         found = function(outputs, labels)
         if torch.allclose(found, loss.to(found), rtol=tolerance(outputs), atol=tolerance(outputs), equal_nan=True):
             return likelihood, lambda other, function=function: function(other, labels)
     return None
 
 
-def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.flatten(0, -2), labels.flatten())
+def _cross_entropy(outputs: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, -2), labels.flatten(), label_smoothing=smoothing)
 
 
-def _of_next(outputs: Tensor, labels: Tensor) -> Tensor:
-    return _cross_entropy(outputs[:, :-1], labels[:, 1:])
+def _of_next(outputs: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    return _cross_entropy(outputs[:, :-1], labels[:, 1:], smoothing=smoothing)
 
 
 def _bernoulli(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ def _squares(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(outputs.flatten(), labels.to(outputs).flatten())
 
 
-_LOSSES: Mapping[str, tuple[Outputs, Callable[[Tensor, Tensor], Tensor]]] = {
+_LOSSES: Mapping[str, tuple[Outputs, Callable[..., Tensor]]] = {
     "cross-entropy": ("categorical", _cross_entropy),
     "cross-entropy of the next": ("categorical", _of_next),
     "binary cross-entropy": ("bernoulli", _bernoulli),

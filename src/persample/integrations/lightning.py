@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -31,7 +32,10 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
     accumulation and gradient scaler the Trainer calls `step(closure)`, which draws the weights by itself. With them
     it computes gradients before the step: here each batch then runs in `sampled_params(train=True)`. The batches of a
     step have the same draw, and the Trainer's division of the loss is taken out again, so that together they give what
-    one large batch would have given. Clipping, schedulers and logging are the Trainer's.
+    one large batch would have given. Clipping, schedulers and logging are the Trainer's. A batch for which
+    `training_step` returns None is skipped.
+
+    With several processes (`strategy="ddp"`) give the optimizer `process_group=torch.distributed.group.WORLD`.
 
     A checkpoint also holds the state of PyTorch's random numbers, from which a resumed training goes on as if it had
     not stopped. Where `validate`, `test` or `predict` loads a checkpoint, the optimizer's state is loaded with the
@@ -39,7 +43,8 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
     module, if the Trainer has none.
 
     Raises:
-        OptionError: at the start of the training, if `mc_samples` is above 1 and the batches run in blocks.
+        OptionError: at the start of the training, if `mc_samples` is above 1 and the batches run in blocks, or if there
+            are several processes and the optimizer has no `process_group`.
     """
 
     def __init__(self) -> None:
@@ -50,10 +55,20 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
     # Training.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run closures passed to `step` in the block of their batch."""
+        """Run closures passed to `step` in the block of their batch, and the module itself, not a replica."""
         optimizer = _optimizer_of(trainer, pl_module)
-        if optimizer is None or not pl_module.automatic_optimization:
+        if optimizer is None:
             return
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            if optimizer._processes is None:
+                raise OptionError(
+                    "Lightning trains in several processes, which the optimizer does not know: pass it "
+                    "process_group=torch.distributed.group.WORLD in configure_optimizers()."
+                )
+            trainer.strategy.model = pl_module  # step() adds up what the processes observed
+        if not pl_module.automatic_optimization:
+            return
+        optimizer._may_skip_batches = True
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         if _scaler_of(trainer) is not None:
             # Of optimizers that look at overflows themselves Lightning believes that they cannot be clipped.
@@ -105,6 +120,7 @@ class DrawWeights(Callback):  # type: ignore[misc, unused-ignore]
             optimizer = _optimizer_of(trainer, pl_module)
             if optimizer is not None:
                 vars(optimizer).pop("_step_supports_amp_scaling", None)
+                vars(optimizer).pop("_may_skip_batches", None)
 
     # Checkpoints.
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from persample.errors import MissingPackageError, UsageError
+from persample.errors import MissingPackageError, OptionError, UsageError
 from persample.integrations.averaged import Outputs, averaged, loss_like, require_outputs
 from persample.integrations.found import found_in, optimizer_in
 from persample.vogn import VariationalOptimizer
-from persample.vogn.settings import require_count
 
 try:
     from transformers import Trainer
@@ -45,8 +44,8 @@ class VariationalMixin:
         seed_of_draws: int = 0,
         **kwargs: Any,
     ) -> None:
-        if samples != 0:
-            require_count("samples", samples)
+        if type(samples) is not int or samples < 0:
+            raise OptionError(f"samples={samples!r} must be a whole number >= 0.")
         require_outputs(likelihood)
         self.samples, self.likelihood, self.seed_of_draws = samples, likelihood, seed_of_draws
         self._factor: float | None = None
@@ -129,13 +128,15 @@ class VariationalMixin:
         first = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
         found = None
         if losses[0] is not None and isinstance(labels, Tensor):
-            found = loss_like(first, labels, losses[0])
+            found = loss_like(first, labels, losses[0], smoothing=self.args.label_smoothing_factor)  # type: ignore[attr-defined]
         likelihood = self.likelihood or (found and found[0])
         if likelihood is None:
+            reason = "the data have no labels, and so no loss that tells what the outputs are"
+            if losses[0] is not None:
+                reason = "the loss is neither a mean cross-entropy, nor a binary one, nor a squared error"
             raise UsageError(
-                "The outputs of draws cannot be averaged, because the model's loss is neither a mean cross-entropy, "
-                'nor a binary one, nor a squared error: pass likelihood="categorical", "bernoulli" or "gaussian", or '
-                "samples=0 to evaluate at the mean of the weights."
+                f"The outputs of draws cannot be averaged, because {reason}: pass the Trainer likelihood="
+                '"categorical", "bernoulli" or "gaussian", or samples=0 to evaluate at the mean of the weights.'
             )
         if isinstance(outputs[0], Tensor):
             output: Any = averaged(likelihood, torch.stack(outputs))

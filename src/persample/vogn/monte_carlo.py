@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
 from persample.sources.batch import arguments, split_batch
+from persample.sources.model.calling import forward_exists
 from persample.sources.model.isolation import State, state_restored
 from persample.sources.selfcheck.tolerances import tolerance
 from persample.sources.splits.tree import plain
@@ -136,7 +137,8 @@ def _forward(model: nn.Module, inputs: Any, rows_at_once: int | None, pick: Call
         batches = [(part.args, part.kwargs) for part in parts or [batch]]
 
     def forward(weights: Weights) -> Tensor:
-        parts = [functional_call(model, weights, a, k) if weights else model(*a, **k) for a, k in batches]
+        with forward_exists():
+            parts = [functional_call(model, weights, a, k) if weights else model(*a, **k) for a, k in batches]
         parts = [getattr(part, "logits", part) if pick is None else pick(part) for part in parts]
         for part in parts:
             if not isinstance(part, Tensor) or not part.is_floating_point():

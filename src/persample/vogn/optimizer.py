@@ -16,7 +16,7 @@ from persample.errors import OptionError, UsageError
 from persample.kernels.step import draw_
 from persample.moments import Moments
 from persample.sources.model.eager import not_compiled, refuse_compiled
-from persample.sources.recording.recorder import ModelNotCalledError
+from persample.sources.recording.recorder import ModelNotCalledError, NothingRecordedError
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.vogn import core
 from persample.vogn.core import Tensors
@@ -50,6 +50,9 @@ class VariationalOptimizer(PosteriorState):
 
     #: Whether gradients are taken at draws from the posterior; otherwise at its mean.
     draws_for_training: ClassVar[bool] = True
+
+    #: Whether a step for which nothing was observed does nothing: a trainer's, whose closure may skip a batch.
+    _may_skip_batches = False
 
     # What a rule implements.
 
@@ -240,9 +243,12 @@ class VariationalOptimizer(PosteriorState):
         if self._processes is not None:
             observations = self._processes.merged(observations, self._params())
         if not observations.parts:
+            if self._may_skip_batches:
+                return None
             raise UsageError(
                 "Nothing was observed since the last step: call optimizer.observe(inputs, targets) first, or run "
-                "forward and backward inside `with optimizer.sampled_params(train=True):` or in a closure."
+                "forward and backward inside `with optimizer.sampled_params(train=True):` or in a closure; trainers "
+                "that run them by themselves need persample.integrations."
             )
         new = [] if overflowed else self._updated(observations)
         self._pending.forget()
@@ -403,9 +409,10 @@ class VariationalOptimizer(PosteriorState):
             for _ in range(self.mc_samples):
                 with self.sampled_params(train=True), torch.enable_grad():
                     losses.append(closure())
-        except ModelNotCalledError:
+        except NothingRecordedError as error:
             self._pending.observations = before
-            if losses != [None] or not (before.parts or self._processes is not None):
+            did_nothing = isinstance(error, ModelNotCalledError) and (before.parts or self._processes is not None)
+            if losses != [None] or not (did_nothing or self._may_skip_batches):
                 raise
             set_noise_state(noise, generator)
             return None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from persample.errors import BatchError, LossError, UnsupportedModelError
+from persample.errors import BatchError, LossError, UnsupportedModelError, UsageError
 from persample.losses import PerSampleLoss, advice_to_take_out, require_losses, tensors_by_name
 from persample.sources.model.modules import modules_of
 
@@ -20,9 +21,11 @@ def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
 
     Raises:
         BatchError: it does not take them.
+        UsageError: it has no forward method.
     """
     try:
-        return model(*args, **kwargs)
+        with forward_exists():
+            return model(*args, **kwargs)
     except TypeError as error:
         whole = len(args) == 1 and not kwargs and not isinstance(args[0], Tensor)
         if fits(model, args, kwargs) and not whole:
@@ -33,6 +36,24 @@ def called(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         raise BatchError(
             f"The model cannot be called with {given} ({error}){apart}: a tuple is passed as positional arguments, a "
             "dict as keyword arguments; (it,) passes a tuple, a dict or an object whole."
+        ) from error
+
+
+@contextmanager
+def forward_exists() -> Iterator[None]:
+    """Say what to do where a module without a forward method is called.
+
+    Raises:
+        UsageError: one was.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if 'missing the required "forward"' not in str(error):
+            raise
+        raise UsageError(
+            f"{error}: pass the module that your code calls. If training_step() of a LightningModule calls self.net, "
+            "that is VOGN(self.net, ...) in place of VOGN(self, ...)."
         ) from error
 
 

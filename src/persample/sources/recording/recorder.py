@@ -46,7 +46,11 @@ class LossReductionWarning(UserWarning):
     """The loss may not be the mean over the samples that the model was called with."""
 
 
-class ModelNotCalledError(UsageError):
+class NothingRecordedError(UsageError):
+    """No backward pass through the model was recorded."""
+
+
+class ModelNotCalledError(NothingRecordedError):
     """Nothing was recorded, because the model was not called."""
 
     def __init__(self) -> None:
@@ -225,7 +229,7 @@ class Recorder(TorchFunctionMode):
         if not self.recorded.sums and not self.passes:
             raise ModelNotCalledError
         if not self.recorded.sums:
-            raise UsageError(
+            raise NothingRecordedError(
                 "Nothing was recorded, because the model was called, but no backward pass followed: call "
                 "loss.backward() inside the block, on a loss computed from the outputs of the model."
             )
