@@ -53,7 +53,11 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         )
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
-    raise BatchError(
+    raise _no_pair(batch)
+
+
+def _no_pair(batch: Any) -> BatchError:
+    return BatchError(
         f"A batch of the loader is of type {type(batch).__name__}"
         f"{f' with {len(batch)} entries' if isinstance(batch, tuple | list) else ''}: let the loader yield pairs "
         "(inputs, targets), with several inputs in a tuple or a dict."
@@ -117,12 +121,18 @@ def inputs_of(loader: Iterable[Any], *, progress: bool = False) -> Iterator[Any]
     Args:
         loader: as for `batches_of`.
         progress: whether to show a bar, by tqdm.
+
+    Raises:
+        BatchError: a batch is a list of more than inputs and targets.
+        MissingPackageError: `progress` without the package tqdm.
     """
     for batch in _with_bar(loader) if progress else loader:
         if isinstance(batch, Mapping):
             yield {name: value for name, value in batch.items() if name not in _TARGETS}
         elif isinstance(batch, tuple | list) and len(batch) in (1, 2):
             yield batch[0]
+        elif isinstance(batch, list):
+            raise _no_pair(batch)
         else:
             yield batch
 

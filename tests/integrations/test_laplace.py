@@ -120,3 +120,18 @@ def test_predictions_of_laplace_torch_work_with_it() -> None:
     probabilities = found(inputs, pred_type="glm", link_approx="probit")
     torch.testing.assert_close(probabilities.sum(1), torch.ones(20).double())
     assert not found.model.training
+
+
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_of_a_subnetwork(structure: str) -> None:
+    chosen = torch.tensor([0, 7, 40])
+    found = fitted("classification", "subnetwork", hessian_structure=structure, subnetwork_indices=chosen)
+    due = rows(found.model, "classification")[:, chosen]
+    due = due.square().sum(0) if structure == "diag" else due.T @ due
+    torch.testing.assert_close(found.H, due)
+    assert found(data("classification").tensors[0]).shape == (20, 3)
+
+
+def test_kronecker_factors_are_refused() -> None:
+    with pytest.raises(OptionError, match=r'pass Laplace\(\.\.\., hessian_structure="diag"\)'):
+        fitted("classification", hessian_structure="kron")

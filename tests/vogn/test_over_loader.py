@@ -139,3 +139,19 @@ def test_a_loss_of_logits_serves_training_and_bound(by: str, data: tuple[Tensor,
     due = optimizer.posterior.log_likelihoods(losses.cross_entropy, {"x": x}, y, samples=4, generator=generator_of(2))
     found = optimizer.elbo(dicts(x, y), samples=4, generator=generator_of(2))
     torch.testing.assert_close(found.log_likelihoods, due.sum(1))
+
+
+def test_real_numbers_with_a_known_noise(data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    optimizer = VOGN(network(), losses.gaussian, data_size=11)
+    for predict in (optimizer.predict_gaussian, optimizer.posterior.predict_gaussian):
+        due = predict(x, noise_precision=4.0, samples=5, generator=generator_of(2))
+        found = predict(pairs(x, y), noise_precision=4.0, samples=5, generator=generator_of(2))
+        for name, value in vars(due).items():
+            torch.testing.assert_close(vars(found)[name], value)
+
+
+def test_more_than_inputs_and_targets(data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    with pytest.raises(BatchError, match=r"of type list with 3 entries: let the loader yield pairs"):
+        broad_posterior(network()).predict(DataLoader(TensorDataset(x, y, y), 4))

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persample.errors import MissingPackageError
+from persample.errors import MissingPackageError, OptionError
 from persample.likelihoods import Categorical, Gaussian, TargetDistribution
 from persample.sources import make_source
 from persample.vogn.settings import require_count, require_generator
 
 try:
-    from laplace.curvature import CurvatureInterface
+    from laplace.curvature import EFInterface
 except ImportError as error:
     raise MissingPackageError(
         f"persample.integrations.laplace needs laplace-torch ({error}); run: pip install laplace-torch"
     ) from error
 
 
-class EmpiricalFisher(CurvatureInterface):  # type: ignore[misc, unused-ignore]
+class EmpiricalFisher(EFInterface):  # type: ignore[misc, unused-ignore]
     """The empirical Fisher information Σ_i g_i², with g_i the gradient of −log p(y_i | x_i, w).
 
         Laplace(model, "classification", subset_of_weights="all", hessian_structure="diag", backend=EmpiricalFisher)
@@ -88,6 +88,17 @@ class EmpiricalFisher(CurvatureInterface):  # type: ignore[misc, unused-ignore]
             rows = self._rows(x, targets)
             total = total.to(loss.device) + weight * rows.T @ rows
         return loss, total
+
+    def kron(self, x: Any, y: Tensor, N: int, **_: Any) -> Any:
+        """Refuse Kronecker factors, laplace-torch's default.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            f"{type(self).__name__} has no Kronecker factors, which laplace-torch takes by default: pass Laplace(..., "
+            'hessian_structure="diag"), or "full".'
+        )
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return g_i for the targets of the data, shape `(B, P)`, and the loss."""

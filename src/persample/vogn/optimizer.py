@@ -301,12 +301,13 @@ class VariationalOptimizer(PosteriorState):
 
     @not_compiled
     def predict_gaussian(
-        self, inputs: Any, *, noise_precision: float = 1.0, **draws: Unpack[DrawOptions]
+        self, inputs: Any, *, noise_precision: float = 1.0, progress: bool = False, **draws: Unpack[DrawOptions]
     ) -> GaussianPrediction:
         """Predict real numbers with a known noise; see `Posterior.predict_gaussian`."""
         posterior = self.posterior
         with self._lending.lend("predict_gaussian()"):
-            return posterior.predict_gaussian(inputs, noise_precision=noise_precision, **self._with_generator(draws))
+            drawn = self._with_generator(draws)
+            return posterior.predict_gaussian(inputs, noise_precision=noise_precision, progress=progress, **drawn)
 
     @not_compiled
     def elbo(self, inputs: Any, targets: Any = None, *, progress: bool = False, **draws: Unpack[DrawOptions]) -> Elbo:

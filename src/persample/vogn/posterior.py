@@ -23,7 +23,7 @@ from persample.vogn.over_loader import at_the_same_draws, joined
 from persample.vogn.prediction import (
     ClassPrediction,
     GaussianPrediction,
-    GaussianSummary,
+    KnownNoise,
     Likelihood,
     Summarised,
     likelihood_of,
@@ -249,13 +249,14 @@ class Posterior:
         return summary.result()
 
     def predict_gaussian(
-        self, inputs: Any, *, noise_precision: float = 1.0, **draws: Unpack[DrawOptions]
+        self, inputs: Any, *, noise_precision: float = 1.0, progress: bool = False, **draws: Unpack[DrawOptions]
     ) -> GaussianPrediction:
         """Predict real numbers, for models whose outputs are means of Gaussians with a known noise.
 
         Args:
             inputs: as for `predict`.
             noise_precision: β = 1/variance of the observations' noise, as in `persample.losses.gaussian`.
+            progress: whether to show a bar over a DataLoader, by tqdm.
             draws: samples (at least 2), generator, draws_at_once, rows_at_once and pick, see `DrawOptions`.
 
         Raises:
@@ -263,9 +264,11 @@ class Posterior:
             UsageError: the posterior has no model, or the model returns something else than real numbers.
             BatchError: `inputs` is neither a tensor, nor a tuple, nor a dict.
         """
-        summary = GaussianSummary(noise_precision)
-        for_each_draw(self._model("predict_gaussian()"), self, inputs, summary.add, **draws)
-        return summary.result()
+        self._model("predict_gaussian()")
+        predicted: GaussianPrediction = self.predict(
+            inputs, likelihood=KnownNoise(noise_precision), progress=progress, **draws
+        )
+        return predicted
 
     def log_likelihoods(
         self,

@@ -85,8 +85,9 @@ def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
         loss_fn = loss_fn.func
     if loss_fn in _REAL_NUMBERS or isinstance(loss_fn, _LOSSES_OF_REAL_NUMBERS):
         raise UsageError(
-            "predict() predicts classes, but the loss is for real numbers: use predict_gaussian(), train with a "
-            'likelihood of persample.likelihoods, or pass likelihood="categorical" or "bernoulli".'
+            "The loss is for real numbers, but does not tell their noise: use predict_gaussian(), pass "
+            "likelihood=persample.likelihoods.Gaussian(noise_precision), or train with a likelihood of "
+            'persample.likelihoods; for classes pass likelihood="categorical" or "bernoulli".'
         )
     if loss_fn is F.binary_cross_entropy or isinstance(loss_fn, nn.BCELoss):
         raise UsageError(
@@ -196,6 +197,17 @@ class GaussianSummary:
             epistemic_variance=self._squares / (self._draws - 1),
             aleatoric_variance=torch.full_like(self._mean, 1 / self._noise_precision),
         )
+
+
+@dataclass(frozen=True)
+class KnownNoise:
+    """The likelihood of `predict_gaussian`: outputs are means, 1/variance of the noise is known."""
+
+    noise_precision: float
+
+    def summary(self) -> Summary:
+        """Return an accumulator of the outputs of draws into a prediction."""
+        return GaussianSummary(self.noise_precision)
 
 
 class NumberSummary:
