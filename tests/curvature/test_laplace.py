@@ -90,6 +90,8 @@ def test_the_penalty_is_minus_the_log_density() -> None:
         torch.testing.assert_close(p.grad, before.precision[name] * 0.3)
     with pytest.raises(OptionError, match=r"no parameter '0\.weight'"):
         ewc_penalty(nn.Linear(2, 2), before)
+    with pytest.raises(OptionError, match=r"before is of type Fisher: pass a posterior or a prior.*persample\.laplace"):
+        ewc_penalty(model, fisher(model, batches(), loss_fn=losses.cross_entropy))  # type: ignore[arg-type]
 
 
 def test_ewc_keeps_what_was_learned() -> None:

@@ -25,8 +25,13 @@ def ewc_penalty(model: nn.Module, before: Posterior | Prior) -> Tensor:
         A scalar, differentiable in the parameters.
 
     Raises:
-        OptionError: `before` is of another model.
+        OptionError: `before` is of another model, or neither a posterior nor a prior.
     """
+    if not isinstance(before, Posterior | Prior):
+        raise OptionError(
+            f"before is of type {type(before).__name__}: pass a posterior or a prior, such as persample.laplace(model, "
+            "loader, loss_fn=...), which takes a Fisher information in place of the loader, too."
+        )
     own = dict(model.named_parameters())
     terms = []
     for name, mean in before.mean.items():

@@ -89,7 +89,7 @@ class EmpiricalFisher(EFInterface):  # type: ignore[misc, unused-ignore]
             total = total.to(loss.device) + weight * rows.T @ rows
         return loss, total
 
-    def kron(self, x: Any, y: Tensor, N: int, **_: Any) -> Any:
+    def kron(self, *_: Any, **__: Any) -> Any:
         """Refuse Kronecker factors, laplace-torch's default.
 
         Raises:
