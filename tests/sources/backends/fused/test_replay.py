@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import logging
 import os
 import pickle
 import random
+import sys
 import threading
 import types
+import warnings
 import weakref
 from abc import ABC
 from collections import OrderedDict
@@ -40,6 +43,7 @@ from persample.quantities import (
 )
 from persample.quantities.computed import numbers_in
 from persample.sources.backends.fused import FusedSource, replay
+from persample.testing import ZOO
 from persample.testing.devices import generator_of
 from persample.testing.trace import no_trace
 from persample.testing.zoo.case import Net
@@ -1149,12 +1153,46 @@ def test_no_trace_is_left_on_the_tensors_of_the_model() -> None:
     marked = model.norm.running_mean
     marked.note = "the user's own"
     x, y = data()
+    environment = dict(os.environ)
     with no_trace(model, x, y, scale, loss_scale):
         source = source_of(model, lambda outputs, targets: loss_fn(outputs * loss_scale, targets))
         for _ in range(3):
             source.moments(x, y)
     assert source.ran == "replayed"
     assert vars(marked) == {"note": "the user's own"}
+    assert dict(os.environ) == environment
+
+
+TRACED = ["LSTM", "BatchNorm1d in eval mode", "Embedding tied to a linear layer", "Orthogonal weight",
+          "TransformerEncoderLayer, norm last, batch first, in training mode", "Layer chosen by value"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.filterwarnings("error")
+def test_no_trace_is_left_anywhere(name: str) -> None:
+    problem = ZOO[name].problem(4)
+    source = persample.make_source("fused", problem.model, problem.loss_fn, compile=True)
+    before = around()
+    with no_trace(problem.model, problem.inputs, problem.targets):
+        for _ in range(3):
+            source.moments(problem.inputs, problem.targets)
+            source.compute(problem.inputs, problem.targets, Norms(), Gram())
+    assert around() == before
+
+
+def around() -> Any:
+    """What processes, threads and other packages see of PyTorch's settings and Python's."""
+    return (
+        torch._dynamo.config.get_config_copy(),  # type: ignore[attr-defined]
+        torch._dynamo.eval_frame._stance,
+        torch._C._dynamo.eval_frame.get_eval_frame_callback(),
+        dict(os.environ),
+        [*warnings.filters],
+        {name: logger.level for name, logger in logging.root.manager.loggerDict.items() if hasattr(logger, "level")},
+        [thread.name for thread in threading.enumerate()],
+        (torch.is_autocast_enabled("cpu"), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
+        (sys.gettrace(), sys.getprofile(), gc.isenabled()),
+    )
 
 
 def test_an_optimizer_has_it_by_an_option_and_nothing_of_it_in_its_state() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -674,12 +675,23 @@ def _capturing() -> Iterator[list[str]]:
     )
     try:
         stance = torch.compiler.set_stance("default")
-        with warnings.catch_warnings(record=True) as caught, careful, stance, _marks_taken_off():
+        with warnings.catch_warnings(record=True) as caught, careful, stance, _marks_taken_off(), _environment_kept():
             warnings.simplefilter("always")
             yield texts
         texts += [str(warning.message) for warning in caught]
     finally:
         dynamo.utils.warn_once_cache.update(told)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take variables out of the environment that PyTorch has put in: other processes would have them, too."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before:
+            del os.environ[name]
 
 
 @contextmanager
