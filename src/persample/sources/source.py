@@ -344,6 +344,7 @@ class PerSampleGradSource(Contract):
             uncompiled(),
             in_words(self, batch, state),
         ):
+            self.ran, self.ran_because = None, ""
             if checking or not self.ordinary_state or self.moving is None:
                 result = computed(self, batch, compute, state, checking)
             else:

@@ -169,6 +169,11 @@ def test_results_are_those_of_the_ordinary_way_bit_for_bit() -> None:
             assert torch.equal(expected.mean[name], found.mean[name])
             assert torch.equal(expected.second_moment[name], found.second_moment[name])
     assert replayed.ran == "replayed"
+    for call in (lambda: replayed.compute(x, y, Norms(), groups=[0] * len(x)), lambda: replayed.per_sample(x, y)):
+        call()
+        assert replayed.ran is None, "what ran is that of the last call"
+        replayed.moments(x, y)
+        assert replayed.ran == "replayed"
 
 
 # What changes between calls.
