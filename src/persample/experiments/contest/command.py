@@ -6,8 +6,9 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from persample.experiments.contest.costs import step_costs
 from persample.experiments.contest.pool import performed, prepare
 from persample.experiments.contest.report import draw, read_json, settings_table, table, write_csv, write_json
 from persample.experiments.contest.running import Place, course_of
-from persample.experiments.contest.settings import BUDGETS, SMALL
+from persample.experiments.contest.settings import BUDGETS, SMALL, Budget
 from persample.experiments.contest.tasks import SEEDS, Result, Results, Task, plan
 from persample.experiments.data.load import DATASET_TITLES
 from persample.experiments.run_folder import held, writing
@@ -64,67 +65,96 @@ def contest(
         OptionError: An option is not allowed.
         DataError: The data are missing, or the folder has another contest.
     """
-    end = time.time() + 60 * minutes
     budgets = SMALL if small else BUDGETS
     if unknown := [name for name in datasets if name not in budgets]:
         raise OptionError(f"the contest has no data set {unknown[0]!r}; choose among {', '.join(budgets)}")
     folder = at_home(out)
+    place_of = partial(
+        Place,
+        data_dir=data_dir and at_home(data_dir),
+        folder=folder,
+        budgets=budgets,
+        end=time.time() + 60 * minutes,
+        eager=eager,
+    )
     with held(folder):
-        places = {
-            Place(
-                data_dir=data_dir and at_home(data_dir),
-                folder=folder,
-                budgets=budgets,
-                device=device,
-                end=end,
-                eager=eager,
-            ): jobs
-            for device, jobs in _parsed(devices).items()
-        }
-        first = next(iter(places))
-        machine = f"torch {torch.__version__}, Python {platform.python_version()}, {', '.join(map(_hardware, places))}"
-        about: dict[str, Any] = {"budgets": {name: asdict(budget) for name, budget in budgets.items()}}
-        about["machine"] = machine
-        costs: dict[str, dict[str, float]] = {}
-        results: dict[Task, Result] = {}
-        file = folder / "results.json"
-        if file.exists():
-            known, costs, results = read_json(file)
-            if known["budgets"] != about["budgets"]:
-                raise DataError(f"{folder} has a contest with other settings: choose another folder (--out)")
-            about = known
+        places = {place_of(device=device): jobs for device, jobs in _parsed(devices).items()}
+        standings = _opened(folder, budgets, places)
         prepare()
-        for dataset in datasets:
-            if dataset not in costs and time.time() < end:
-                costs[dataset] = step_costs(course_of(Task(dataset, "Adam", (), 0, False), first))
-                print(f"a step on {dataset}: {_rounded(costs[dataset])}", flush=True)
-
-        def tasks(place: Place, done: Results) -> Iterator[Task]:
-            # Devices that differ begin with different data sets: a GPU gains more from the first, larger network.
-            return plan(datasets if place is first else datasets[::-1], done, seeds)
-
-        for task in performed(tasks, results, places):
-            about["machine"] = machine
-            write_json(file, about, costs, results)
-            result = results[task]
-            print(f"{task.name()}: {result.problem or _rounded(result.scores)} ({result.seconds} s)", flush=True)
-        return _written(folder, datasets, about, costs, results)
+        _time_steps(standings, datasets, next(iter(places)))
+        _perform(standings, datasets, places, seeds)
+        return _written(standings, datasets)
 
 
-def _written(
-    folder: Path,
-    datasets: Sequence[str],
-    about: dict[str, Any],
-    costs: dict[str, dict[str, float]],
-    results: dict[Task, Result],
-) -> str:
+@dataclass
+class _Standings:
+    """What is known so far, and where it is written.
+
+    Attributes:
+        folder: that of the results.
+        about: the budgets, and the machine of the last task.
+        costs: of a step, by data set and method.
+        results: of each task.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    results: dict[Task, Result] = field(default_factory=dict)
+
+    def save(self) -> None:
+        write_json(self.folder / "results.json", self.about, self.costs, self.results)
+
+
+def _opened(folder: Path, budgets: Mapping[str, Budget], places: Iterable[Place]) -> _Standings:
+    """Return what the folder holds, or empty standings.
+
+    Raises:
+        DataError: The folder has a contest with other budgets.
+    """
+    about = {"budgets": {name: asdict(budget) for name, budget in budgets.items()}, "machine": _machine(places)}
+    file = folder / "results.json"
+    if not file.exists():
+        return _Standings(folder, about)
+    standings = _Standings(folder, *read_json(file))
+    if standings.about["budgets"] != about["budgets"]:
+        raise DataError(f"{folder} has a contest with other settings: choose another folder (--out)")
+    return standings
+
+
+def _time_steps(standings: _Standings, datasets: Sequence[str], place: Place) -> None:
+    """Measure what a step of each method costs, where that is not known."""
+    for dataset in datasets:
+        if dataset not in standings.costs and time.time() < place.end:
+            costs = step_costs(course_of(Task(dataset, "Adam", (), 0, False), place))
+            standings.costs[dataset] = costs
+            print(f"a step on {dataset}: {_rounded(costs)}", flush=True)
+
+
+def _perform(standings: _Standings, datasets: Sequence[str], places: Mapping[Place, int], seeds: int) -> None:
+    """Perform what is left, and save each result."""
+    first = next(iter(places))
+
+    def tasks(place: Place, done: Results) -> Iterator[Task]:
+        # Devices that differ begin with different data sets: a GPU gains more from the first, larger network.
+        return plan(datasets if place is first else datasets[::-1], done, seeds)
+
+    for task in performed(tasks, standings.results, places):
+        standings.about["machine"] = _machine(places)
+        standings.save()
+        result = standings.results[task]
+        print(f"{task.name()}: {result.problem or _rounded(result.scores)} ({result.seconds} s)", flush=True)
+
+
+def _written(standings: _Standings, datasets: Sequence[str]) -> str:
     """Write all files, and return the tables."""
+    folder, costs, results = standings.folder, standings.costs, standings.results
     parts = [
         f"## {DATASET_TITLES[name]}\n\n{table(name, results, costs)}\n\n{settings_table(name, results)}"
         for name in datasets
     ]
-    text = "\n\n".join([*parts, f"{about['machine']}."])
-    write_json(folder / "results.json", about, costs, results)
+    text = "\n\n".join([*parts, f"{standings.about['machine']}."])
+    standings.save()
     write_csv(folder / "results.csv", results)
     with writing(folder / "contest.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -145,6 +175,11 @@ def _parsed(devices: str) -> dict[str, int]:
     except (ValueError, RuntimeError):
         pass
     raise OptionError(f"devices={devices!r} must name devices with numbers of tasks at a time, such as cuda:8,cpu:7")
+
+
+def _machine(places: Iterable[Place]) -> str:
+    """The versions, and the names of the devices."""
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {', '.join(map(_hardware, places))}"
 
 
 def _hardware(place: Place) -> str:
