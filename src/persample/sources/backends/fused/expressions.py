@@ -20,6 +20,7 @@ from torch.autograd.function import BackwardCFunction
 
 from persample.errors import UnsupportedModelError
 from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
+from persample.sources.backends.fused.known_values import all_different
 from persample.sources.backends.fused.op_table import RESHAPES, SAME, functions, name_of
 from persample.sources.backends.fused.tracked import saved_tensors_are_intercepted
 from persample.sources.model.autograd_graph import nodes_behind
@@ -275,7 +276,7 @@ def _moves(func: Any, source: Expression, args: tuple[Any, ...], kwargs: Mapping
         # Looking up each row at most once, as position embeddings do, is a slice in another order. To see that on a
         # GPU would be to wait for it; there the gradients of all samples are formed.
         known = args[0].device.type == "cpu" and len(args) == 2 and kwargs.get("padding_idx") is None
-        return known and args[0].unique().numel() == args[0].numel()
+        return known and all_different(args[0])
     return False
 
 

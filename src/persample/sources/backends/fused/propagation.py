@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from persample.sources.backends.fused import op_table
 from persample.sources.backends.fused.arguments import substitute, tensors_in
@@ -182,6 +184,39 @@ def _find(call: Call) -> tuple[list[Where], Dependence]:
         return _by_family(call), "shapes"
     except Unknown:
         pass
+    stand_in = _with_values(call)
+    if stand_in is not None:
+        with _disable_current_modes():
+            found, dependence = _tried(stand_in)
+        if dependence == "shapes":
+            return found, dependence
+    return _tried(call)
+
+
+def _with_values(call: Call) -> Call | None:
+    """Return the call of a step that is being recorded, on numbers in place of tensors without values.
+
+    They show where entries go as far as that depends on shapes. None if the call has values, or no such numbers do.
+    """
+    operands = tensors_in((call.args, dict(call.kwargs)))
+    if not any(isinstance(t, FakeTensor) for t in operands) or any(t.layout is not torch.strided for t in operands):
+        return None
+    if any(layout.owners is not None for layout in call.samples.values()):
+        return None
+    with _disable_current_modes():
+        numbers = {
+            id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(
+                torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape)
+            )
+            for t in operands
+        }
+    args, kwargs = substitute((call.args, dict(call.kwargs)), numbers)
+    samples = {id(numbers[key]): layout for key, layout in call.samples.items()}
+    return Call(call.func, args, kwargs, samples, call.batch, call.outputs)
+
+
+def _tried(call: Call) -> tuple[list[Where], Dependence]:
+    """Return the same by one of the ways that look at values."""
     for way in (_unobserved, _by_indices, _by_places, _by_labels, _by_sums, _by_nan):
         try:
             return way(call), _dependence(call, way)

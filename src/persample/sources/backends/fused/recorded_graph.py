@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from persample.sources.backends.fused.known_values import WithKnownValues
 from persample.sources.backends.fused.tidying import tidy
 from persample.sources.model.batch_norm_nodes import read_right
 
@@ -104,7 +105,7 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
             operands[i] = inputs[i].detach().requires_grad_()
 
         def losses() -> Tensor:
-            (found,) = graph(*operands[:taken])
+            (found,) = WithKnownValues(graph).run(*operands[:taken])
             read_right([found])
             return found  # type: ignore[no-any-return]
 

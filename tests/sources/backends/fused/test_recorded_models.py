@@ -1,0 +1,164 @@
+"""Models that are recorded although where entries go is found out by trial, or depends on constants."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import persample
+from persample.sources.backends.fused.known_values import WithKnownValues, all_different
+from persample.testing.zoo.case import Net, tie
+
+BATCH, LENGTH, WIDTH, WORDS = 5, 6, 4, 7
+
+
+def of_cells(cell: Callable[..., nn.Module], state: Callable[[Tensor], Any], shown: Callable[[Any], Tensor]) -> Net:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        embedded, h = m.embedding(x), state(x)
+        for t in range(LENGTH):
+            h = m.cell(embedded[:, t], h)
+        return m.last(shown(h))  # type: ignore[no-any-return]
+
+    return Net(forward, embedding=nn.Embedding(WORDS, 3), cell=cell(3, WIDTH), last=nn.Linear(WIDTH, 3))
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), WIDTH, dtype=torch.float64, device=x.device)
+
+
+def own_recurrence() -> Net:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        embedded, h = m.embedding(x), zeros(x)
+        for t in range(LENGTH):
+            h = torch.tanh(m.inner(embedded[:, t]) + m.outer(h))
+        return m.last(h)  # type: ignore[no-any-return]
+
+    inner, outer = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH)
+    return Net(forward, embedding=nn.Embedding(WORDS, 3), inner=inner, outer=outer, last=nn.Linear(WIDTH, 3))
+
+
+def attention(parts: Callable[[Tensor], Any], positions: Callable[[Any, Tensor], Tensor], tied: bool = False) -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        z = m.embedding(x) + m.positions(positions(m, x))
+        q, k, v = parts(m.qkv(m.norm(z)).view(len(x), LENGTH, 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4))
+        z = z + (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+        return m.head(z).mean(1)  # type: ignore[no-any-return]
+
+    layers = {"embedding": nn.Embedding(WORDS, WIDTH), "positions": nn.Embedding(LENGTH + 2, WIDTH)}
+    qkv, head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+    model = Net(forward, **layers, norm=nn.LayerNorm(WIDTH), qkv=qkv, head=head)
+    return tie(model, **{"head.weight": "embedding.weight"}) if tied else model
+
+
+def arange(m: Any, x: Tensor) -> Tensor:
+    return torch.arange(LENGTH, device=x.device)
+
+
+def shifted(m: Any, x: Tensor) -> Tensor:
+    return (torch.arange(LENGTH, device=x.device) + 2).unsqueeze(0)
+
+
+def doubled(m: Any, x: Tensor) -> Tensor:
+    return (torch.arange(LENGTH // 2, device=x.device).unsqueeze(1).expand(-1, 2)).reshape(-1)
+
+
+def written(m: Any, x: Tensor) -> Tensor:
+    positions = torch.arange(LENGTH, device=x.device)
+    positions[0] = 1
+    return positions
+
+
+def of_numbers(m: Any, x: Tensor) -> Tensor:
+    return torch.arange(LENGTH, device=x.device) * m.step
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "GRU cells": lambda: of_cells(nn.GRUCell, zeros, lambda h: h),
+    "GRU cells without a first state": lambda: of_cells(nn.GRUCell, lambda x: None, lambda h: h),
+    "LSTM cells": lambda: of_cells(nn.LSTMCell, lambda x: (zeros(x), zeros(x)), lambda h: h[0]),
+    "an own recurrence": own_recurrence,
+    "unpacked heads": lambda: attention(lambda t: t, arange),
+    "heads taken one by one": lambda: attention(lambda t: (t[0], t[1], t[2]), arange),
+    "later positions": lambda: attention(lambda t: t.unbind(0), shifted),
+    "positions in pairs": lambda: attention(lambda t: t.unbind(0), doubled),
+    "a tied head": lambda: attention(lambda t: t, arange, tied=True),
+}
+
+
+def truth(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean gradient and second moment by one backward pass for each sample."""
+    rows = []
+    for i in range(len(x)):
+        loss = persample.losses.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).sum()
+        rows.append(torch.autograd.grad(loss, list(model.parameters())))
+    stacked = [torch.stack(g) for g in zip(*rows, strict=True)]
+    names = [name for name, _ in model.named_parameters()]
+    return {n: (g.mean(0), g.square().mean(0)) for n, g in zip(names, stacked, strict=True)}
+
+
+def require_exact(model: Any, source: Any, call: int) -> None:
+    generator = torch.Generator().manual_seed(call)
+    x = torch.randint(WORDS, (BATCH, LENGTH), generator=generator)
+    y = torch.randint(3, (BATCH,), generator=generator)
+    expected, found = truth(copy.deepcopy(model), x, y), source.moments(x, y)
+    for name, (mean, second_moment) in expected.items():
+        torch.testing.assert_close(found.mean[name], mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.second_moment[name], second_moment, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_recorded_and_exact(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
+    for call in range(4):
+        require_exact(model, source, call)
+        assert source.ran == "replayed", source.ran_because
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def test_positions_that_are_written_into_are_no_constants() -> None:
+    torch.manual_seed(0)
+    model = attention(lambda t: t.unbind(0), written).double()
+    source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
+    for call in range(3):
+        require_exact(model, source, call)
+    assert source.ran == "eager"
+
+
+def test_positions_made_of_a_number_that_changes() -> None:
+    torch.manual_seed(0)
+    model = attention(lambda t: t.unbind(0), of_numbers).double()
+    source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
+    for call, step in enumerate((1, 1, 0, 0, 1, 0)):
+        model.step = step
+        require_exact(model, source, call)
+
+
+def test_entries_are_told_apart_by_their_values() -> None:
+    assert all_different(torch.tensor([3, 1, 2]))
+    assert not all_different(torch.tensor([3, 1, 3]))
+
+
+def test_constants_have_values_where_a_graph_runs_on_tensors_without_any() -> None:
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    once = graph.call_function(torch.arange, (4,))
+    twice = graph.call_method("expand", (graph.call_method("unsqueeze", (once, 0)), 2, -1))
+    graph.output((once, twice, graph.call_function(torch.add, (once, x))))
+    with FakeTensorMode() as mode:
+        run = WithKnownValues(torch.fx.GraphModule(nn.Module(), graph)).run
+        one, two, unknown = run(mode.from_tensor(torch.arange(4)))
+        assert all_different(one)
+        assert not all_different(two)
+        with pytest.raises(DynamicOutputShapeException):
+            assert all_different(unknown)
