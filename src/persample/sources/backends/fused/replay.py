@@ -213,6 +213,9 @@ class _Step:
         self.graphs: list[_Graph] = []
         self._served: set[Hashable] = set()  # what has been recorded, for a kind of batch at least
         self._closed: dict[Hashable, str] = {}  # why it is not recorded for further kinds
+        from torch._dynamo.mutation_guard import install_generation_tagging_init
+
+        install_generation_tagging_init()  # it wraps methods of nn.Module, at Dynamo's first use otherwise
         self._key = _key(source)
         self.held, self.names = Held(source.model), Namespaces()
         for kind in dict.fromkeys(map(type, self.held.modules)):
@@ -327,6 +330,7 @@ class _Step:
         finally:
             after.put_back()
             set_random_state(drawn)
+        self._key = _key(source)  # what is imported for recording registers classes
         if reason:
             self._close(what, reason)
             if call.graph is not None:
