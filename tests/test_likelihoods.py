@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributions as D
 
 from persample import VOGN, Ensemble, Posterior, fisher, laplace, losses, make_source
-from persample.errors import LossError, OptionError, UsageError
+from persample.errors import DataError, LossError, OptionError, UsageError
 from persample.likelihoods import (
     Bernoulli,
     Categorical,
@@ -207,19 +207,59 @@ def test_posteriors_predict_by_the_loss_they_were_trained_with() -> None:
         squared.predict(x)
 
 
-def test_a_loaded_posterior_takes_its_loss(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    model = nn.Linear(3, 2)
-    posterior = VOGN(model, losses.bernoulli, data_size=6).posterior
-    posterior.save(tmp_path / "p")
-    Ensemble([posterior]).save(tmp_path / "e")
-    x = torch.randn(4, 3)
-    due = posterior.predict(x, samples=3, generator=generator_of(0)).probabilities
-    for loaded in (
-        Posterior.load(tmp_path / "p", model, loss_fn=losses.bernoulli),
-        Ensemble.load(tmp_path / "e", model, loss_fn=losses.bernoulli),
-    ):
-        assert torch.equal(loaded.predict(x, samples=3, generator=generator_of(0)).probabilities, due)
+class TestFiles:
+    @pytest.fixture(autouse=True)
+    def _needs_safetensors(self) -> None:
+        pytest.importorskip("safetensors")
+
+    @pytest.mark.parametrize(
+        "loss_fn",
+        [
+            None,
+            losses.cross_entropy,
+            nn.BCEWithLogitsLoss(),
+            Categorical(ignore_index=1),
+            Bernoulli(),
+            Gaussian(4.0),
+            HeteroscedasticGaussian(),
+            Poisson(),
+        ],
+    )
+    def test_a_loaded_posterior_predicts_as_the_saved_one(self, loss_fn: Any, tmp_path: Path) -> None:
+        model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        posterior = VOGN(model, loss_fn, data_size=6).posterior
+        posterior.save(tmp_path / "p")
+        Ensemble([posterior]).save(tmp_path / "e")
+        due = vars(posterior.predict(x, samples=3, generator=generator_of(0)))
+        for loaded in (Posterior.load(tmp_path / "p", model), Ensemble.load(tmp_path / "e", model)):
+            found = vars(loaded.predict(x, samples=3, generator=generator_of(0)))
+            assert found.keys() == due.keys()
+            assert all(torch.equal(value, due[name]) for name, value in found.items())
+        if isinstance(loss_fn, TargetDistribution):
+            assert Posterior.load(tmp_path / "p").loss_fn == loss_fn
+            assert Posterior.load(tmp_path / "p", loss_fn=Gaussian(2.0)).loss_fn == Gaussian(2.0)
+
+    def test_a_loss_that_a_file_can_only_name(self, tmp_path: Path) -> None:
+        model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        VOGN(model, nn.MSELoss(), data_size=6).posterior.save(tmp_path / "p")
+        Posterior.load(tmp_path / "p", model).save(tmp_path / "again")
+        loaded = Posterior.load(tmp_path / "again", model)
+        with pytest.raises(UsageError, match=r"the loss MSELoss, which its file does not hold: pass loss_fn=\.\.\."):
+            loaded.predict(x)
+        assert loaded.predict_gaussian(x, samples=2).mean.shape == (4, 2)
+
+    def test_a_damaged_likelihood(self, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = tmp_path / "p"
+        VOGN(nn.Linear(3, 2), data_size=6).posterior.save(path)
+        header = {"format": "persample posterior", "version": "1", "parameters": '["weight", "bias"]'}
+        save_file(load_file(path), path, header)
+        assert Posterior.load(path).loss_fn is None  # as earlier versions wrote it
+        for text in ("[", "3", "{}", '{"name": "Gaussian", "noise_precision": -1}', '{"name": "Poisson", "x": 1}'):
+            save_file(load_file(path), path, header | {"likelihood": text})
+            with pytest.raises(DataError, match="damaged posterior: its header names no likelihood"):
+                Posterior.load(path)
 
 
 def test_learned_noise_finds_the_noise() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from persample import losses
 from persample.errors import LossError, OptionError
-from persample.vogn.prediction import ClassSummary, NumberSummary, Summary
+from persample.vogn.prediction import LIKELIHOODS, ClassSummary, NumberSummary, Summary
 
 
 class TargetDistribution(ABC):
@@ -270,6 +270,11 @@ class Poisson(TargetDistribution):
 
     def roots(self, outputs: Tensor) -> Iterator[Tensor]:
         return _diagonal((0.5 * outputs).exp())
+
+
+LIKELIHOODS.update(
+    {kind.__name__: kind for kind in (Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian, Poisson)}
+)
 
 
 class LearnedNoise(nn.Module):

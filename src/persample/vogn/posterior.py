@@ -334,7 +334,9 @@ class Posterior:
         return Elbo(table.double().mean(1) * size, self.kl(prior).item(), size)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write mean and precision to a safetensors file, whole or not at all; the model is not saved.
+        """Write mean, precision and likelihood to a safetensors file, whole or not at all; the model is not saved.
+
+        Of the loss the likelihood is saved, if it is of `persample.likelihoods` or one of classes, else its name.
 
         Args:
             path: the file; its folder exists. Of a symbolic link the target is written.
@@ -343,7 +345,7 @@ class Posterior:
             MissingPackageError: the package safetensors is not installed.
             DataError: the file cannot be written, or what is there is a folder, a pipe or a device.
         """
-        posterior_file.write(Path(path), self.mean, self.precision)
+        posterior_file.write(Path(path), self.mean, self.precision, self.loss_fn)
 
     @staticmethod
     def load(
@@ -358,7 +360,7 @@ class Posterior:
         Args:
             path: the file.
             model: the network that `predict` and the like shall use; it is not changed.
-            loss_fn: the loss that the posterior was trained with, which the file does not hold.
+            loss_fn: the loss that the posterior was trained with; None is one of the likelihood that was saved.
             device: where to put the tensors; if None, where the model has its parameters, or on the CPU.
 
         Raises:
@@ -366,14 +368,14 @@ class Posterior:
             OptionError: there is no such device here.
             DataError: the file is missing, damaged, or not a posterior.
         """
-        mean, precision = posterior_file.read(Path(path), "cpu" if device is None else device)
+        mean, precision, saved_loss = posterior_file.read(Path(path), "cpu" if device is None else device)
         if device is None and model is not None:
             places = {name: p.device for name, p in model.named_parameters()}
             mean, precision = (
                 {name: value.to(places.get(name, value.device)) for name, value in table.items()}
                 for table in (mean, precision)
             )
-        return Posterior(mean, precision, model, loss_fn)
+        return Posterior(mean, precision, model, loss_fn or saved_loss)
 
     def _over(self, batches: Iterable[Any], draws: DrawOptions, ask: Callable[[Any], Any]) -> Iterator[Any]:
         """Yield `ask` of each batch, all at the same draws."""

@@ -101,6 +101,9 @@ def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
     return "bernoulli" if bernoulli or isinstance(loss_fn, nn.BCEWithLogitsLoss) else "categorical"
 
 
+#: The likelihoods that a file can hold, by name: classes of `persample.likelihoods`, which fills it.
+LIKELIHOODS: dict[str, Callable[..., Any]] = {}
+
 _REAL_NUMBERS = (losses.gaussian, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _LOSSES_OF_REAL_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from persample.errors import DataError, MissingPackageError, OptionError
 from persample.files import replacing
+from persample.vogn.saving.likelihood import packed, unpacked
 
 _FORMAT = "persample posterior"
 _VERSION = "1"
 
 
-def write(path: Path, mean: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> None:
-    """Write mean and precision, whole or not at all.
+def write(
+    path: Path,
+    mean: Mapping[str, Tensor],
+    precision: Mapping[str, Tensor],
+    loss_fn: Callable[[Any, Any], Any] | None,
+) -> None:
+    """Write mean, precision and likelihood, whole or not at all.
 
-    The header has the format, its version, and the names of the parameters in their order, which safetensors does not
-    keep, and on which the noise of a draw depends.
+    The header has the format, its version, the likelihood, and the names of the parameters in their order, which
+    safetensors does not keep, and on which the noise of a draw depends.
 
     Raises:
         MissingPackageError: safetensors is not installed.
@@ -32,7 +39,12 @@ def write(path: Path, mean: Mapping[str, Tensor], precision: Mapping[str, Tensor
         raise MissingPackageError(_missing(error)) from error
     tensors = {f"mean/{name}": _plain(value) for name, value in mean.items()}
     tensors |= {f"precision/{name}": _plain(value) for name, value in precision.items()}
-    header = {"format": _FORMAT, "version": _VERSION, "parameters": json.dumps(list(mean))}
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "parameters": json.dumps(list(mean)),
+        "likelihood": packed(loss_fn),
+    }
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(save(tensors, metadata=header))
@@ -41,8 +53,10 @@ def write(path: Path, mean: Mapping[str, Tensor], precision: Mapping[str, Tensor
         raise DataError(f"{path} cannot be written: {reason}; choose a file in a writable folder.") from error
 
 
-def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the mean and the precision that `write` wrote, on `device`.
+def read(
+    path: Path, device: torch.device | str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[[Any, Any], Any] | None]:
+    """Return the mean and the precision that `write` wrote, on `device`, and a loss of its likelihood.
 
     Raises:
         MissingPackageError: safetensors is not installed.
@@ -60,7 +74,8 @@ def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dic
         )
     try:
         with safe_open(path, framework="pt") as file:
-            names = _names(path, file.metadata() or {}, set(file.keys()))
+            header = file.metadata() or {}
+            names = _names(path, header, set(file.keys()))
             mean = {name: file.get_tensor(f"mean/{name}") for name in names}
             precision = {name: file.get_tensor(f"precision/{name}") for name in names}
     except (FileNotFoundError, ValueError) as error:
@@ -72,7 +87,15 @@ def read(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dic
     return (
         {name: value.to(device) for name, value in mean.items()},
         {name: value.to(device) for name, value in precision.items()},
+        _loss_of(path, header),
     )
+
+
+def _loss_of(path: Path, header: Mapping[str, str]) -> Callable[[Any, Any], Any] | None:
+    try:
+        return unpacked(header.get("likelihood", "null"))  # earlier versions wrote none
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"{path} is a damaged posterior: its header names no likelihood ({error}).") from error
 
 
 def _require_device(device: torch.device | str) -> None:

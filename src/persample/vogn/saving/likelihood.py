@@ -1,0 +1,69 @@
+"""The likelihood of a posterior as text, for the header of its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+from persample import losses
+from persample.errors import UsageError
+from persample.vogn.prediction import LIKELIHOODS, likelihood_of
+
+
+@dataclass(frozen=True)
+class NotInFile:
+    """Stands for a loss that a file can only name; asking it for a prediction is an error."""
+
+    name: str
+
+    def summary(self) -> NoReturn:
+        """Refuse to predict.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"The posterior was trained with the loss {self.name}, which its file does not hold: pass loss_fn=... to "
+            "load(), or likelihood=... to predict()."
+        )
+
+    def __call__(self, outputs: Any, targets: Any) -> NoReturn:
+        self.summary()
+
+
+def packed(loss_fn: Callable[[Any, Any], Any] | None) -> str:
+    """Return what `unpacked` reads."""
+    if loss_fn is None:
+        return json.dumps(None)
+    try:
+        found = likelihood_of(loss_fn)
+    except UsageError:
+        return json.dumps({"name": getattr(loss_fn, "__name__", type(loss_fn).__name__)})
+    if isinstance(found, str):
+        return json.dumps({"name": found})
+    if isinstance(found, NotInFile):
+        return json.dumps({"name": found.name})
+    name = type(found).__name__
+    known: Any = found if LIKELIHOODS.get(name) is type(found) else None
+    settings: dict[str, Any] = {} if known is None else asdict(known)
+    return json.dumps({"name": name} | settings)
+
+
+def unpacked(text: str) -> Callable[[Any, Any], Any] | None:
+    """Return a loss of the same likelihood.
+
+    Raises:
+        ValueError: it is not what `packed` returned, `TypeError` and `LookupError` likewise.
+    """
+    content = json.loads(text)
+    if content is None:
+        return None
+    name = str(content.pop("name"))
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    return LIKELIHOODS[name](**content) if name in LIKELIHOODS else NotInFile(name)
+
+
+_BY_NAME: dict[str, Callable[[Any, Any], Any]] = {"categorical": losses.cross_entropy, "bernoulli": losses.bernoulli}
