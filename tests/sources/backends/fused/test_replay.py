@@ -404,6 +404,13 @@ def key_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
 
 
 @changing
+def variable_that_the_environment_lacked(patch: pytest.MonkeyPatch) -> Any:
+    patch.delenv("SCALE_OF_A_TEST", raising=False)
+    model = scaled(lambda m: float(os.environ.get("SCALE_OF_A_TEST", "1")))
+    return model, lambda call: call == 2 and patch.setenv("SCALE_OF_A_TEST", "2")
+
+
+@changing
 def name_that_a_module_lacked(patch: pytest.MonkeyPatch) -> Any:
     settings = types.ModuleType("settings")
     return scaled(lambda m: getattr(settings, "scale", 1.0)), lambda call: call == 2 and setattr(settings, "scale", 2.0)
@@ -758,6 +765,20 @@ def test_counters_beside_what_a_model_reads_are_no_hindrance() -> None:
         settings.last = call
 
     assert follow(model, count) == ["replayed"] * 6
+
+
+def test_errors_that_are_raised_and_caught_are_no_hindrance() -> None:
+    settings = types.SimpleNamespace(scale=1.0)
+
+    def read(m: Any) -> float:
+        try:
+            if settings.scale > 1:
+                raise ValueError
+        except ValueError:
+            return 2.0
+        return 3.0
+
+    assert follow(scaled(read), lambda call: setattr(settings, "scale", 1.0 + call % 2)) == ["replayed"] * 6
 
 
 @pytest.mark.parametrize("name", ["tensor_made_of_an_attribute", "tensor_made_of_sizes"])

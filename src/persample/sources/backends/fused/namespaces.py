@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ class Namespaces:
     """Classes, objects and modules, and what is seen of each, as it is when it is added."""
 
     def __init__(self) -> None:
-        self._dicts: list[dict[str, Any]] = []
+        self._dicts: list[dict[Any, Any]] = []
         self._versions: list[int] = []
-        self._seen: list[tuple[Callable[[dict[str, Any]], Any], Any]] = []
+        self._seen: list[tuple[Callable[[dict[Any, Any]], Any], Any]] = []
 
     def add_class(self, kind: type) -> None:
         """Add a class and its bases: the names that it defines, and its methods, but not other values."""
@@ -25,11 +25,10 @@ class Namespaces:
             (entries,) = gc.get_referents(vars(base))  # behind the read-only view
             self._add(entries, _methods)
 
-    def add_names(self, value: Any, names: Collection[str]) -> None:
-        """Add an object or a module: which of these names it defines."""
-        if hasattr(value, "__dict__"):
-            asked = frozenset(names)
-            self._add(vars(value), lambda entries: asked & entries.keys())
+    def add_names(self, entries: dict[Any, Any], names: Iterable[Any]) -> None:
+        """Add what an object or a module has as its dict: which of these names it defines."""
+        asked = frozenset(names)
+        self._add(entries, lambda entries: asked & entries.keys())
 
     def changed(self) -> bool:
         """Whether anything else is seen now."""
@@ -41,13 +40,13 @@ class Namespaces:
         self._versions = versions
         return False
 
-    def _add(self, entries: dict[str, Any], look: Callable[[dict[str, Any]], Any]) -> None:
+    def _add(self, entries: dict[Any, Any], look: Callable[[dict[Any, Any]], Any]) -> None:
         if not any(entries is known for known in self._dicts):
             self._dicts.append(entries)
             self._versions.append(_version(entries))
             self._seen.append((look, look(entries)))
 
 
-def _methods(entries: dict[str, Any]) -> dict[str, Any]:
+def _methods(entries: dict[Any, Any]) -> dict[Any, Any]:
     """Return the names of a class, with its functions, properties and the like."""
     return {name: value if hasattr(value, "__get__") else None for name, value in entries.items()}

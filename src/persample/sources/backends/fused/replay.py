@@ -50,7 +50,7 @@ from persample.sources.backends.fused.recorded_graph import (
 )
 from persample.sources.backends.fused.request import Request, put_together, taken_apart
 from persample.sources.backends.fused.runners import NotServedError, Run, Way, changes_nothing, first_line, runner
-from persample.sources.backends.fused.unguarded import see_unguarded
+from persample.sources.backends.fused.unguarded import catching_refused, see_unguarded
 from persample.sources.batch import Batch
 from persample.sources.model.eager import compiling_is_off
 from persample.sources.model.isolation import Held, State
@@ -679,7 +679,8 @@ def _capturing() -> Iterator[list[str]]:
     )
     try:
         stance = torch.compiler.set_stance("default")
-        with warnings.catch_warnings(record=True) as caught, careful, stance, _marks_taken_off(), _environment_kept():
+        left = _marks_taken_off(), _environment_kept()
+        with warnings.catch_warnings(record=True) as caught, careful, stance, left[0], left[1], catching_refused():
             warnings.simplefilter("always")
             yield texts
         texts += [str(warning.message) for warning in caught]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dis
+import os
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from persample.sources.backends.fused.namespaces import Namespaces
 from persample.sources.backends.fused.recorded_graph import NotReplayableError
 
 _FOLDER_OF_PYTORCH = str(Path(torch.__file__).parent)
+
+# Packages that catch errors for what is guarded or seen all the same, as variables of the environment are, or makes no
+# difference to numbers, as the signatures of functions.
+_MAY_CATCH = ("torch", "os", "inspect")
 
 
 def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Container[int], seen: Namespaces) -> None:
@@ -37,9 +42,8 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
 
     context = TracingContext.get()
     codes = [code for code in context.traced_code if not code.co_filename.startswith(_FOLDER_OF_PYTORCH)]
-    if any(step.opname == "CHECK_EXC_MATCH" for code in codes for step in dis.get_instructions(code)):
-        raise NotReplayableError("the model catches errors")
     names = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+    seen.add_names(os.environ._data, map(os.environ.encodekey, names))  # type: ignore[attr-defined]
     own = tuple(f"L['{name}']" for name in given)
     for guard in context.guards_context.dynamo_guards:
         if guard.inner_create_fn() not in (GuardBuilder.TYPE_MATCH, GuardBuilder.MODULE_MATCH):
@@ -51,5 +55,34 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
             continue
         if isinstance(value, OrderedDict):
             raise NotReplayableError("the model looks into an OrderedDict, whose order may change")
-        seen.add_names(value, names)
+        if hasattr(value, "__dict__"):
+            seen.add_names(vars(value), names)
         seen.add_class(type(value))
+
+
+@contextmanager
+def catching_refused() -> Iterator[None]:
+    """Refuse models that catch an error while Dynamo captures them: no guard sees that it does not come any more.
+
+    Why Python code comes to a `raise` is guarded. A key or an attribute that is missing is not.
+
+    Raises:
+        NotReplayableError: one does, out of the capture.
+    """
+    from torch._dynamo import symbolic_convert
+
+    frames: Any = symbolic_convert.InstructionTranslatorBase
+    handle = frames.exception_handler
+
+    def refuse(frame: Any, error: Any) -> None:
+        if "is_raised" not in vars(error):
+            error.is_raised = frame.current_instruction.opname == "RAISE_VARARGS"
+        handle(frame, error)  # raises the error where this frame does not catch it
+        if not error.is_raised and frame.f_globals["__name__"].partition(".")[0] not in _MAY_CATCH:
+            raise NotReplayableError("the model catches an error")
+
+    frames.exception_handler = refuse
+    try:
+        yield
+    finally:
+        frames.exception_handler = handle
