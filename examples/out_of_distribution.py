@@ -9,14 +9,15 @@ Train a convolutional network on MNIST, then ask it about garments (Fashion-MNIS
 DATA is a folder with MNIST and Fashion-MNIST; without it they are downloaded. Needs
 ``pip install "persample[experiments]"``.
 
-AUROC is the probability that a garment has a higher score than a digit. After four epochs on all 60,000 digits:
+AUROC is the probability that a garment has a higher score than a digit. After four epochs on all 60,000 digits
+(PyTorch 2.13.0, one thread of an AMD EPYC):
 
 ==================================================  =====
 score                                               AUROC
 ==================================================  =====
-entropy of the prediction at the posterior's mean   0.962
-entropy of the prediction averaged over 32 draws    0.963
-mutual information between class and weights        0.944
+entropy of the prediction at the posterior's mean   0.965
+entropy of the prediction averaged over 32 draws    0.965
+mutual information between class and weights        0.947
 ==================================================  =====
 
 .. image:: /images/out-of-distribution.png
