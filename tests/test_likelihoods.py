@@ -248,6 +248,12 @@ class TestFiles:
             loaded.predict(x)
         assert loaded.predict_gaussian(x, samples=2).mean.shape == (4, 2)
 
+    def test_a_likelihood_of_somebody_else(self, tmp_path: Path) -> None:
+        own = type("Gaussian", (Gaussian,), {"__module__": "elsewhere"})
+        VOGN(nn.Linear(3, 2), own(4.0), data_size=6).posterior.save(tmp_path / "p")
+        with pytest.raises(UsageError, match=r"the loss elsewhere\.Gaussian, which its file does not hold"):
+            Posterior.load(tmp_path / "p", nn.Linear(3, 2)).predict(torch.zeros(1, 3))
+
     def test_a_damaged_likelihood(self, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file
 

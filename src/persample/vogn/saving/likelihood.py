@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,15 +41,18 @@ def packed(loss_fn: Callable[[Any, Any], Any] | None) -> str:
     try:
         found = likelihood_of(loss_fn)
     except UsageError:
+        while isinstance(loss_fn, functools.partial):
+            loss_fn = loss_fn.func
         return json.dumps({"name": getattr(loss_fn, "__name__", type(loss_fn).__name__)})
     if isinstance(found, str):
         return json.dumps({"name": found})
     if isinstance(found, NotInFile):
         return json.dumps({"name": found.name})
-    name = type(found).__name__
-    known: Any = found if LIKELIHOODS.get(name) is type(found) else None
-    settings: dict[str, Any] = {} if known is None else asdict(known)
-    return json.dumps({"name": name} | settings)
+    kind: Any = type(found)
+    if LIKELIHOODS.get(kind.__name__) is not kind:  # somebody else's, which may have the same name
+        return json.dumps({"name": f"{kind.__module__}.{kind.__qualname__}"})
+    known: Any = found
+    return json.dumps({"name": kind.__name__} | asdict(known))
 
 
 def unpacked(text: str) -> Callable[[Any, Any], Any] | None:
