@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,18 @@ def test_posteriors_predict_by_the_loss_they_were_trained_with() -> None:
     squared = Posterior(posterior.mean, posterior.precision, model, nn.MSELoss())
     with pytest.raises(UsageError, match=r"use predict_gaussian\(\)"):
         squared.predict(x)
+
+
+def test_a_loss_that_shows_no_likelihood_is_not_kept() -> None:
+    """So that a posterior can be pickled, whatever it was trained with."""
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    for loss_fn in (lambda outputs, targets: losses.cross_entropy(outputs, targets), Gaussian(4.0)):
+        posterior = VOGN(model, loss_fn, data_size=6).posterior
+        found = pickle.loads(pickle.dumps(posterior))
+        assert found.loss_fn == posterior.loss_fn == (loss_fn if isinstance(loss_fn, Gaussian) else None)
+        due = vars(posterior.predict(x, samples=3, generator=generator_of(0)))
+        for name, value in vars(found.predict(x, samples=3, generator=generator_of(0))).items():
+            assert torch.equal(value, due[name])
 
 
 class TestFiles:

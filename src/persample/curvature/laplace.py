@@ -14,6 +14,7 @@ from persample.curvature.information import Fisher
 from persample.dtypes import at_least_float32
 from persample.errors import OptionError
 from persample.vogn import Posterior
+from persample.vogn.prediction import telling
 
 
 def laplace(
@@ -70,7 +71,7 @@ def laplace(
     else:
         precision = float(prior_precision)
     of_weights = {name: (value + precision).to(mean[name]) for name, value in curvature.items()}
-    return Posterior(mean, of_weights, model, loss_fn)
+    return Posterior(mean, of_weights, model, telling(loss_fn))
 
 
 def best_prior_precision(mean: list[Tensor], curvature: list[Tensor]) -> float:

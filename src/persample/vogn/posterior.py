@@ -45,7 +45,8 @@ class Posterior:
         mean: μ of each parameter, keyed by its name in `model.named_parameters()`, in at least float32.
         precision: 1/σ² of each weight, with the same keys and shapes; infinite where the weight was pruned.
         model: the network that `predict` and the like use; None after loading without one.
-        loss_fn: the loss that it was trained with, by which `predict` knows what the model returns; None if unknown.
+        loss_fn: the loss that it was trained with, by which `predict` knows what the model returns; None if the loss
+            does not show that.
 
     Raises:
         OptionError: the keys or shapes differ.

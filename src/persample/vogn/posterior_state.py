@@ -31,6 +31,7 @@ from persample.vogn.loss import loss_of
 from persample.vogn.param_group import Part, make_part
 from persample.vogn.pending import MomentSource, Pending
 from persample.vogn.posterior import Posterior
+from persample.vogn.prediction import telling
 from persample.vogn.prior import Prior
 from persample.vogn.saving.checkpoint import COUNTS, checked, pack_run
 from persample.vogn.saving.noise import generator_setter, pack_generator
@@ -228,7 +229,7 @@ class PosteriorState(torch.optim.Optimizer):
 
     @property
     def posterior(self) -> Posterior:
-        """The current posterior: copies of the tensors, with the optimizer's model and loss.
+        """The current posterior: copies of the tensors, with the optimizer's model, and its loss if it shows a likelihood.
 
         Raises:
             UsageError: inside `sampled_params()`, where the model holds a draw.
@@ -238,7 +239,7 @@ class PosteriorState(torch.optim.Optimizer):
         params = self._params()
         precision = dict(zip(params, self._precision(), strict=True))
         mean = {name: p.detach().to(precision[name].dtype, copy=True) for name, p in params.items()}
-        return Posterior(mean, precision, self.model, self.loss_fn)
+        return Posterior(mean, precision, self.model, telling(self.loss_fn))
 
     @property
     def prior(self) -> Prior:

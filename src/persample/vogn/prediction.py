@@ -101,6 +101,14 @@ def likelihood_of(loss_fn: Any) -> Likelihood | Summarised:
     return "bernoulli" if bernoulli or isinstance(loss_fn, nn.BCEWithLogitsLoss) else "categorical"
 
 
+def telling(loss_fn: Any) -> Any:
+    """Return the loss, or None if it does not show its likelihood, so that a posterior can do without it."""
+    try:
+        return None if likelihood_of(loss_fn) == "categorical" else loss_fn
+    except UsageError:
+        return loss_fn
+
+
 #: The likelihoods that a file can hold, by name: classes of `persample.likelihoods`, which fills it.
 LIKELIHOODS: dict[str, Callable[..., Any]] = {}
 

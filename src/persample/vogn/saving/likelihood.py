@@ -41,9 +41,10 @@ def packed(loss_fn: Callable[[Any, Any], Any] | None) -> str:
     try:
         found = likelihood_of(loss_fn)
     except UsageError:
-        while isinstance(loss_fn, functools.partial):
-            loss_fn = loss_fn.func
-        return json.dumps({"name": getattr(loss_fn, "__name__", type(loss_fn).__name__)})
+        inner: Any = loss_fn
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        return json.dumps({"name": getattr(inner, "__name__", type(inner).__name__)})
     if isinstance(found, str):
         return json.dumps({"name": found})
     if isinstance(found, NotInFile):
