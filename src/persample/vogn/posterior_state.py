@@ -229,7 +229,7 @@ class PosteriorState(torch.optim.Optimizer):
 
     @property
     def posterior(self) -> Posterior:
-        """The current posterior: copies of the tensors, with the optimizer's model, and its loss if it shows a likelihood.
+        """The current posterior: copies of the tensors, with the model, and the loss if it shows a likelihood.
 
         Raises:
             UsageError: inside `sampled_params()`, where the model holds a draw.

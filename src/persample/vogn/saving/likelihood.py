@@ -50,10 +50,11 @@ def packed(loss_fn: Callable[[Any, Any], Any] | None) -> str:
     if isinstance(found, NotInFile):
         return json.dumps({"name": found.name})
     kind: Any = type(found)
-    if LIKELIHOODS.get(kind.__name__) is not kind:  # somebody else's, which may have the same name
+    ours = bool(LIKELIHOODS.get(str(kind.__name__)) is kind)
+    if not ours:  # somebody else's, which may have the same name
         return json.dumps({"name": f"{kind.__module__}.{kind.__qualname__}"})
-    known: Any = found
-    return json.dumps({"name": kind.__name__} | asdict(known))
+    settings: Any = found
+    return json.dumps({"name": kind.__name__} | asdict(settings))
 
 
 def unpacked(text: str) -> Callable[[Any, Any], Any] | None:
