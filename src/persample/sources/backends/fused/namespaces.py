@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
 
 _version = torch._C._dynamo.guards.dict_version  # changes with every change of a dict
+
+
+# From Python 3.13 on, an object may get an attribute without a change of its dict's version.
+_VERSIONS_TELL_ATTRIBUTES = sys.version_info < (3, 13)
+
+Look = Callable[[dict[Any, Any]], Any]
 
 
 class Namespaces:
@@ -17,21 +25,30 @@ class Namespaces:
     def __init__(self) -> None:
         self._dicts: list[dict[Any, Any]] = []
         self._versions: list[int] = []
-        self._seen: list[tuple[Callable[[dict[Any, Any]], Any], Any]] = []
+        self._seen: list[tuple[Look, Any]] = []
+        self._without_version: list[tuple[dict[Any, Any], Look, Any]] = []
+        self._known: set[tuple[int, frozenset[Any]]] = set()
 
     def add_class(self, kind: type) -> None:
         """Add a class and its bases: the names that it defines, and its methods, but not other values."""
         for base in kind.__mro__:
             (entries,) = gc.get_referents(vars(base))  # behind the read-only view
-            self._add(entries, _methods)
+            self._add(entries, frozenset(), _methods, by_version=True)
 
-    def add_names(self, entries: dict[Any, Any], names: Iterable[Any]) -> None:
-        """Add what an object or a module has as its dict: which of these names it defines."""
+    def add_object(self, value: Any, names: Iterable[Any]) -> None:
+        """Add an object or a module: which of these names it defines."""
+        if hasattr(value, "__dict__"):
+            self.add_names(vars(value), names, by_version=_VERSIONS_TELL_ATTRIBUTES or isinstance(value, ModuleType))
+
+    def add_names(self, entries: dict[Any, Any], names: Iterable[Any], *, by_version: bool = True) -> None:
+        """Add a dict: which of these keys it has."""
         asked = frozenset(names)
-        self._add(entries, lambda entries: asked & entries.keys())
+        self._add(entries, asked, lambda entries: asked & entries.keys(), by_version)
 
     def changed(self) -> bool:
         """Whether anything else is seen now."""
+        if any(look(entries) != before for entries, look, before in self._without_version):
+            return True
         versions = [*map(_version, self._dicts)]
         if versions == self._versions:
             return False
@@ -40,11 +57,16 @@ class Namespaces:
         self._versions = versions
         return False
 
-    def _add(self, entries: dict[Any, Any], look: Callable[[dict[Any, Any]], Any]) -> None:
-        if not any(entries is known for known in self._dicts):
+    def _add(self, entries: dict[Any, Any], asked: frozenset[Any], look: Look, by_version: bool) -> None:
+        if (id(entries), asked) in self._known:
+            return
+        self._known.add((id(entries), asked))
+        if by_version:
             self._dicts.append(entries)
             self._versions.append(_version(entries))
             self._seen.append((look, look(entries)))
+        else:
+            self._without_version.append((entries, look, look(entries)))
 
 
 def _methods(entries: dict[Any, Any]) -> dict[Any, Any]:

@@ -55,8 +55,7 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
             continue
         if isinstance(value, OrderedDict):
             raise NotReplayableError("the model looks into an OrderedDict, whose order may change")
-        if hasattr(value, "__dict__"):
-            seen.add_names(vars(value), names)
+        seen.add_object(value, names)
         seen.add_class(type(value))
 
 
