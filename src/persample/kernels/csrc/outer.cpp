@@ -7,10 +7,6 @@
 #include <algorithm>
 #include <cstdlib>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "vector.h"
 
 namespace {
@@ -113,12 +109,8 @@ void outer(const Outer& y, const T* x, const T* delta, T* total, T* squares, int
   const int64_t blocks = y.groups * panels * strips, most = std::min(y.batch, SAMPLES);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#ifdef _OPENMP
-    const int number = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-    const int number = 0, team = 1;
-#endif
-    const int64_t begin = blocks * number / team, end = blocks * (number + 1) / team;
+    const Team team;
+    const int64_t begin = blocks * team.number / team.size, end = blocks * (team.number + 1) / team.size;
     T* rows = static_cast<T*>(std::aligned_alloc(BYTES, rounded_up((most * 2 * PANEL + 1) * sizeof(T), BYTES)));
     T* columns = static_cast<T*>(std::aligned_alloc(BYTES, rounded_up((most * 4 * V + 1) * sizeof(T), BYTES)));
     for (int64_t start = 0; start == 0 || start < y.batch; start += SAMPLES) {

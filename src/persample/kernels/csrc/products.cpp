@@ -13,10 +13,6 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "vector.h"
 
 namespace {
@@ -171,8 +167,8 @@ struct Window {
     by_column = y.dilation[2] != 1 && y.kernel[2] != 1;
     rows = y.kernel[0] * y.kernel[1] * (by_column ? y.kernel[2] : 1);
     length = (by_column ? 1 : y.kernel[2]) * channels;
-    pieces = (length + registers - 1) / registers;
-    most = (length + pieces - 1) / pieces;
+    pieces = ::pieces(length, registers);
+    most = ::pieces(length, pieces);
   }
   int count(int64_t piece) const { return int(std::min(most, length - piece * most)); }
 };
@@ -208,11 +204,7 @@ void products(const Layer& y, const T* x, const T* delta, T* total, T* squares, 
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#ifdef _OPENMP
-    const int number = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-    const int number = 0, team = 1;
-#endif
+    const Team team;
     Copy<T> own_x = xs, own_d = ds;
     if (!x_lies_so) own_x.data = static_cast<T*>(std::calloc(xs.image() * y.images * samples + V, sizeof(T)));
     if (!delta_lies_so) own_d.data = static_cast<T*>(std::calloc(ds.image() * y.images * samples + V, sizeof(T)));
@@ -220,7 +212,7 @@ void products(const Layer& y, const T* x, const T* delta, T* total, T* squares, 
     if (x_lies_so) vx = {nullptr, y.x_image, 0, {y.x_pixel[0], y.x_pixel[1], y.x_pixel[2]}};
     if (delta_lies_so) vd = {nullptr, y.delta_image, 0, {y.delta_pixel[0], y.delta_pixel[1], y.delta_pixel[2]}};
     // Should there be fewer threads than were asked for, each takes the part of several.
-    for (int share = number; share < threads; share += team) {
+    for (int share = team.number; share < threads; share += team.size) {
       const int64_t begin = y.batch * share / threads, end = y.batch * (share + 1) / threads;
       for (int64_t start = begin; start < end; start += samples) {
         const int64_t stop = std::min(end, start + samples);
