@@ -13,7 +13,7 @@ import persample
 from persample import metrics, plots
 from persample.errors import BatchError, DataError, OptionError
 from persample.testing.devices import generator_of
-from persample.vogn import GaussianPrediction
+from persample.vogn import ClassPrediction, GaussianPrediction
 
 figure = pytest.importorskip("matplotlib.figure")
 
@@ -73,6 +73,9 @@ def test_uncertainty_band(ax: Any, shape: tuple[int, ...]) -> None:
     outer, inner = (collection.get_paths()[0].vertices for collection in ax.collections)
     assert (outer[:, 1].min(), outer[:, 1].max()) == (-3, 23)
     assert (inner[:, 1].min(), inner[:, 1].max()) == (-2, 22)
+    classes = ClassPrediction(torch.full((3, 2), 0.5), torch.zeros(3), torch.zeros(3))
+    with pytest.raises(OptionError, match=r"of type ClassPrediction.*predict_gaussian\(\)"):
+        plots.uncertainty_band(inputs, classes, ax=ax)  # type: ignore[arg-type]
     with pytest.raises(BatchError, match="one number"):
         plots.uncertainty_band(torch.zeros(3, 2), GaussianPrediction(mean, ones, ones), ax=ax)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from persample.errors import BatchError, DataError, MissingPackageError
+from persample.errors import BatchError, DataError, MissingPackageError, OptionError
 from persample.metrics import calibration_bins, require_bins
 from persample.vogn.prediction import GaussianPrediction
 
@@ -111,8 +111,15 @@ def uncertainty_band(
 
     Raises:
         BatchError: there is more than one number for a sample.
+        OptionError: it is no prediction of numbers.
         MissingPackageError: matplotlib is not installed.
     """
+    if not isinstance(prediction, GaussianPrediction):
+        raise OptionError(
+            f"prediction is of type {type(prediction).__name__}, without mean and variance: pass that of "
+            "predict_gaussian(), or of predict() with a likelihood of real numbers, such as "
+            "persample.likelihoods.Gaussian(noise_precision)."
+        )
     parts = (inputs, prediction.mean, prediction.epistemic_variance, prediction.aleatoric_variance)
     if any(part.numel() != len(inputs) for part in parts):
         raise BatchError(

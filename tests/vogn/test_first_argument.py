@@ -68,6 +68,12 @@ def test_a_generator_that_was_begun_is_refused() -> None:
         VOGN(begun, data_size=10)
 
 
+@pytest.mark.parametrize("first", [lambda m: m.modules(), lambda m: m.named_modules()])
+def test_what_is_no_parameter_is_refused(first: Any) -> None:
+    with pytest.raises(OptionError, match=r"something else than parameters: pass the model"):
+        VOGN(first(network()), data_size=10)
+
+
 def test_params_beside_parameters_are_refused() -> None:
     model = network()
     with pytest.raises(OptionError, match="both name parameters"):

@@ -67,7 +67,10 @@ class Ensemble:
         for index, member in enumerate(self.members):
             if not isinstance(member, Posterior) or member.model is None:
                 what = "no model" if isinstance(member, Posterior) else f"the type {type(member).__name__}"
-                raise OptionError(f"Member {index} of the ensemble has {what}: give it posteriors with models.")
+                raise OptionError(
+                    f"Member {index} of the ensemble has {what}: give it posteriors with models, such as "
+                    "optimizer.posterior, or networks by Ensemble.of_models."
+                )
 
     @staticmethod
     def of_models(models: Iterable[nn.Module], *, loss_fn: Callable[[Any, Any], Any] | None = None) -> Ensemble:

@@ -24,7 +24,8 @@ def model_and_params(first: Any, params: Iterable[Any] | None) -> tuple[Any, Ite
         params: its argument of that name.
 
     Raises:
-        OptionError: `first` holds parameters, but does not tell of which model; or both name parameters.
+        OptionError: `first` holds parameters, but does not tell of which model; it holds something else; or both name
+            parameters.
     """
     if isinstance(first, nn.Module) or not isinstance(first, Iterable):
         return first, params
@@ -37,8 +38,13 @@ def model_and_params(first: Any, params: Iterable[Any] | None) -> tuple[Any, Ite
         )
     if params is not None:
         raise OptionError("The first argument and params both name parameters: pass the model and params=...")
-    named = [entry if isinstance(entry, tuple) else ("", entry) for entry in first]
-    return model, [p for _, p in named if p.requires_grad]
+    entries = [entry[1] if isinstance(entry, tuple) else entry for entry in first]
+    if not all(isinstance(entry, nn.Parameter) for entry in entries):
+        raise OptionError(
+            "The first argument yields something else than parameters: pass the model, model.parameters() or "
+            "model.named_parameters()."
+        )
+    return model, [p for p in entries if p.requires_grad]
 
 
 def _model_of(parameters: Iterable[Any]) -> nn.Module | None:
