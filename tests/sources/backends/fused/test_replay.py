@@ -417,6 +417,19 @@ def name_that_a_module_lacked(patch: pytest.MonkeyPatch) -> Any:
 
 
 @changing
+def name_that_a_module_lacked_and_a_branch_asks_for(patch: pytest.MonkeyPatch) -> Any:
+    settings = types.ModuleType("settings")
+    model: Any = scaled(lambda m: getattr(settings, "wide", 1.0) if m.is_wide else getattr(settings, "scale", 1.0))
+
+    def change(call: int) -> None:
+        model.is_wide = call > 1
+        if call == 4:
+            settings.wide = 2.0  # type: ignore[attr-defined]
+
+    return model, change
+
+
+@changing
 def attribute_that_was_computed(patch: pytest.MonkeyPatch) -> Any:
     class Computed:
         def __getattr__(self, name: str) -> float:

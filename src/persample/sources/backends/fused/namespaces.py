@@ -52,7 +52,8 @@ class Namespaces:
         versions = [*map(_version, self._dicts)]
         if versions == self._versions:
             return False
-        if any(look(now) != before for now, (look, before) in zip(self._dicts, self._seen, strict=True)):
+        rows = zip(versions, self._versions, self._dicts, self._seen, strict=True)
+        if any(now != before and look(entries) != seen for now, before, entries, (look, seen) in rows):
             return True
         self._versions = versions
         return False
