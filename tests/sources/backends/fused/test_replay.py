@@ -780,6 +780,13 @@ def test_counters_beside_what_a_model_reads_are_no_hindrance() -> None:
     assert follow(model, count) == ["replayed"] * 6
 
 
+def test_where_a_missing_key_is_caught_the_reason_says_so() -> None:
+    model, _ = CHANGES["key_that_was_missing"](pytest.MonkeyPatch())
+    source = source_of(model.double(), check="never")
+    source.moments(*data())
+    assert source.ran_because.startswith("the model catches an error (test_replay.py:")
+
+
 def test_errors_that_are_raised_and_caught_are_no_hindrance() -> None:
     settings = types.SimpleNamespace(scale=1.0)
 

@@ -731,10 +731,11 @@ def _in_one_line(error: Exception) -> str:
         return "where entries go depends on the values of tensors"
     if "convert all Tensors to FakeTensors" in text:
         return "to which samples the entries of a tensor belong is found out by trial, which takes values"
-    name = "" if isinstance(error, NotReplayableError) else f"{type(error).__name__}: "
+    own = f"{NotReplayableError.__name__}: "  # what Dynamo has wrapped into an error of its own
+    name = "" if isinstance(error, NotReplayableError) or text.startswith(own) else f"{type(error).__name__}: "
     places = re.findall(r'File "([^"]+)", line (\d+)', text.partition("from user code")[2])
     place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
-    return (name + first_line(text)).rstrip(".") + place
+    return (name + first_line(text.removeprefix(own))).rstrip(".") + place
 
 
 _BY_VALUES = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
