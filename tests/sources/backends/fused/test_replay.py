@@ -404,6 +404,19 @@ def key_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
 
 
 @changing
+def key_that_is_matched(patch: pytest.MonkeyPatch) -> Any:
+    table: dict[str, float] = {}
+
+    def read(m: Any) -> float:
+        match table:
+            case {"scale": scale}:
+                return scale
+        return 1.0
+
+    return scaled(read), lambda call: table.update(scale=2.0) if call == 2 else None
+
+
+@changing
 def variable_that_the_environment_lacked(patch: pytest.MonkeyPatch) -> Any:
     patch.delenv("SCALE_OF_A_TEST", raising=False)
     model = scaled(lambda m: float(os.environ.get("SCALE_OF_A_TEST", "1")))

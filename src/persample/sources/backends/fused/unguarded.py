@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import os
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
 
     context = TracingContext.get()
     codes = [code for code in context.traced_code if not code.co_filename.startswith(_FOLDER_OF_PYTORCH)]
+    if any(step.opname == "MATCH_KEYS" for code in codes for step in dis.get_instructions(code)):
+        raise NotReplayableError("the model matches the keys of a mapping (`match`)")
     names = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
     seen.add_names(os.environ._data, map(os.environ.encodekey, names))  # type: ignore[attr-defined]
     own = tuple(f"L['{name}']" for name in given)
