@@ -66,6 +66,7 @@ def make(
     seed: int | None = 3,
     of_trainer: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
+    kind: Any = VariationalTrainer,
     **arguments: Any,
 ) -> Any:
     defaults = {
@@ -85,9 +86,25 @@ def make(
     generator = None if seed is None else generator_of(seed)
     made = rule(model, **{"data_size": 50, "lr": 0.05, "generator": generator, **(optimizer or {})})
     data = data_of(LABELS) if data is None else data
-    return VariationalTrainer(
-        model, settings, train_dataset=data, eval_dataset=data, optimizers=(made, None), **(of_trainer or {})
-    )
+    return kind(model, settings, train_dataset=data, eval_dataset=data, optimizers=(made, None), **(of_trainer or {}))
+
+
+class OfItsOwn(VariationalTrainer):
+    """Computes the loss by itself, as users of the Trainer do."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = F.cross_entropy(outputs.logits, inputs["labels"])
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+class OfTheTrainers(VariationalTrainer):
+    """Changes the loss that the Trainer computes."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().compute_loss(*args, **kwargs)
 
 
 def optimizer_of(trainer: Any) -> Any:
@@ -125,6 +142,35 @@ class TestTraining:
         assert_same(one, other)
         weights = [t.model.classifier.weight for t in (one, unclipped)]
         assert (weights[0] - weights[1]).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("kind", [OfItsOwn, OfTheTrainers])
+    @pytest.mark.parametrize("draws", [1, 2])
+    def test_a_subclass_with_another_loss(self, kind: Any, draws: int, tmp_path: Path) -> None:
+        """Only the Trainer's own factor is taken out of it."""
+        trainers = [
+            make(tmp_path, bert(), batch_size=b, parts=n, kind=kind, max_grad_norm=0.0, max_steps=2, optimizer=o)
+            for b, n, o in ((20, 1, {"mc_samples": draws}), (10, 2, {"mc_samples": draws}))
+        ]
+        for trainer in trainers:
+            trainer.train()
+        if draws == 1:
+            assert_same(*trainers)
+        by_hand = persample.VOGN(
+            bert(),
+            lambda outputs, labels: 2 * F.cross_entropy(outputs.logits, labels, reduction="none"),
+            data_size=50,
+            lr=0.05,
+            generator=generator_of(3),
+            mc_samples=draws,
+        )
+        once = make(
+            tmp_path, bert(), batch_size=50, kind=kind, max_grad_norm=0.0, max_steps=1, optimizer={"mc_samples": draws}
+        )
+        once.train()
+        by_hand.observe({"input_ids": TOKENS}, LABELS)
+        by_hand.step()
+        for p, q in zip(once.model.parameters(), by_hand.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
     def test_several_draws_are_those_of_observe(self, tmp_path: Path) -> None:
         trainer = make(tmp_path, bert(), batch_size=50, max_steps=1, optimizer={"mc_samples": 3}, max_grad_norm=0.0)

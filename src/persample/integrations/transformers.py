@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +65,26 @@ class VariationalMixin:
         if isinstance(model, DistributedDataParallel):
             model = model.module  # the processes add up their moments in step()
         losses = []
-        for _ in range(optimizer.mc_samples):
-            self._factor = None
-            with optimizer.sampled_params(
-                True,
-                redraw=optimizer.mc_samples > 1,
-                loss_scale=self._loss_scale,
-                grad_scaler=self.accelerator.scaler,  # type: ignore[attr-defined]
-            ):
-                losses.append(super().training_step(model, inputs, None, *args))  # type: ignore[misc]
+        with self._watching(optimizer.mc_samples):
+            for _ in range(optimizer.mc_samples):
+                self._factor = None
+                with optimizer.sampled_params(
+                    True,
+                    redraw=optimizer.mc_samples > 1,
+                    loss_scale=self._loss_scale,
+                    grad_scaler=self.accelerator.scaler,  # type: ignore[attr-defined]
+                ):
+                    losses.append(super().training_step(model, inputs, None, *args))  # type: ignore[misc]
         return torch.stack(losses).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss of this batch alone, and note its factor in the backward pass.
+        """Return the mean loss of this batch alone.
 
         The number of items of all accumulated batches, by which some models divide and others do not, is kept back.
         """
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=None)  # type: ignore[misc]
-        if loss.requires_grad:
-            loss.register_hook(self._watch)
-            loss = loss / self._posterior_optimizer().mc_samples
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; with `load_best_model_at_end` the best posterior is loaded, not only its mean."""
@@ -155,6 +154,23 @@ class VariationalMixin:
             self.optimizer,  # type: ignore[attr-defined]
             "pass optimizers=(persample.VOGN(model, data_size=len(train_dataset)), None) to the Trainer",
         )
+
+    @contextmanager
+    def _watching(self, parts: int) -> Iterator[None]:
+        """Divide what `compute_loss`, maybe a subclass's, returns, and note its factor in the backward pass."""
+        compute_loss = self.compute_loss
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            found = compute_loss(*args, **kwargs)
+            loss, *others = found if isinstance(found, tuple) else (found,)
+            loss.register_hook(self._watch)
+            return (loss / parts, *others) if isinstance(found, tuple) else loss / parts
+
+        vars(self)["compute_loss"] = watched
+        try:
+            yield
+        finally:
+            vars(self).pop("compute_loss")
 
     def _watch(self, gradient: Tensor) -> None:
         self._factor = float(gradient)
