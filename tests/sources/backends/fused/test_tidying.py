@@ -62,6 +62,14 @@ def test_what_a_parameter_is_seen_as_stays() -> None:
     assert names_after(lambda x: [x.detach().cos()], torch.randn(3)) == ["detach.default", "cos.default"]
 
 
+def test_assertions_stay() -> None:
+    def step(x: Tensor) -> list[Tensor]:
+        torch._assert_async((x > -9).all())
+        return [x.sin()]
+
+    assert any(name.startswith("_assert_async") for name in names_after(step, torch.randn(3)))
+
+
 def test_writing_and_random_numbers_stay() -> None:
     def step(x: Tensor) -> list[Tensor]:
         y = x.sin()

@@ -45,4 +45,5 @@ def _is_its_input(view: Node) -> bool:
 def _is_pure(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    schema = node.target._schema  # what returns nothing is there for its effect, as an assertion is
+    return bool(schema.returns) and not schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
