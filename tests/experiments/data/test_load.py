@@ -221,7 +221,11 @@ def test_mnist_5k_is_downloaded_where_no_package_brings_it(
     assert (cache / "mnist_5k" / "mnist_5k.csv.gz").exists()
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1,2,3\n4,5,6\n"), gzip.compress(b"1,two,3\n")])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b"1,2,3\n4,5,6\n"), gzip.compress(b"1,two,3\n")],
+    ids=["no gzip", "two short rows", "a word"],
+)
 def test_refuses_a_file_that_is_not_the_5000_digits(content: bytes) -> None:
     with pytest.raises(DataError, match="delete it and run again"):
         read_mnist_5k({"mnist_5k.csv.gz": content}, 10)
