@@ -48,7 +48,11 @@ HERE = Path(__file__).resolve().parent
 TESTS = {
     "newest tests": (
         *("kernels/test_triton_step.py", "kernels/test_step.py", "vogn/rules/test_update_kernel.py"),
-        *("vogn/test_waiting.py", "sources/backends/fused/test_runners.py", "sources/model/test_recurrent_layers.py"),
+        *(
+            "vogn/test_waiting.py",
+            "sources/backends/fused/replay/test_runners.py",
+            "sources/model/test_recurrent_layers.py",
+        ),
     ),
     "tests": ("kernels", "conformance", "vogn", "sources", "checks", "testing"),
 }

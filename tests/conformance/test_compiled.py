@@ -14,7 +14,7 @@ from torch import Tensor
 
 import persample
 from persample.quantities import WeightedSum
-from persample.sources.backends.fused import replay
+from persample.sources.backends.fused.replay import replay
 from persample.sources.batch import as_batch
 from persample.sources.contract import Check
 from persample.sources.model.isolation import State, state_restored

@@ -21,7 +21,7 @@ from persample.experiments.data import ImageDataset
 from persample.experiments.recipes import configure
 from persample.experiments.run import start
 from persample.experiments.train import train
-from persample.sources.backends.fused import replay
+from persample.sources.backends.fused.replay import replay
 from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 

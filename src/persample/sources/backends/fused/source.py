@@ -15,15 +15,15 @@ from persample.errors import OptionError, UnsupportedModelError
 from persample.kernels.autotune import deterministic_choice
 from persample.moments import Moments
 from persample.quantities.protocol import Quantity
-from persample.sources.backends.fused import request
 from persample.sources.backends.fused.accumulators import Blocks, Moment, SingleGradients
 from persample.sources.backends.fused.arguments import memory_of
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.malloc import keep_freed_memory
-from persample.sources.backends.fused.recorded_graph import NotReplayableError
 from persample.sources.backends.fused.recorder import FusedRecorder
-from persample.sources.backends.fused.replay import Replay
-from persample.sources.backends.fused.request import Request
+from persample.sources.backends.fused.replay import request
+from persample.sources.backends.fused.replay.errors import NotReplayableError
+from persample.sources.backends.fused.replay.replay import Replay
+from persample.sources.backends.fused.replay.request import Request
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.usage_recorder import UsageRecorder, unseen_use
 from persample.sources.batch import Batch

@@ -1,17 +1,15 @@
-"""A graph of Dynamo's, run under the capture of this backend and written down as a flat list of ATen operations."""
+"""What a recorded step may not hold: whatever may be another thing in the next call, and nothing shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from persample.sources.backends.fused.known_values import WithKnownValues
-from persample.sources.backends.fused.tidying import tidy
-from persample.sources.model.batch_norm_nodes import read_right
+from persample.sources.backends.fused.replay.errors import NotReplayableError
 
 # What a graph may call: operations of PyTorch, and arithmetic on the sizes of tensors.
 _PACKAGES = ("torch", "_operator", "builtins", "math")
@@ -20,10 +18,6 @@ _METHODS_REFUSED = frozenset(
     ("register_hook", "register_post_accumulate_grad_hook", "backward", "numpy", "tolist", "item", "data_ptr", "set_")
 )
 _BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-class NotReplayableError(Exception):
-    """The step cannot be replayed; nothing of it was run."""
 
 
 def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
@@ -52,25 +46,6 @@ def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
         raise NotReplayableError("the forward pass keeps tensors besides the losses")
 
 
-def guard_identities(given: Sequence[str]) -> None:
-    """Let Dynamo, which is capturing, guard the identity of objects of which it would guard the type.
-
-    `config.kind is KIND` goes by it.
-
-    Args:
-        given: the names of variables that are others in each call.
-    """
-    from torch._dynamo.guards import GuardBuilder
-    from torch._guards import TracingContext
-
-    guards = TracingContext.get().guards_context.dynamo_guards
-    for guard in [*guards]:
-        if guard.inner_create_fn() is GuardBuilder.TYPE_MATCH and not guard.name.startswith(
-            tuple(f"L['{name}']" for name in given)
-        ):
-            guards.add(guard.originating_source.make_guard(GuardBuilder.ID_MATCH))
-
-
 def _refuse_function(target: Any) -> None:
     package = getattr(target, "__module__", None) or ""
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -79,46 +54,12 @@ def _refuse_function(target: Any) -> None:
         raise NotReplayableError(f"the model calls {package}.{getattr(target, '__name__', target)}")
 
 
-#: Computes what is wanted, from losses and operands: the tensors of it.
-Compute = Callable[[Callable[[], Tensor], Sequence[Tensor]], Sequence[Tensor]]
-
-
-def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence[int], compute: Compute) -> GraphModule:
-    """Return the operations of a whole step, without autograd.
-
-    Args:
-        graph: forward pass and loss, a function of the first operands.
-        examples: all operands.
-        trained: the numbers of those that are parameters of which gradients are wanted.
-        compute: computes what is wanted.
+def refuse_operation(node: Node) -> None:
+    """Raise if an operation of a recorded step goes by values, or by what is no operand of the step.
 
     Raises:
-        NotReplayableError: the step depends on values, or on what is not in the graph.
+        NotReplayableError: it does.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    taken = sum(node.op == "placeholder" for node in graph.graph.nodes)
-
-    def step(*inputs: Tensor) -> list[Tensor]:
-        operands = list(inputs)
-        for i in trained:
-            operands[i] = inputs[i].detach().requires_grad_()
-
-        def losses() -> Tensor:
-            (found,) = WithKnownValues(graph).run(*operands[:taken])
-            read_right([found])
-            return found  # type: ignore[no-any-return]
-
-        return list(compute(losses, operands))
-
-    recorded = make_fx(step, tracing_mode="fake")(*[t.detach() for t in examples])
-    for node in recorded.graph.nodes:
-        _refuse_operation(node)
-    tidy(recorded)
-    return recorded
-
-
-def _refuse_operation(node: torch.fx.Node) -> None:
     if node.op == "get_attr" and not _is_literal(node):
         raise NotReplayableError("a tensor created during recording is part of the step")
     if node.op != "call_function":
@@ -136,7 +77,7 @@ def _refuse_operation(node: torch.fx.Node) -> None:
         raise NotReplayableError(f"{node.target} goes by values")
 
 
-def _is_literal(node: torch.fx.Node) -> bool:
+def _is_literal(node: Node) -> bool:
     """Whether a tensor is made of numbers of Python's, as by `torch.tensor(2.0)`, and copied before anything uses it.
 
     Python's numbers are the same in each replay: those of the model have guards, and those of this package go by shapes

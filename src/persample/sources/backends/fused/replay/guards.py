@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.sources.backends.fused.namespaces import Namespaces
-from persample.sources.backends.fused.recorded_graph import NotReplayableError
+from persample.sources.backends.fused.replay.errors import NotReplayableError
+from persample.sources.backends.fused.replay.namespaces import Namespaces
 
 _FOLDER_OF_PYTORCH = str(Path(torch.__file__).parent)
 
@@ -60,6 +60,25 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
             raise NotReplayableError("the model looks into an OrderedDict, whose order may change")
         seen.add_object(value, names)
         seen.add_class(type(value))
+
+
+def guard_identities(given: Sequence[str]) -> None:
+    """Let Dynamo, which is capturing, guard the identity of objects of which it would guard the type.
+
+    `config.kind is KIND` goes by it.
+
+    Args:
+        given: the names of variables that are others in each call.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._guards import TracingContext
+
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for guard in [*guards]:
+        if guard.inner_create_fn() is GuardBuilder.TYPE_MATCH and not guard.name.startswith(
+            tuple(f"L['{name}']" for name in given)
+        ):
+            guards.add(guard.originating_source.make_guard(GuardBuilder.ID_MATCH))
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import persample
 from persample.kernels.compiled import without_kernels
 from persample.quantities import Norms
-from persample.sources.backends.fused import FusedSource, replay
-from persample.sources.backends.fused.patience import Patience
+from persample.sources.backends.fused import FusedSource
+from persample.sources.backends.fused.replay import replay
+from persample.sources.backends.fused.replay.patience import Patience
 from persample.testing.devices import generator_of, generator_state, set_generator_state
 from persample.testing.zoo.case import Net
 

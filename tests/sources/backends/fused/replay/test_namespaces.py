@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from persample.sources.backends.fused.namespaces import Namespaces
+from persample.sources.backends.fused.replay.namespaces import Namespaces
 
 
 class Settings:

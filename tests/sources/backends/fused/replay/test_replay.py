@@ -42,7 +42,8 @@ from persample.quantities import (
     clipping,
 )
 from persample.quantities.computed import numbers_in
-from persample.sources.backends.fused import FusedSource, replay
+from persample.sources.backends.fused import FusedSource
+from persample.sources.backends.fused.replay import graph
 from persample.testing import ZOO
 from persample.testing.devices import generator_of
 from persample.testing.trace import no_trace
@@ -1200,7 +1201,7 @@ def test_nothing_of_it_is_copied_or_pickled_or_kept_alive() -> None:
     del model, source, twin, other
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
-    assert not any(type(thing) is replay._Recording for thing in gc.get_objects())
+    assert not any(type(thing) is graph.Recording for thing in gc.get_objects())
 
 
 def test_no_trace_is_left_on_the_tensors_of_the_model() -> None:
@@ -1328,7 +1329,7 @@ def test_what_rounds_otherwise_serves_as_far_as_last_bits_may_go(
 
         return run
 
-    monkeypatch.setattr(replay, "runner", rounding)
+    monkeypatch.setattr(graph, "runner", rounding)
     model: Any = Net(lambda m, x: m.last(act(m.first(x))), first=nn.Linear(2, 1, bias=False), last=nn.Linear(1, 1))
     kept = torch.tensor([[1.0, -1.0]])  # for the first sample, the ReLU stands at zero
     model.first.weight.data = kept.clone()

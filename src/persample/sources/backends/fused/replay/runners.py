@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from persample.sources.backends.fused.replay.errors import first_line
+
 #: Runs a recorded step on its operands, and returns what it returns.
 Run = Callable[..., Sequence[Tensor]]
 
@@ -133,11 +135,6 @@ def _gpu_of(recorded: GraphModule, operands: Sequence[Tensor]) -> torch.device:
             f"a CUDA graph needs one GPU for all of the step, which runs on {', '.join(sorted(map(str, devices)))}"
         )
     return next(iter(devices))
-
-
-def first_line(text: str) -> str:
-    """Return the first line of an error's text that is not empty."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
 
 
 def changes_nothing(recorded: GraphModule) -> bool:

@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import persample
 from persample.errors import OptionError
-from persample.sources.backends.fused import runners
-from persample.sources.backends.fused.runners import _written
+from persample.sources.backends.fused.replay import runners
+from persample.sources.backends.fused.replay.runners import _written
 from persample.testing.devices import on_cuda, set_seed
 from persample.testing.zoo.case import Net
 

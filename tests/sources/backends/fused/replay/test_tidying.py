@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from persample.sources.backends.fused.tidying import tidy
+from persample.sources.backends.fused.replay.tidying import tidy
 
 aten = torch.ops.aten
 
