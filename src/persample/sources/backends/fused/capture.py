@@ -26,7 +26,8 @@ from persample.sources.backends.fused.carry import carry, plain
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout, layout_of
 from persample.sources.backends.fused.op_table import name_of
-from persample.sources.backends.fused.propagation import Lost, outputs_of
+from persample.sources.backends.fused.propagation.call import outputs_of
+from persample.sources.backends.fused.propagation.lost import Lost
 from persample.sources.backends.fused.rules import in_place
 from persample.sources.backends.fused.rules.expanded import copied, own_of_one_sample
 from persample.sources.backends.fused.rules.parts import follow

@@ -11,7 +11,10 @@ from persample.sources.backends.fused import op_table
 from persample.sources.backends.fused.arguments import substitute, tensors_in
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import name_of
-from persample.sources.backends.fused.propagation import Call, Lost, Unknown, Where, after, bound, outputs_of
+from persample.sources.backends.fused.propagation.after import after
+from persample.sources.backends.fused.propagation.call import Call, Unknown, outputs_of
+from persample.sources.backends.fused.propagation.lost import Lost, Where
+from persample.sources.backends.fused.propagation.pending import bound
 from persample.sources.backends.fused.rules.parts import follow, read
 from persample.sources.backends.fused.rules.pooling import FASTER
 from persample.sources.backends.fused.trace import Trace

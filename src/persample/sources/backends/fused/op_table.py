@@ -1,6 +1,6 @@
 """What is known of PyTorch's operations, by name: which keep the shape, which broadcast, which act along dimensions.
 
-An operation that is in no family is tried out (see `trial`), so these tables only save time, and serve operations
+An operation that is in no family is tried out (see `propagation`), so these tables only save time, and serve operations
 without floating-point results. Each name stands for the function, the method, and their variants in place.
 """
 

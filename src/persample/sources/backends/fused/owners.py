@@ -7,7 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-NOBODY = -1  # the owner of an entry that belongs to no sample, such as padding
+# Owners of an entry that are no sample.
+NOBODY = -1  # it belongs to none, such as padding
+SEVERAL = -2  # it depends on several samples
+ALL = -3  # it depends on all of them
 
 
 class Owners:

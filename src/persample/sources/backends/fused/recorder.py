@@ -19,7 +19,7 @@ from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.expressions import Expression, version_of
 from persample.sources.backends.fused.layout import Layout
-from persample.sources.backends.fused.propagation import Lost
+from persample.sources.backends.fused.propagation.lost import Lost
 from persample.sources.backends.fused.torch_function_bypass import opened
 from persample.sources.backends.fused.trace import mixing
 from persample.sources.backends.fused.usage_recorder import unseen_use

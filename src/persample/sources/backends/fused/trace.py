@@ -22,7 +22,7 @@ from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import name_of
 from persample.sources.backends.fused.owners import Owners
 from persample.sources.backends.fused.parts import PartTable
-from persample.sources.backends.fused.propagation import Lost, Where, without_owner
+from persample.sources.backends.fused.propagation.lost import Lost, Where, without_owner
 from persample.sources.backends.fused.taps import Build, Copies, Mixed, Operation, Tap
 from persample.sources.backends.fused.tracked import Layouts, Seen
 from persample.sources.backends.fused.vjp import no_rule

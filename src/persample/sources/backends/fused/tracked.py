@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from persample.sources.backends.fused.propagation import Lost, Where
+from persample.sources.backends.fused.propagation.lost import Lost, Where
 
 
 class Layouts:

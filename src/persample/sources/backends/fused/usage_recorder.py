@@ -20,7 +20,7 @@ from persample.sources.backends.fused.capture import Capture
 from persample.sources.backends.fused.carry import plain
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.op_table import name_of
-from persample.sources.backends.fused.propagation import Lost
+from persample.sources.backends.fused.propagation.lost import Lost
 from persample.sources.backends.fused.vjp import Mapped, MappedRows
 from persample.sources.model.autograd_graph import nodes_behind
 from persample.sources.model.refusals import VMAP_OR_VJP

@@ -18,7 +18,8 @@ from persample.sources.backends.fused.arguments import tensors_in
 from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.expressions import Made, version_of
 from persample.sources.backends.fused.layout import Layout
-from persample.sources.backends.fused.propagation import Call, after
+from persample.sources.backends.fused.propagation.after import after
+from persample.sources.backends.fused.propagation.call import Call
 from persample.sources.backends.fused.trace import Trace
 from persample.sources.selfcheck.tolerances import tolerance
 

@@ -20,7 +20,9 @@ from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import JOINING, name_of
 from persample.sources.backends.fused.owners import NOBODY
-from persample.sources.backends.fused.propagation import Call, Unknown, after, agreed, aligned
+from persample.sources.backends.fused.propagation.after import after
+from persample.sources.backends.fused.propagation.by_name import agreed, aligned
+from persample.sources.backends.fused.propagation.call import Call, Unknown
 from persample.sources.backends.fused.rules.constants import as_samples
 from persample.sources.backends.fused.rules.parts import follow, put_beside
 from persample.sources.backends.fused.trace import Trace

@@ -19,7 +19,8 @@ from persample.sources.backends.fused.axis import Axis
 from persample.sources.backends.fused.expressions import Expression
 from persample.sources.backends.fused.layout import Layout
 from persample.sources.backends.fused.op_table import is_in_place, name_of
-from persample.sources.backends.fused.propagation import Call, after
+from persample.sources.backends.fused.propagation.after import after
+from persample.sources.backends.fused.propagation.call import Call
 from persample.sources.backends.fused.rules.expanded import copied
 from persample.sources.backends.fused.rules.in_place import change_samples
 from persample.sources.backends.fused.rules.nondifferentiable import values_alone

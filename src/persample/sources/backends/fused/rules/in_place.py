@@ -18,7 +18,8 @@ from persample.errors import UnsupportedModelError
 from persample.sources.backends.fused.arguments import memory_of, substitute, tensors_in
 from persample.sources.backends.fused.expressions import Expression, origins, own_saved_tensors
 from persample.sources.backends.fused.op_table import RESHAPES_IN_PLACE, functions, is_in_place, name_of
-from persample.sources.backends.fused.propagation import Call, after
+from persample.sources.backends.fused.propagation.after import after
+from persample.sources.backends.fused.propagation.call import Call
 from persample.sources.backends.fused.rules.expanded import axis_in, copied
 from persample.sources.backends.fused.trace import Trace
 
