@@ -27,7 +27,7 @@ from persample.sources.model.random_state import random_state, random_state_rest
 from persample.sources.model.refusals import refuse_impossible
 from persample.sources.model.usage import Use
 from persample.sources.recording.recorder import Recorder
-from persample.sources.recording.replay import ReplayRecorder
+from persample.sources.recording.repeating import RepeatingRecorder
 from persample.sources.recording.results import LossReduction, Recorded, Wanted
 from persample.sources.selfcheck.computed import Compute, computed
 from persample.sources.selfcheck.oracle import losses_of_part, refuse_hidden_uses
@@ -277,7 +277,7 @@ class PerSampleGradSource(Contract):
 
     def recorder(self, loss_reduction: LossReduction, wanted: Wanted) -> Recorder:
         """Return what records passes of the user's own; here it repeats each of them with `compute_moments`."""
-        return ReplayRecorder(self, loss_reduction, wanted)
+        return RepeatingRecorder(self, loss_reduction, wanted)
 
     def compute_moments(self, batch: Batch) -> Moments:
         """Return the moments of `batch`; here as averages over `compute_per_sample`."""

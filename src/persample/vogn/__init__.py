@@ -6,7 +6,7 @@ groups and precision and saves them (`saving`). `posterior` is the result as a v
 `monte_carlo`) and the evidence lower bound (`elbo`).
 """
 
-from persample.sources.recording.recorder import LossReductionWarning as LossReductionWarning
+from persample.sources.recording.reduction_warnings import LossReductionWarning as LossReductionWarning
 from persample.vogn import presets as presets
 from persample.vogn.changed_gradients import UnusedGradientWarning as UnusedGradientWarning
 from persample.vogn.changed_parameters import UntrainedParameterWarning as UntrainedParameterWarning

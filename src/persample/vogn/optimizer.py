@@ -16,7 +16,7 @@ from persample.errors import OptionError, UsageError
 from persample.kernels.step import draw_
 from persample.moments import Moments
 from persample.sources.model.eager import not_compiled, refuse_compiled
-from persample.sources.recording.recorder import ModelNotCalledError, NothingRecordedError
+from persample.sources.recording.errors import ModelNotCalledError, NothingRecordedError
 from persample.sources.recording.results import LossReduction, Recorded
 from persample.vogn import core
 from persample.vogn.core import Tensors

@@ -50,6 +50,16 @@ class ForwardPass:
     added: bool = False
     covered: Tensor | None = None
 
+    def receive(self, index: int, delta: Tensor) -> None:
+        """Note the gradient of the loss at one of the tensors that the model returned."""
+        self.reached.add(index)
+        if delta.dim() > 0 and len(delta) == self.batch.size:
+            nonzero = delta.detach() != 0
+            covered = nonzero.flatten(1).any(1) if delta.dim() > 1 else nonzero
+            self.covered = covered if self.covered is None else self.covered | covered
+        else:  # a loss that the model computed itself, or another layout
+            self.covered = None
+
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
         """Deliver the loss's gradients at the outputs before the model's own hooks change them.

@@ -109,7 +109,7 @@ class CallRecorder(Recorder):
 
     def _on_call(self, call: ModuleCall) -> None:
         forward_pass = self.current
-        if forward_pass is None or self.in_backward or self.checking:
+        if forward_pass is None or not self.watches_calls:
             return
         with torch._C.DisableTorchFunction():
             require_batch_first(call, forward_pass.batch)
@@ -118,7 +118,7 @@ class CallRecorder(Recorder):
             shape = call.output.shape
 
             def on_gradient(delta: Tensor) -> None:
-                if self.checking or (self.in_backward and not self.in_outer_backward()):
+                if not self.watches_gradients:
                     return
                 self.reach(forward_pass)
                 with torch._C.DisableTorchFunction():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,9 +21,10 @@ from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_from, outer_backward, variables_of
 from persample.sources.model.batch_norm_nodes import read_right
 from persample.sources.model.eager import refuse_compiled, uncompiled
-from persample.sources.model.isolation import state_restored
 from persample.sources.model.refusals import VMAP_OR_VJP
+from persample.sources.recording.errors import ModelNotCalledError, NothingRecordedError, earlier_pass, second_pass
 from persample.sources.recording.forward_pass import ForwardPass, tensors_of
+from persample.sources.recording.outputs_check import check_outputs
 from persample.sources.recording.p_grad import copied, gradients_in, is_changed
 from persample.sources.recording.reduction import (
     divisor_of,
@@ -32,34 +32,11 @@ from persample.sources.recording.reduction import (
     refuse_other_reduction,
     refuse_weighted_mean,
 )
+from persample.sources.recording.reduction_warnings import warn_of_divisor, warn_of_samples
 from persample.sources.recording.results import LossReduction, Recorded, Sums, Wanted, unknown_losses
-from persample.sources.selfcheck.computed import Compute, check_once
 from persample.sources.selfcheck.oracle import reentrant_refused
-from persample.sources.selfcheck.returned import moments_of
-from persample.sources.selfcheck.rounds import QuantitiesOf, Reading
-from persample.sources.selfcheck.verify_quantities import of_size
+from persample.sources.selfcheck.rounds import Reading
 from persample.sources.splits.detection import unwrapped
-from persample.warn import warn
-
-
-class LossReductionWarning(UserWarning):
-    """The loss may not be the mean over the samples that the model was called with."""
-
-
-class NothingRecordedError(UsageError):
-    """No backward pass through the model was recorded."""
-
-
-class ModelNotCalledError(NothingRecordedError):
-    """Nothing was recorded, because the model was not called."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "Nothing was recorded, because the model was not called: inside the block, call the model that the "
-            "optimizer was given, and loss.backward() on a loss of its outputs. If your code calls only a part of it, "
-            "as training_step() of a LightningModule calls self.net, pass that part: VOGN(self.net, ...) in place of "
-            "VOGN(self, ...)."
-        )
 
 
 class Recorder(TorchFunctionMode):
@@ -92,8 +69,8 @@ class Recorder(TorchFunctionMode):
         self.passes: list[ForwardPass] = []
         self.gradients: dict[str, Tensor] = {}
         self.in_backward = False
-        self.in_outer_backward: Callable[[], bool] = lambda: True
-        self.checking = False
+        self._in_outer_backward: Callable[[], bool] = lambda: True
+        self._aside = False
         self._reached = False
         self._depth = 0
         self._handles: list[RemovableHandle] = []
@@ -180,6 +157,25 @@ class Recorder(TorchFunctionMode):
         """The forward pass that is running, if any."""
         return self.passes[-1] if self._depth > 0 and self.passes else None
 
+    @property
+    def watches_calls(self) -> bool:
+        """Whether calls of the model and of its layers are the user's, and not part of a backward pass or a check."""
+        return not self.in_backward and not self._aside
+
+    @property
+    def watches_gradients(self) -> bool:
+        """Whether gradients are those of the user's backward pass, and not of one inside of it or of a check."""
+        return not self._aside and (not self.in_backward or self._in_outer_backward())
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run the model, and backward passes, without recording them."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
     @contextmanager
     def with_gradients(self) -> Iterator[None]:
         """Keep the ordinary gradient of each parameter in the next backward pass as `gradients`, by name."""
@@ -234,40 +230,9 @@ class Recorder(TorchFunctionMode):
                 "loss.backward() inside the block, on a loss computed from the outputs of the model."
             )
         if self.recorded.reduction == "mean":
-            self._warn_of_samples()
-            self._warn_of_divisor()
-
-    def _warn_of_samples(self) -> None:
-        for forward_pass in self.passes:
-            covered, size = forward_pass.covered, forward_pass.batch.size
-            if covered is not None and not bool(covered.all()):
-                warn(
-                    f"The loss does not depend on {int((~covered).sum())} of the {size} samples that the model was "
-                    f'called with. With loss_reduction="mean" it is taken as a mean over all {size}: if it is one over '
-                    'fewer, sum the losses and say loss_reduction="sum".',
-                    LossReductionWarning,
-                )
-                return
-
-    def _warn_of_divisor(self) -> None:
-        if self.recorded.loss_scale is not None:
-            return
-        done = [p for p in self.passes if p.done]
-        if len(done) == 1 and done[0].added and done[0].divisor > 1.5 and done[0].divisor.is_integer():
-            warn(
-                f"The loss was divided by {done[0].divisor:g}, as if it were one of several whose gradients are "
-                "accumulated, but only this one was observed, and counts as if it were the whole. With Lightning, the "
-                "Trainer of Hugging Face or Accelerate use persample.integrations; in a loop of your own say "
-                f"sampled_params(train=True, redraw=False, loss_scale=1 / {done[0].divisor:g}) for each of the parts, "
-                "or give the undivided parts inside of one block.",
-                LossReductionWarning,
-            )
-        if len(done) > 1 and all(math.isclose(p.divisor, len(done), rel_tol=1e-5) for p in done):
-            warn(
-                f"The losses of {len(done)} backward passes were each divided by {len(done)}. The optimizer already "
-                "averages them, weighted by their numbers of samples, so do not divide them.",
-                LossReductionWarning,
-            )
+            warn_of_samples(self.passes)
+            if self.recorded.loss_scale is None:
+                warn_of_divisor(self.passes)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -285,7 +250,7 @@ class Recorder(TorchFunctionMode):
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth += 1
-        if self._depth > 1 or self.in_backward or self.checking or not torch.is_grad_enabled():
+        if self._depth > 1 or not self.watches_calls or not torch.is_grad_enabled():
             return unwrapped((args, kwargs))
         with torch._C.DisableTorchFunction():
             batch = split_batch(args, kwargs, None)
@@ -300,7 +265,7 @@ class Recorder(TorchFunctionMode):
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         self._depth -= 1
-        if self._depth > 0 or self.in_backward or self.checking or not torch.is_grad_enabled() or outputs is None:
+        if self._depth > 0 or not self.watches_calls or not torch.is_grad_enabled() or outputs is None:
             return
         forward_pass = self.passes[-1]
         tensors = tensors_of(outputs)
@@ -318,24 +283,12 @@ class Recorder(TorchFunctionMode):
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
             delta = deltas[place]
-            if delta is not None:
-                self._on_output(forward_pass, index, delta)
+            if delta is not None and self.watches_gradients:
+                self.reach(forward_pass)
+                with torch._C.DisableTorchFunction():
+                    forward_pass.receive(index, delta)
 
         return hook
-
-    def _on_output(self, forward_pass: ForwardPass, index: int, delta: Tensor) -> None:
-        if self.checking or (self.in_backward and not self.in_outer_backward()):
-            return
-        self.reach(forward_pass)
-        forward_pass.reached.add(index)
-        if delta.dim() > 0 and len(delta) == forward_pass.batch.size:
-            with torch._C.DisableTorchFunction():
-                nonzero = delta.detach() != 0
-                covered = nonzero.flatten(1).any(1) if delta.dim() > 1 else nonzero
-                before = forward_pass.covered
-                forward_pass.covered = covered if before is None else before | covered
-        else:  # a loss that the model computed itself, or another layout
-            forward_pass.covered = None
 
     def _backward(
         self,
@@ -358,7 +311,7 @@ class Recorder(TorchFunctionMode):
         context = self.before_backward(roots)
         self.in_backward = True
         try:
-            with context, outer_backward(roots) as self.in_outer_backward, reentrant_refused():
+            with context, outer_backward(roots) as self._in_outer_backward, reentrant_refused():
                 self.run_backward(losses, gradient, retain_graph=retain_graph)
         finally:
             self.in_backward = False
@@ -418,7 +371,7 @@ class Recorder(TorchFunctionMode):
         Raises:
             UsageError: it is.
         """
-        if self._depth > 0 or self.in_backward or self.checking:
+        if self._depth > 0 or not self.watches_calls:
             return
         with torch._C.DisableTorchFunction():
             stop = {edge.node for p in self.passes for edge in p.edges.values()}
@@ -460,17 +413,13 @@ class Recorder(TorchFunctionMode):
         if not self.passes:
             return
         forward_pass = self.passes[-1]
-        self.checking = True
-        try:
-            with torch._C.DisableTorchFunction(), forward_pass.without_hooks():
-                for loss in losses:
-                    edges = [forward_pass.edges[index] for index in forward_pass.outputs]
-                    if self.recorded.reduction == "mean":
-                        refuse_weighted_mean(loss, edges, forward_pass.batch.size)
-                    if source.check_is_due(forward_pass.batch, self.method):
-                        refuse_joint_loss(loss, edges, forward_pass.batch.size)
-        finally:
-            self.checking = False
+        with self.aside(), torch._C.DisableTorchFunction(), forward_pass.without_hooks():
+            for loss in losses:
+                edges = [forward_pass.edges[index] for index in forward_pass.outputs]
+                if self.recorded.reduction == "mean":
+                    refuse_weighted_mean(loss, edges, forward_pass.batch.size)
+                if source.check_is_due(forward_pass.batch, self.method):
+                    refuse_joint_loss(loss, edges, forward_pass.batch.size)
 
     def check(self, source: Contract, forward_pass: ForwardPass) -> None:
         """Run the self-check of `source` on the batch of a forward pass, with a loss that is linear in the outputs.
@@ -482,60 +431,15 @@ class Recorder(TorchFunctionMode):
         of_these = f"{self.method} of outputs {reached}"
         if not source.check_is_due(forward_pass.batch, of_these):
             return
-        try:
-            self._check_outputs(source, forward_pass, forward_pass.outputs, self.method)
-        except UnsupportedModelError:
-            if not reached or reached == forward_pass.outputs:
-                raise
-            self._check_outputs(source, forward_pass, reached, of_these)
-
-    def _check_outputs(self, source: Contract, forward_pass: ForwardPass, indices: Sequence[int], method: str) -> None:
-        def loss_fn(outputs: Any, numbers: Tensor) -> Tensor:
-            found = tensors_of(outputs)
-            losses = torch.zeros(len(numbers), device=found[indices[0]].device)
-            for index in indices:
-                output = found[index]
-                weights = _weights(output.shape[1:], index).to(output)
-                finite = torch.where(output.isfinite(), output, 0)  # attention masks may be infinite
-                losses = losses + (finite * weights).reshape(len(numbers), -1).sum(1)
-            return losses
-
-        batch, state = forward_pass.batch, forward_pass.state
-        self.checking = True
-        try:
-            with forward_pass.under_autocast(), nullcontext() if state is None else state_restored(source.state()):
-                if state is not None:
-                    state.put_back()
-                computes: list[Compute] = [moments_of]
-                size = batch.size if forward_pass.groups is None else len(forward_pass.groups)
-                if asked := [of_size(quantity, size) for quantity in self.recorded.wanted.quantities]:
-                    computes.append(QuantitiesOf(asked, forward_pass.groups))
-                check_once(source, batch.with_targets(batch.targets), loss_fn, method, computes)
-        finally:
-            self.checking = False
-
-
-def _weights(shape: torch.Size, index: int) -> Tensor:
-    """Irregular numbers that are not random: `torch.func.vmap` would refuse to draw."""
-    numbers = torch.arange(shape.numel(), dtype=torch.float64, device="cpu")
-    return torch.sin(math.sqrt(2) * (1 + index) * (1 + numbers)).reshape(shape)
+        wanted = self.recorded.wanted
+        with self.aside():
+            try:
+                check_outputs(source, forward_pass, forward_pass.outputs, wanted, self.method)
+            except UnsupportedModelError:
+                if not reached or reached == forward_pass.outputs:
+                    raise
+                check_outputs(source, forward_pass, reached, wanted, of_these)
 
 
 def _is_of_samples(tensor: Tensor, size: int) -> bool:
     return tensor.requires_grad and tensor.dim() > 0 and len(tensor) == size
-
-
-def earlier_pass() -> UsageError:
-    """Return the error that says that a backward pass came too late."""
-    return UsageError(
-        "A backward pass goes through an earlier call of the model, so it is ambiguous which samples belong together: "
-        "call backward() after each call of the model, or call it once with all samples."
-    )
-
-
-def second_pass() -> UsageError:
-    """Return the error that says that a forward pass was used twice."""
-    return UsageError(
-        "A second backward pass went through the same forward pass (retain_graph=True): its gradients would count "
-        "twice. Sum the losses and call backward() once."
-    )

@@ -42,7 +42,7 @@ from persample.sources.selfcheck.tolerances import Allowance
 from persample.sources.selfcheck.verify import replayed, require_close
 
 
-class ReplayRecorder(Recorder):
+class RepeatingRecorder(Recorder):
     """Lets a backend repeat the user's forward pass; the gradients at its outputs become the weights of a linear loss.
 
     Args:
@@ -97,17 +97,14 @@ class ReplayRecorder(Recorder):
         unit = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
         deltas = [delta / unit for delta in self._deltas.values()]
         batch = forward_pass.batch.with_targets(deltas)
-        self.checking = True
-        try:
-            with (
-                forward_pass.under_autocast(),
-                self.source.with_loss(_products(list(self._deltas)), self._start) as source,
-            ):
-                moments = self._repeated(source, batch, unit)
-                if self.recorded.wanted.quantities:
-                    self._quantities = self._quantities_of(source, batch, forward_pass.groups, unit)
-        finally:
-            self.checking = False
+        with (
+            self.aside(),
+            forward_pass.under_autocast(),
+            self.source.with_loss(_products(list(self._deltas)), self._start) as source,
+        ):
+            moments = self._repeated(source, batch, unit)
+            if self.recorded.wanted.quantities:
+                self._quantities = self._quantities_of(source, batch, forward_pass.groups, unit)
         squares = {name: at_least_float32(s) * (size * unit**2) for name, s in moments.second_moment.items()}
         return Sums(size, self.gradients, squares)
 

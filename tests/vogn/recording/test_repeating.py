@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import persample
 from persample.errors import UnsupportedModelError, UsageError
-from persample.sources.recording.replay import gradients_by_the_loss
+from persample.sources.recording.repeating import gradients_by_the_loss
 from persample.testing.devices import generator_of
 
 from ..ways import RECORDING, Batch, by_closure, by_context, by_observing, make, network
