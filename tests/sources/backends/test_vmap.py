@@ -144,6 +144,21 @@ def test_same_goes_on_drawing_in_the_next_call() -> None:
     assert not torch.equal(first, second)
 
 
+class _WholeSamples(nn.Module):
+    """Leaves out whole samples, as stochastic depth does: draws into a tensor of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.5)
+
+
+def test_draws_in_place_are_refused_with_a_way_out() -> None:
+    model = mlp(_WholeSamples())
+    with pytest.raises(UnsupportedModelError, match=r"_WholeSamples '2'.*Choose randomness='same', or use .*'fused'"):
+        persample.make_source("vmap", model, losses.cross_entropy, randomness="different").moments(*batch())
+    torch.manual_seed(0)
+    persample.make_source("vmap", model, losses.cross_entropy, randomness="same").moments(*batch())
+
+
 def test_randomness_that_is_refused() -> None:
     with pytest.raises(OptionError, match=r"randomness='some'.*'error', 'different', 'same'"):
         persample.make_source("vmap", mlp(), losses.cross_entropy, randomness="some")

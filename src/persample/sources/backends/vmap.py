@@ -180,7 +180,9 @@ class VmapSource(PerSampleGradSource):
     def _unsupported(self, error: BaseException) -> UnsupportedModelError:
         reason = str(error).split("\n")[0].split(". ")[0]
         advice = f"{FUSED_OR_VJP.capitalize()}."
-        if "random" in reason:
+        if "inplace randomness" in reason:
+            advice = f"Choose randomness='same', or {FUSED_OR_VJP}."
+        elif "random" in reason:
             advice = (
                 "Choose randomness='different' (every sample draws its own random numbers) or 'same', or call "
                 "model.eval() to switch dropout off."

@@ -7,7 +7,7 @@ operations to rules is built on top, in `capture`; rules, and what follows sampl
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +66,9 @@ class Trace(TorchFunctionMode):
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
         self.bypassed: set[Expression] = set()  # whose graphs do not see the gradients of all of their uses
-        self.remade: dict[Hashable, tuple[Tensor, int] | None] = {}  # expressions as samples, by id and layout
+        self.remade: dict[
+            tuple[int, Layout], tuple[Tensor, int] | None
+        ] = {}  # expressions as samples, by id and layout
         self.aliases: list[Tensor] = []  # tensors that share memory with expressions, without being seen as ones
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -87,6 +89,12 @@ class Trace(TorchFunctionMode):
         """Return the expression of `tensor`; None if it was not computed from parameters."""
         entry = self.expressions.get(id(tensor))
         return entry[1] if entry is not None else None
+
+    def put(self, tensor: Tensor, expression: Expression) -> None:
+        """Note that `tensor` has another expression from now on."""
+        self.expressions[id(tensor)] = (tensor, expression)
+        for key in [key for key in self.remade if key[0] == id(tensor)]:
+            del self.remade[key]
 
     def leaves(self) -> dict[Tensor, Expression]:
         """Return the detached tensors that the model sees in place of the expressions, without parameters."""

@@ -67,6 +67,61 @@ def changed_expression(m: Net, x: Tensor) -> Tensor:
     return before + x @ weight
 
 
+def view_between(m: Net, x: Tensor) -> Tensor:
+    h = torch.zeros(4, dtype=x.dtype)
+    h[:] = m.p
+    first = h[0]
+    h[0] = m.q[1]
+    return first * x
+
+
+def view_changed(m: Net, x: Tensor) -> Tensor:
+    weight = m.matrix * 1
+    weight.diagonal().mul_(m.p)
+    return x @ weight
+
+
+def slice_zeroed(m: Net, x: Tensor) -> Tensor:
+    bias = m.inner.bias.clone()  # as Swin V2 and BEiT leave out the bias of their keys
+    before = x * bias
+    bias[1:3].zero_()
+    return before + torch.nn.functional.linear(x, m.inner.weight, bias)
+
+
+def views_of_views(m: Net, x: Tensor) -> Tensor:
+    weight = m.matrix.sin()
+    rows = weight.t().unflatten(0, (2, 2))[1]
+    first = x @ weight
+    rows[0].add_(m.p)
+    second = x[:, 2:] @ rows
+    weight.mul_(m.one)
+    third = x @ weight.t() + rows[0]
+    rows[1, 1:3].copy_(m.q[:2]).neg_()
+    weight[0] = rows[1]
+    return first + third + x @ weight + second.sum(1, keepdim=True)
+
+
+def chunked(m: Net, x: Tensor) -> Tensor:
+    weight = m.matrix.sin()
+    first, second = weight[:2], weight[2:]
+    before = x @ first.t()
+    first += second
+    second -= first * 2
+    return torch.cat([before, x @ first.t()], 1) + x @ weight
+
+
+def entries_for_samples(m: Net, x: Tensor) -> Tensor:
+    places = torch.ones(len(x), dtype=torch.long)
+    table = torch.stack([m.p, m.q]) * 1
+    looked_up = table[places]
+    half = looked_up[:, :2]
+    before = x[:, :2] + half
+    looked_up.mul_(2)
+    after = x[:, :2] - 3 * half
+    half.add_(m.one)
+    return torch.cat([before + after, x[:, 2:] * half * looked_up[:, 2:]], 1)
+
+
 def samples_added(m: Net, x: Tensor) -> Tensor:
     h = m.p.expand(len(x), -1).clone()
     before = 2 - h
@@ -114,6 +169,12 @@ SERVED = [
     between_the_writes,
     beside_samples,
     changed_expression,
+    view_between,
+    view_changed,
+    slice_zeroed,
+    views_of_views,
+    chunked,
+    entries_for_samples,
     samples_added,
     samples_written,
     samples_changed,
@@ -136,18 +197,19 @@ def view_before(m: Net, x: Tensor) -> Tensor:
     return first * x
 
 
-def view_between(m: Net, x: Tensor) -> Tensor:
+def view_of_constants_changed(m: Net, x: Tensor) -> Tensor:
     h = torch.zeros(4, dtype=x.dtype)
+    before = h.detach()
     h[:] = m.p
-    first = h[0]
-    h[0] = m.q[1]
-    return first * x
+    h[1:].mul_(m.q[1:])
+    return before * h * x
 
 
-def view_changed(m: Net, x: Tensor) -> Tensor:
-    weight = m.matrix * 1
-    weight.diagonal().mul_(m.p)
-    return x @ weight
+def detached_view(m: Net, x: Tensor) -> Tensor:
+    weight = m.matrix * 2
+    first = weight.detach()[0]
+    weight[0].mul_(3)
+    return x @ weight * first.sum()
 
 
 def view_of_samples_to_be(m: Net, x: Tensor) -> Tensor:
@@ -172,7 +234,14 @@ def data_before(m: Net, x: Tensor) -> Tensor:
     return x @ weight * first.sum()
 
 
-VIEWS = [view_before, view_between, view_changed, view_of_samples_to_be, detached_before, data_before]
+VIEWS = [
+    view_before,
+    view_of_constants_changed,
+    view_of_samples_to_be,
+    detached_before,
+    detached_view,
+    data_before,
+]
 
 
 @pytest.mark.parametrize("function", VIEWS)

@@ -7,7 +7,7 @@ work, and its result is copied back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from persample.sources.backends.fused.propagation.after import after
 from persample.sources.backends.fused.propagation.call import Call
 from persample.sources.backends.fused.rules.expanded import axis_in, copied
 from persample.sources.backends.fused.trace import Trace
+from persample.sources.model.refusals import VMAP_OR_VJP
 
 
 def writes(func: Any, args: tuple[Any, ...]) -> bool:
@@ -35,31 +36,87 @@ _LEAVE_ENTRIES = RESHAPES_IN_PLACE | functions("requires_grad_ detach_")
 def write_parameters(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an in-place operation on parameters and constants alone.
 
+    Expressions that share memory with the one that is changed, as views of one tensor do, change with it.
+
     Raises:
-        UnsupportedModelError: other tensors share the memory of the one that is changed.
+        UnsupportedModelError: other tensors share the memory.
     """
     target, arguments = args[0], (args, dict(kwargs))
-    before = trace.expression(target)
     sources = {id(t): e for t in tensors_in(arguments) if (e := trace.expression(t)) is not None}
     graphs = {key: source.graph for key, source in sources.items()}
-    if before is not None:
-        _require_own_memory(trace, func, args, kwargs)
-    elif target._base is not None:
-        raise _sharing(func)
+    sharing = _sharing_memory(trace, func, args, kwargs)
     with own_saved_tensors():
-        graph = (target if before is None else before.graph).clone()
-        new_args, new_kwargs = substitute(arguments, graphs | {id(target): graph})
+        copies = _copied(func, target, sharing)
+        new_args, new_kwargs = substitute(arguments, graphs | {id(target): copies[id(target)]})
         func(*new_args, **new_kwargs)
-    if before is None or not target.is_leaf:
+    if id(target) not in sources or not target.is_leaf:
         # With its graph, so that a use of what shares the constants' memory is noticed as one of the parameter.
         new_args, new_kwargs = substitute(arguments, {key: g for key, g in graphs.items() if key != id(target)})
         func(*new_args, **new_kwargs)
-    else:
-        target.data = graph.detach()
     parameters, through = origins(sources.values())
-    expression = Expression(graph.detach(), graph, parameters, moves=False, through=through)
-    trace.expressions[id(target)] = (target, expression)
+    changed: dict[Expression, Expression] = {}
+    for t, e in sharing:
+        graph = copies[id(t)]
+        if t.is_leaf and t.requires_grad:
+            t.data = graph.detach()
+        made = None
+        if changed and e.made is not None:  # a view is one of what has changed
+            made = e.made._replace(sources={key: changed[source] for key, source in e.made.sources.items()})
+        changed[e] = Expression(
+            graph.detach(), graph, {**e.parameters, **parameters}, False, through={**e.through, **through}, made=made
+        )
+        trace.put(t, changed[e])
     return target
+
+
+def _sharing_memory(
+    trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[tuple[Tensor, Expression]]:
+    """Return the operand that is changed and all that share its memory, with their expressions, as they were made.
+
+    Raises:
+        UnsupportedModelError: the others are not all computed from parameters.
+    """
+    target = args[0]
+    expression = trace.expression(target)
+    if expression is None:
+        if target._base is not None:
+            raise _sharing(func)
+        return [(target, Expression(target, target, {}, moves=False))]
+    if expression.is_parameter:
+        func(*args, **kwargs)  # PyTorch forbids it, in its own words
+    memory = memory_of(expression.value)
+    if any(memory_of(alias) == memory for alias in trace.aliases):
+        raise _sharing(func)
+    return [
+        (t, e)
+        for t, e in trace.expressions.values()
+        if e is expression or (e.value.numel() and memory_of(e.value) == memory)
+    ]
+
+
+def _copied(func: Any, target: Tensor, sharing: Sequence[tuple[Tensor, Expression]]) -> dict[int, Tensor]:
+    """Return a copy of the graph of the first, and of the others as views of that, by the ids of the tensors.
+
+    Raises:
+        UnsupportedModelError: another is no view of the first; or the first is a parameter, or shares memory with
+            constants, and a view of it is `target`, which is to be changed.
+    """
+    (first, whole), *views = sharing
+    if first is not target and (whole.is_parameter or not first.is_leaf):
+        raise _sharing(func)
+    copies = {id(first): whole.graph.clone()}
+    known = {whole}
+    for t, e in views:
+        if not t.is_leaf or e.made is None or not known.issuperset(e.made.sources.values()):
+            raise _sharing(func)
+        args, kwargs = substitute((e.made.args, dict(e.made.kwargs)), copies)
+        result = e.made.func(*args, **kwargs)
+        copies[id(t)] = result if e.made.number is None else result[e.made.number]
+        if memory_of(copies[id(t)]) != memory_of(copies[id(first)]):
+            raise _sharing(func)
+        known.add(e)
+    return copies
 
 
 def write_samples(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -69,7 +126,8 @@ def write_samples(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mappin
         UnsupportedModelError: other tensors share its memory, or it is unknown where it has entries for the samples.
     """
     target = args[0]
-    _require_own_memory(trace, func, args, kwargs)
+    if len(_sharing_memory(trace, func, args, kwargs)) > 1:
+        raise _sharing(func)
     values, named = trace.values((args, dict(kwargs)))
     where = after(Call(func, values, named, trace.samples_in(args, kwargs), trace.batch_size))[0]
     layout = trace.known(where, name_of(func), target.shape)
@@ -122,21 +180,9 @@ def _for_places(trace: Trace, x: Tensor, index: Any, value: Tensor) -> Tensor:
     return copied(trace, value, len(shape), layout, axis_in(layout, shape))
 
 
-def _require_own_memory(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    expression = trace.expression(args[0])
-    if expression is None:
-        return
-    if expression.is_parameter:
-        func(*args, **kwargs)  # PyTorch forbids it, in its own words
-    memory = memory_of(expression.value)
-    others = [e.value for _, e in trace.expressions.values() if e is not expression and e.value.numel()]
-    if any(memory_of(other) == memory for other in others + trace.aliases):
-        raise _sharing(func)
-
-
 def _sharing(func: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name_of(func)} changes in place a tensor that shares memory with others (a slice, a view), with parameters "
         "involved, which backend 'fused' cannot follow: call .clone() first, assign to the whole tensor by index "
-        "(x[...] = values), or use the out-of-place operation."
+        f"(x[...] = values), use the out-of-place operation, or {VMAP_OR_VJP}."
     )
