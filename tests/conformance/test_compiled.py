@@ -17,7 +17,7 @@ from persample.quantities import WeightedSum
 from persample.sources.backends.fused.replay import replay
 from persample.sources.batch import as_batch
 from persample.sources.contract import Check
-from persample.sources.model.isolation import State, state_restored
+from persample.sources.model.state import State, state_restored
 from persample.sources.splits.tree import tensors_in
 from persample.testing import ZOO, BackendSuite, Candidate, Case, Problem
 from persample.testing.candidate import Method, asked

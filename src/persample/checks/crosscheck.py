@@ -16,8 +16,8 @@ from persample.errors import ContractError, PersampleError, UsageError
 from persample.quantities import Quantity
 from persample.quantities.computed import numbers_in, refuse_quantities
 from persample.sources.batch import as_batch, in_float64
-from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
+from persample.sources.model.state import State, state_restored
 from persample.sources.registry import make_source, name_with, names_side_by_side
 from persample.sources.selfcheck.tolerances import MOVED
 from persample.sources.selfcheck.verify import signed_root

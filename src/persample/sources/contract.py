@@ -21,11 +21,12 @@ from persample.sources.batch import Batch
 from persample.sources.lock import Lock
 from persample.sources.model.batch_norm_nodes import read_right
 from persample.sources.model.calling import called, losses_of, refuse_backward_in_forward
-from persample.sources.model.isolation import State, state_restored, untouched
+from persample.sources.model.isolation import untouched
 from persample.sources.model.modules import modules_of, parameters_of
 from persample.sources.model.random_state import RandomState, random_state_restored
 from persample.sources.model.recurrent_layers import repeatable
 from persample.sources.model.refusals import refuse_hooked_parameters
+from persample.sources.model.state import State, state_restored
 from persample.sources.model.usage import Use
 
 #: Takes a block of gradients.

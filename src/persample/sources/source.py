@@ -22,9 +22,10 @@ from persample.sources.batch import Batch, as_batch
 from persample.sources.contract import Contract, Receive, one_at_a_time
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
 from persample.sources.model.eager import not_compiled, uncompiled
-from persample.sources.model.isolation import parameters_counted, parameters_guarded, state_restored, untouched
+from persample.sources.model.isolation import parameters_counted, parameters_guarded, untouched
 from persample.sources.model.random_state import random_state, random_state_restored, same_random_state
 from persample.sources.model.refusals import refuse_impossible
+from persample.sources.model.state import state_restored
 from persample.sources.model.usage import Use
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.repeating import RepeatingRecorder

@@ -14,7 +14,7 @@ from persample.dtypes import at_least_float32
 from persample.errors import OptionError, UsageError
 from persample.sources.batch import arguments, split_batch
 from persample.sources.model.calling import forward_exists
-from persample.sources.model.isolation import State, state_restored
+from persample.sources.model.state import State, state_restored
 from persample.sources.selfcheck.tolerances import tolerance
 from persample.sources.splits.tree import plain
 from persample.vogn.sampling import draw, restored

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from persample.errors import UnsupportedModelError
 from persample.sources.batch import Batch
 from persample.sources.model.autograd_graph import nodes_behind
-from persample.sources.model.isolation import state_restored
 from persample.sources.model.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -20,6 +19,7 @@ from persample.sources.model.module_calls import (
     unseen_uses,
 )
 from persample.sources.model.refusals import FUSED_OR_VJP, describe
+from persample.sources.model.state import state_restored
 from persample.sources.model.usage import Kind, Use
 from persample.sources.selfcheck.oracle import losses_of_part
 from persample.sources.source import PerSampleGradSource

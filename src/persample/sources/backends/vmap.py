@@ -22,9 +22,9 @@ from persample.sources.backends.vjp_products import batched_grad
 from persample.sources.batch import Batch
 from persample.sources.contract import Check
 from persample.sources.model.detached_inputs import changeable, entering
-from persample.sources.model.isolation import State, has_values
 from persample.sources.model.random_state import other_random_state, random_state, same_random_state, set_random_state
 from persample.sources.model.refusals import FUSED_OR_VJP, describe
+from persample.sources.model.state import State, has_values
 from persample.sources.selfcheck.oracle import gradient, losses_of_part, runs_in_batches_only
 from persample.sources.source import PerSampleGradSource
 from persample.sources.splits.tree import Columns

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from persample.quantities.groups import Groups
 from persample.sources.batch import Batch
-from persample.sources.model.isolation import State
+from persample.sources.model.state import State
 from persample.sources.splits.objects import tensors_held
 
 

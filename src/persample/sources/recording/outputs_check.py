@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from persample.sources.contract import Contract
-from persample.sources.model.isolation import state_restored
+from persample.sources.model.state import state_restored
 from persample.sources.recording.forward_pass import ForwardPass, tensors_of
 from persample.sources.recording.results import Wanted
 from persample.sources.selfcheck.computed import Compute, check_once

@@ -11,8 +11,9 @@ from torch import Tensor
 from persample.errors import DisagreementError, UnsupportedModelError
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
-from persample.sources.model.isolation import State, parameters_counted, parameters_guarded, state_restored
+from persample.sources.model.isolation import parameters_counted, parameters_guarded
 from persample.sources.model.random_state import random_state, random_state_restored
+from persample.sources.model.state import State, state_restored
 from persample.sources.selfcheck.returned import moments_of, uses_of
 from persample.sources.selfcheck.rounding import only_rounded
 from persample.sources.selfcheck.verify import refuse_nonlinear_backward, refuse_slight_mixing, verify

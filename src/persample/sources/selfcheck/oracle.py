@@ -14,9 +14,9 @@ from persample.errors import NonFiniteLossError, PersampleError, UnsupportedMode
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
 from persample.sources.model.autograd_graph import nodes_behind, variables_of
-from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
 from persample.sources.model.refusals import mixing
+from persample.sources.model.state import State, state_restored
 from persample.sources.selfcheck.tolerances import tolerance
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from persample.errors import RAW_ERRORS, NonFiniteLossError, UnsupportedModelError
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
-from persample.sources.model.isolation import State, parameters_guarded
+from persample.sources.model.isolation import parameters_guarded
 from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import random_state, random_state_restored
 from persample.sources.model.refusals import describe
+from persample.sources.model.state import State
 from persample.sources.selfcheck.oracle import gradient
 from persample.sources.selfcheck.returned import ADVICE, name_of
 

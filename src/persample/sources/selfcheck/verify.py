@@ -21,9 +21,9 @@ from persample.moments import Moments
 from persample.quantities.computed import Quantities
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
-from persample.sources.model.isolation import state_restored
 from persample.sources.model.random_state import RandomState, random_state, random_state_restored, same_random_state
 from persample.sources.model.refusals import mixing
+from persample.sources.model.state import state_restored
 from persample.sources.selfcheck.oracle import (
     gradient,
     losses_of_part,

@@ -15,8 +15,8 @@ from persample.quantities.protocol import Quantity, Setting
 from persample.quantities.weighted_sum import WeightedSum
 from persample.sources.batch import Batch
 from persample.sources.contract import Contract
-from persample.sources.model.isolation import state_restored
 from persample.sources.model.random_state import random_state, random_state_restored
+from persample.sources.model.state import state_restored
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
 from persample.sources.selfcheck.quantity_code import QuantityCode
 from persample.sources.selfcheck.returned import ADVICE, name_of

@@ -23,7 +23,6 @@ from persample.sources.backends.external.quiet import without_warnings
 from persample.sources.backends.external.stand_in import Copies, stand_in
 from persample.sources.batch import Batch
 from persample.sources.model.autograd_graph import nodes_behind
-from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.module_calls import (
     ModuleCall,
     recorded_calls,
@@ -35,6 +34,7 @@ from persample.sources.model.module_calls import (
 from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import random_state, set_random_state
 from persample.sources.model.refusals import describe
+from persample.sources.model.state import State, state_restored
 from persample.sources.model.usage import Use
 from persample.sources.recording.recorder import Recorder
 from persample.sources.selfcheck.oracle import gradient, gradients_at

@@ -13,8 +13,8 @@ from persample.sources.backends.external.layer_rules import PeerRulesSource
 from persample.sources.backends.external.machinery import BusyError, PeerMachinerySource, UnfitError
 from persample.sources.batch import Batch
 from persample.sources.contract import Check, Receive
-from persample.sources.model.isolation import State, state_restored
 from persample.sources.model.refusals import FUSED_OR_VJP
+from persample.sources.model.state import State, state_restored
 from persample.sources.model.usage import Use
 from persample.sources.recording.recorder import Recorder
 from persample.sources.recording.results import LossReduction, Wanted

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from persample.sources.backends.fused.replay.request import Request
 from persample.sources.batch import Batch
-from persample.sources.model.isolation import State
+from persample.sources.model.state import State
 
 
 class Ordinary(Protocol):

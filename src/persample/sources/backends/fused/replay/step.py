@@ -32,7 +32,7 @@ from persample.sources.backends.fused.replay.request import Request, put_togethe
 from persample.sources.backends.fused.replay.runners import Way
 from persample.sources.backends.fused.replay.same_numbers import why_other_numbers
 from persample.sources.batch import Batch
-from persample.sources.model.isolation import Held
+from persample.sources.model.held import Held
 from persample.sources.model.modules import modules_of
 from persample.sources.model.random_state import random_state, same_random_state, set_random_state
 from persample.sources.model.recurrent_layers import repeatable
