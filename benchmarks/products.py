@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from persample.files import replacing
-from persample.kernels import convolution, linear
-from persample.kernels.convolution import Geometry, Images
+from persample.kernels import convolution_forms, linear
+from persample.kernels.images import Geometry, Images
 from persample.kernels.triton import launch as kernels
 from persample.kernels.triton.tuning import Shape, launches, milliseconds
 
@@ -123,9 +123,9 @@ def a_convolution(sizes: tuple[int, ...], device: str) -> tuple[Any, ...]:
         )[1]
         return gradient
 
-    found = convolution.forms(Images(delta, x, geometry))
+    found = convolution_forms.forms(Images(delta, x, geometry))
     forms = {
-        name: lambda x, d, form=form: form(Images(d, x, geometry))
+        name: lambda x, d, form=form: form.moments(Images(d, x, geometry))
         for name, form in found.items()
         if name not in ("single", "triton")
     }

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persample.kernels.convolution import Geometry, Images, _moments_and_norms, _per_sample, forms
+from persample.kernels.convolution_forms import forms
+from persample.kernels.images import Geometry, Images
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -57,12 +58,12 @@ def problem(name: str, dtype: torch.dtype) -> tuple[Images, Tensor, Tensor]:
 def test_every_form_is_exact(name: str, dtype: torch.dtype) -> None:
     convolution, total, squares = problem(name, dtype)
     kinds = set()
-    for form, sums in forms(convolution).items():
-        kinds.add(form.split()[0])
-        for found, expected in zip(sums(convolution), (total, squares), strict=True):
+    for title, form in forms(convolution).items():
+        kinds.add(title.split()[0])
+        for found, expected in zip(form.moments(convolution), (total, squares), strict=True):
             assert found.dtype == dtype
             error = (found.double() - expected).norm() / expected.norm()
-            assert error < (1e-5 if dtype == torch.float32 else 1e-12), form
+            assert error < (1e-5 if dtype == torch.float32 else 1e-12), title
     assert "patches" in kinds
 
 
@@ -72,9 +73,9 @@ def test_every_form_gives_gradients_and_norms(name: str, dtype: torch.dtype) -> 
     convolution, total, squares = problem(name, dtype)
     g, tolerance = convolution.per_sample(), 1e-4 if dtype == torch.float32 else 1e-12
     for form in forms(convolution).values():
-        (rows,) = _per_sample(form, convolution)
+        (rows,) = form.per_sample(convolution)
         assert float((rows - g).abs().max()) <= tolerance * float(g.abs().max())
-        *sums, norms = _moments_and_norms(form, convolution)
+        *sums, norms = form.moments_and_norms(convolution)
         for found, expected in zip((*sums, norms), (total, squares, g.flatten(1).square().sum(1)), strict=True):
             assert (found.double() - expected).norm() <= 10 * tolerance * expected.norm()
 
@@ -87,9 +88,9 @@ def test_images_of_one_pixel_in_strange_strides(kernel: tuple[int, int]) -> None
     delta = delta.to(memory_format=torch.channels_last)
     convolution = Images(delta, x, Geometry((16, 2, *kernel), (1, 1), (1, 1), (1, 1), 1))
     expected = convolution.per_sample()
-    for form, sums in forms(convolution).items():
-        total, squares = sums(convolution)
-        torch.testing.assert_close(total, expected.sum(0), msg=lambda m, f=form: f"{f}: {m}")
+    for title, form in forms(convolution).items():
+        total, squares = form.moments(convolution)
+        torch.testing.assert_close(total, expected.sum(0), msg=lambda m, f=title: f"{f}: {m}")
         torch.testing.assert_close(squares, expected.square().sum(0))
 
 

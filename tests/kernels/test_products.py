@@ -14,12 +14,12 @@ from torch import Tensor
 
 from persample.kernels import compiled, products
 from persample.kernels.convolution import (
-    checked,
     convolution_moments,
     convolution_moments_and_norms,
     convolution_per_sample,
     convolution_squared_norms,
 )
+from persample.kernels.images import checked
 from persample.kernels.linear import linear_moments
 from persample.kernels.outer import outer_moments
 from persample.testing.devices import generator_of

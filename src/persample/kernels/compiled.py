@@ -24,7 +24,7 @@ _LIBRARIES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 _OF_ARM = ("neon",)
 
 #: The types of arguments, for `find_kernel`.
-POINTER, SIZE, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 _off = False
 
@@ -72,7 +72,7 @@ def find_kernel(name: str, *types: Any) -> Callable[..., None] | None:
 
     Args:
         name: of the function in `csrc`.
-        types: of its arguments: `POINTER`, `SIZE`, `INT` or `DOUBLE`.
+        types: of its arguments: `POINTER`, `SIZE` or `INT`.
     """
     return None if _off else _function(name, types)
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from persample.kernels.autotune import choose
 from persample.kernels.compiled import INT, POINTER, find_kernel
-from persample.kernels.convolution import Geometry, Images, checked, key_of, per_sample_forms, pieces_within
+from persample.kernels.convolution import key_of, per_sample_forms
+from persample.kernels.convolution_forms import pieces_within
+from persample.kernels.images import Geometry, Images, checked
 from persample.kernels.library import LIBRARY, ON_ANY_DEVICE
 from persample.kernels.linear import check as check_linear
 from persample.kernels.linear import norms_from_products

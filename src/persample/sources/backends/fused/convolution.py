@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from persample.kernels.convolution import (
-    Images,
-    arguments,
     convolution_moments,
     convolution_moments_and_norms,
     convolution_per_sample,
     convolution_squared_norms,
-    weight_gradient,
 )
+from persample.kernels.convolution_forms import weight_gradient
+from persample.kernels.images import Images, arguments
 from persample.sources.backends.shortcuts import moments_and_norms, numbers_held, scaled, squared_norms, weighted_sum
 
 

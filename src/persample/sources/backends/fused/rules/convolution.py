@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persample.errors import UnsupportedModelError
-from persample.kernels.convolution import Geometry
+from persample.kernels.images import Geometry
 from persample.kernels.unfolding import padding_pairs, unfold
 from persample.sources.backends.contributions import OuterProducts, Terms
 from persample.sources.backends.fused.convolution import Convolution
