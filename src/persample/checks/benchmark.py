@@ -146,10 +146,10 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch
     for round_number in range(rounds + 1):
         for name, call in calls.items():
             call()
-            _wait_for(device)
+            wait_for(device)
             start = time.perf_counter()
             call()
-            _wait_for(device)
+            wait_for(device)
             if round_number > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -182,7 +182,8 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait for what a GPU is still computing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 
-import torch
-
+from persample.checks.benchmark import wait_for
 from persample.experiments.contest.course import Course
 from persample.experiments.contest.methods import METHODS
 from persample.experiments.contest.settings import TRIALS
@@ -31,17 +30,11 @@ def step_costs(course: Course, rounds: int = 15) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 3):
         for name, step in steps.items():
-            synchronize(course.device)
+            wait_for(course.device)
             began = time.perf_counter()
             step(inputs, targets)
-            synchronize(course.device)
+            wait_for(course.device)
             if number >= 3:
                 times[name].append(time.perf_counter() - began)
     adam = statistics.median(times["Adam"])
     return {name: statistics.median(took) / adam for name, took in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -39,7 +39,7 @@ from persample.sources.selfcheck.returned import moments_of
 from persample.sources.selfcheck.rounding import only_rounded
 from persample.sources.selfcheck.rounds import QuantitiesOf
 from persample.sources.selfcheck.tolerances import Allowance
-from persample.sources.selfcheck.verify import replayed, require_close
+from persample.sources.selfcheck.verify import repeating, require_close
 
 
 class RepeatingRecorder(Recorder):
@@ -120,7 +120,7 @@ class RepeatingRecorder(Recorder):
         factor = unit * wanted.factor(self.recorded.reduction, batch.size)
         compute = QuantitiesOf(wanted.quantities, groups, factor=factor)
         self._state.put_back()
-        with replayed(source, self._start):
+        with repeating(source, self._start):
             return compute(source, batch).results
 
     def _of_unknown(self, forward_pass: ForwardPass) -> Sequence[Any]:
@@ -149,7 +149,7 @@ class RepeatingRecorder(Recorder):
     def _repeated(self, source: Contract, batch: Batch, unit: float) -> Moments:
         """Return the moments of the repeated pass, checked against the user's pass."""
         self._state.put_back()
-        with replayed(source, self._start):
+        with repeating(source, self._start):
             losses = source.losses(batch)
             total = gradient(losses.sum(), source)
         allowance = Allowance.of(losses)

@@ -16,7 +16,7 @@ from persample.sources.model.random_state import RandomState, random_state_resto
 from persample.sources.selfcheck.oracle import gradient, sample_gradients
 from persample.sources.selfcheck.perturbation import rounding_left
 from persample.sources.selfcheck.tolerances import MOVED, least_precise
-from persample.sources.selfcheck.verify import Result, replayed, some_samples, verify
+from persample.sources.selfcheck.verify import Result, repeating, some_samples, verify
 
 
 def only_rounded(
@@ -54,15 +54,15 @@ def only_rounded(
 def _rounding_left(source: Contract, batch: Batch, before: RandomState) -> dict[str, float]:
     """The rounding in a sample's gradient, where it is zero for all compared samples."""
     few = some_samples(batch)
-    with replayed(source, before):
+    with repeating(source, before):
         dtype = least_precise(source.losses(batch))
 
     def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         moved, like = copy.copy(source), batch.with_inputs(*inputs)
         moved.model = model
-        with replayed(moved, before):
+        with repeating(moved, before):
             mean = {name: g / batch.size for name, g in gradient(moved.losses(like).sum(), moved).items()}
-        with replayed(moved, before):
+        with repeating(moved, before):
             rows = [mean, *sample_gradients(moved, like, few)[1]]
         return {name: torch.stack([row[name] for row in rows]) for name in mean}
 

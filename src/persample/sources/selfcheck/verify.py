@@ -65,7 +65,7 @@ def verify(
         UnsupportedModelError: the model or the loss mixes the samples.
     """
     with _of_repeated_passes(source, batch, before):
-        with replayed(source, before):
+        with repeating(source, before):
             losses = source.losses(batch)
             total = gradient(losses.sum(), source)
             after = random_state(source.model)
@@ -73,7 +73,7 @@ def verify(
         allowance = Allowance.of(losses, rounding, left)
         if not (source.ordinary_random_stream or same_random_state(before, after)):
             return  # its random numbers are other ones than these, so there is nothing to compare
-        with replayed(source, before):
+        with repeating(source, before):
             if isinstance(result, Moments):
                 _verify_moments(source, batch, result, losses.detach(), total, before, allowance)
             elif isinstance(result, Quantities):
@@ -90,7 +90,7 @@ def verify_unmixed(source: Contract, batch: Batch, before: RandomState) -> None:
         UnsupportedModelError: the model or the loss mixes the samples.
     """
     with _of_repeated_passes(source, batch, before):
-        with replayed(source, before):
+        with repeating(source, before):
             losses = source.losses(batch)
             after = random_state(source.model)
         _verify_no_mixing(source, batch, losses.detach(), before, after, tolerance(losses))
@@ -122,16 +122,16 @@ def _verify_no_mixing(
     if batch.size == 1:
         return
     order = _order(batch)
-    with replayed(source, before):
+    with repeating(source, before):
         _verify_exchange(source, batch, losses, after, order, rounding)
     if same_random_state(before, after):
-        with replayed(source, before):
+        with repeating(source, before):
             _verify_halves(source, batch, losses, order, rounding)
         return
     modules = list(source.model.modules())
     # Only with PyTorch's own layers in eval mode, first: in eval mode many models return something else.
     for quiet in ([m for m in modules if type(m).__module__.startswith("torch.nn.")], modules):
-        with replayed(source, before), _in_eval_mode(quiet):
+        with repeating(source, before), _in_eval_mode(quiet):
             try:
                 losses = source.losses(batch).detach()
             except (PersampleError, *RAW_ERRORS):
@@ -164,7 +164,7 @@ def _verify_halves(source: Contract, batch: Batch, losses: Tensor, order: list[i
 
 
 @contextmanager
-def replayed(source: Contract, before: RandomState) -> Iterator[None]:
+def repeating(source: Contract, before: RandomState) -> Iterator[None]:
     """Start from the random numbers of the call; restore them and the state of the model afterwards."""
     with state_restored(source.state()), random_state_restored(source.model, before):
         yield
@@ -194,9 +194,9 @@ def refuse_nonlinear_backward(source: Contract, batch: Batch, before: RandomStat
     Raises:
         UnsupportedModelError: they have.
     """
-    with replayed(source, before):
+    with repeating(source, before):
         once = gradient(source.losses(batch).sum(), source)
-    with replayed(source, before):
+    with repeating(source, before):
         losses = source.losses(batch)
         scaled = gradient(4 * losses.sum(), source)
     try:
@@ -216,19 +216,19 @@ def refuse_slight_mixing(source: Contract, batch: Batch, before: RandomState) ->
     Raises:
         UnsupportedModelError: a sample's loss has another gradient in the batch than alone.
     """
-    with replayed(source, before):
+    with repeating(source, before):
         losses = source.losses(batch)
         if not same_random_state(before, random_state(source.model)):
             return
         together, allowance = gradient(losses.sum(), source), Allowance.of(losses)
     few, order, count = some_samples(batch), _order(batch), min(batch.size, _PARTS)
     for i in few:
-        with replayed(source, before):
+        with repeating(source, before):
             inside = gradient(source.losses(batch)[i], source)
-        with replayed(source, before):
+        with repeating(source, before):
             alone = next(sample_gradients(source, batch, [i])[1])
         _require_same_alone(source, f"sample {i}", inside, alone, allowance)
-    with replayed(source, before):
+    with repeating(source, before):
         parts = [order[k::count] for k in range(count)]
         _, of_parts = part_gradients(source, batch, parts, lambda losses: gradient(losses.sum(), source))
         added = {name: torch.zeros_like(g) for name, g in together.items()}
@@ -301,7 +301,7 @@ def _verify_rows(
     require_close(source, "sum of the per-sample gradients", sums, total, allowance, batch.size)
     # With random weights, any exchange of rows shows.
     weights = torch.rand(batch.size, device="cpu", generator=torch.Generator().manual_seed(0)).to(losses)
-    with replayed(source, random_state(source.model)):
+    with repeating(source, random_state(source.model)):
         weighted = gradient((weights * source.losses(batch)).sum(), source)
     found = {name: torch.einsum("b,b...->...", weights.to(g.dtype), g) for name, g in gradients.items()}
     require_close(source, "weighted sum of the per-sample gradients", found, weighted, allowance, batch.size)
