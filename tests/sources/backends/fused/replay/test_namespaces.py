@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,44 @@ def test_another_name_of_the_same_object() -> None:
         seen.add_object(thing, names)
     assert not seen.changed()
     thing.shift = 1.0
+    assert seen.changed()
+
+
+class Making(OrderedDict[str, Any]):
+    """Makes what is looked up, as tables of activations do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return object()
+
+
+@pytest.mark.parametrize("made", [dict, Settings, Making, lambda: types.ModuleType("settings")])
+def test_any_key_or_attribute_that_comes_or_goes(made: Callable[[], Any]) -> None:
+    thing, seen = made(), Namespaces()
+    seen.add_keys(thing)
+    entries = thing if isinstance(thing, dict) else vars(thing)
+    assert not seen.changed()
+    for key in ("scale", 1):
+        entries[key] = 1.0
+        assert seen.changed()
+        del entries[key]
+        assert not seen.changed()
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, Making])
+def test_keys_values_and_order_of_an_ordered_dict(kind: Any) -> None:
+    value = [1.0]
+    table, seen = kind(a=value, b=2.0), Namespaces()
+    seen.add_order(table)
+    assert not seen.changed()
+    table.move_to_end("a")
+    assert seen.changed()
+    table.move_to_end("b")
+    assert not seen.changed()
+    table["a"] = [1.0]
+    assert seen.changed()
+    table["a"] = value
+    assert not seen.changed()
+    table["c"] = value
     assert seen.changed()
 
 

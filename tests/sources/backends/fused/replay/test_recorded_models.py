@@ -77,6 +77,38 @@ def of_numbers(m: Any, x: Tensor) -> Tensor:
     return torch.arange(LENGTH, device=x.device) * m.step
 
 
+def of_a_buffer(m: Any, x: Tensor) -> Tensor:
+    return m.places[:, 1 : 1 + x.shape[1]]  # type: ignore[no-any-return]
+
+
+def gathered(m: Any, x: Tensor) -> Tensor:
+    """As BERT looks up the kinds of tokens: one row of zeros, at the positions, for each sample."""
+    kinds = torch.gather(m.kinds, 1, of_a_buffer(m, x))
+    return kinds.expand(len(x), -1)
+
+
+def buffered(positions: Callable[[Any, Tensor], Tensor]) -> Any:
+    model = attention(lambda t: t.unbind(0), positions)
+    model.register_buffer("places", torch.arange(LENGTH + 2).unsqueeze(0))
+    model.register_buffer("kinds", torch.zeros(1, LENGTH + 2, dtype=torch.long))
+    return model
+
+
+def masked() -> Net:
+    """Neither `&` nor writing into something else writes into positions."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        positions = torch.arange(LENGTH, device=x.device)
+        weights = torch.ones(LENGTH, dtype=torch.float64, device=x.device)
+        weights[0] = 2.0
+        z = m.embedding(x) + m.positions(positions)
+        z = z.masked_fill(((positions > 1) & (positions < 4)).unsqueeze(-1), 0.0)
+        return m.last((z * weights.unsqueeze(-1)).sum(1))  # type: ignore[no-any-return]
+
+    layers = {"embedding": nn.Embedding(WORDS, WIDTH), "positions": nn.Embedding(LENGTH, WIDTH)}
+    return Net(forward, **layers, last=nn.Linear(WIDTH, 3))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "GRU cells": lambda: of_cells(nn.GRUCell, zeros, lambda h: h),
     "GRU cells without a first state": lambda: of_cells(nn.GRUCell, lambda x: None, lambda h: h),
@@ -86,6 +118,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "heads taken one by one": lambda: attention(lambda t: (t[0], t[1], t[2]), arange),
     "later positions": lambda: attention(lambda t: t.unbind(0), shifted),
     "positions in pairs": lambda: attention(lambda t: t.unbind(0), doubled),
+    "positions of a buffer": lambda: buffered(of_a_buffer),
+    "kinds of a buffer": lambda: buffered(gathered),
+    "positions beside a mask": masked,
     "a tied head": lambda: attention(lambda t: t, arange, tied=True),
 }
 
@@ -131,6 +166,49 @@ def test_positions_that_are_written_into_are_no_constants() -> None:
     for call in range(3):
         require_exact(model, source, call)
     assert source.ran == "eager"
+
+
+@pytest.mark.parametrize("changed", [1, torch.tensor([0, 3, 2, 1, 4, 5, 6, 7])])
+def test_positions_of_a_buffer_that_changes(changed: Any) -> None:
+    """Recorded with positions that are all different, and looked at in each call; their order matters not less."""
+    torch.manual_seed(0)
+    model = buffered(of_a_buffer).double()
+    source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
+    before, ran = model.places.clone(), []
+    for call in range(6):
+        model.places.copy_(before)
+        if call in (2, 3):
+            model.places[:] = changed
+        require_exact(model, source, call)
+        ran.append(source.ran)
+    assert ran == ["replayed", "replayed", "eager", "eager", "replayed", "replayed"]
+
+
+def test_positions_of_a_buffer_that_the_model_writes_into() -> None:
+    def counted(m: Any, x: Tensor) -> Tensor:
+        m.places[:, 2] = m.places[:, 3]
+        return of_a_buffer(m, x)
+
+    torch.manual_seed(0)
+    model = buffered(counted).double()
+    source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
+    for call in range(3):
+        require_exact(model, source, call)
+    assert source.ran == "eager"
+
+
+def test_positions_of_two_buffers_in_the_same_memory() -> None:
+    def turned(m: Any, x: Tensor) -> Tensor:
+        m.same[:, 1] = 5
+        return of_a_buffer(m, x)
+
+    torch.manual_seed(0)
+    model = buffered(turned).double()
+    model.register_buffer("same", model.places.view(1, -1)[:, :])
+    source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
+    for call in range(3):
+        require_exact(model, source, call)
+        model.places[:, 1] = 1
 
 
 def test_positions_made_of_a_number_that_changes() -> None:

@@ -15,8 +15,8 @@ import types
 import warnings
 import weakref
 from abc import ABC
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -402,6 +402,74 @@ def key_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
             return 1.0
 
     return scaled(read), lambda call: table.update(scale=2.0) if call == 2 else None
+
+
+@changing
+def key_that_was_missing_inside_of_a_mapping(patch: pytest.MonkeyPatch) -> Any:
+    """As `Mapping.get` catches it."""
+    table: UserDict[str, float] = UserDict()
+    return scaled(
+        lambda m: Mapping.get(table, "scale", 1.0)
+    ), lambda call: table.update(scale=2.0) if call == 2 else None
+
+
+@changing
+def computed_key_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
+    tables: tuple[dict[str, float], ...] = ({}, {})
+
+    def read(m: Any) -> float:
+        scale = 1.0
+        for table in tables:
+            try:
+                scale += table["sca" + m.ending]
+            except KeyError:
+                scale *= 2
+        return scale
+
+    model = scaled(read)
+    model.ending = "le"
+    return model, lambda call: tables[call % 2].update(scale=2.0 + call) if call > 1 else None
+
+
+@changing
+def attribute_that_was_missing_among_keys(patch: pytest.MonkeyPatch) -> Any:
+    settings = types.SimpleNamespace()
+
+    def read(m: Any) -> float:
+        try:
+            return vars(settings)["sca" + m.ending]  # type: ignore[no-any-return]
+        except KeyError:
+            return 1.0
+
+    model = scaled(read)
+    model.ending = "le"
+    return model, lambda call: setattr(settings, "scale", 2.0) if call == 2 else None
+
+
+@changing
+def key_of_a_dict_that_is_missing_by_now(patch: pytest.MonkeyPatch) -> Any:
+    table = {"scale": 2.0, "other": 1.0}
+
+    def read(m: Any) -> float:
+        try:
+            return table["scale"]
+        except KeyError:
+            return table["other"]
+
+    return scaled(read), lambda call: table.pop("scale", None) if call == 2 else None
+
+
+@changing
+def attribute_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
+    settings = types.SimpleNamespace()
+
+    def read(m: Any) -> float:
+        try:
+            return settings.scale  # type: ignore[no-any-return]
+        except AttributeError:
+            return 1.0
+
+    return scaled(read), lambda call: setattr(settings, "scale", 2.0) if call == 2 else None
 
 
 @changing
@@ -794,8 +862,8 @@ def test_counters_beside_what_a_model_reads_are_no_hindrance() -> None:
     assert follow(model, count) == ["replayed"] * 6
 
 
-def test_where_a_missing_key_is_caught_the_reason_says_so() -> None:
-    model, _ = CHANGES["key_that_was_missing"](pytest.MonkeyPatch())
+def test_where_a_missing_attribute_is_caught_the_reason_says_so() -> None:
+    model, _ = CHANGES["attribute_that_was_missing"](pytest.MonkeyPatch())
     source = source_of(model.double(), check="never")
     source.moments(*data())
     assert source.ran_because.startswith("the model catches an error (test_replay.py:")
@@ -839,6 +907,62 @@ def test_what_the_forward_pass_counts_outside_of_the_model_is_counted_once(kind:
     for call in range(12):
         source.moments(*data(seed=call))
         assert (OUTSIDE["calls"] if kind == "dict" else len(LIST)) == call + 1
+
+
+def test_a_model_that_looks_into_an_ordered_dict_is_recorded_anew_for_each_order() -> None:
+    table = OrderedDict(a=1.0, b=2.0)
+    model = scaled(lambda m: sum(n * v for n, v in enumerate(table.values())))
+    assert follow(model, lambda call: table.move_to_end("a" if call % 2 else "b")) == ["replayed"] * 6
+
+
+def test_a_model_that_looks_up_a_missing_key_is_recorded() -> None:
+    tables: list[Any] = [{"a": 1.0}, UserDict(a=1.0)]
+
+    def read(m: Any) -> float:
+        total = 1.0
+        for table in tables:
+            try:
+                total += table["b"]
+            except KeyError:
+                total *= 2
+        return total * Mapping.get(tables[1], "b", 3.0)  # type: ignore[no-any-return]
+
+    def change(call: int) -> None:
+        if call in (2, 4):
+            tables[call // 2 - 1]["b"] = 5.0
+
+    assert follow(scaled(read), change) == ["replayed"] * 6
+
+
+@pytest.mark.parametrize("where", ["argument", "inside of an argument", "keyword arguments", "targets"])
+def test_a_key_that_comes_into_an_argument_is_seen(where: str) -> None:
+    def doubled_or_scaled(h: Tensor, given: Any) -> Tensor:
+        try:
+            return h * given["scale"]  # type: ignore[no-any-return]
+        except KeyError:
+            return 2 * h
+
+    def forward(m: Any, *args: Any, **kwargs: Any) -> Tensor:
+        given = kwargs if kwargs else args[0] if where == "argument" else args[0]["inner"]
+        h = m.last(torch.tanh(m.first(given["x"])))
+        return h if where == "targets" else doubled_or_scaled(h, given)
+
+    def loss(outputs: Tensor, targets: Any) -> Tensor:
+        if where == "targets":
+            outputs, targets = doubled_or_scaled(outputs, targets), targets["y"]
+        return (outputs - targets).square().sum(1)  # type: ignore[no-any-return]
+
+    model, ran = Net(forward, **layers()).double(), []
+    source, plain = source_of(model, loss), persample.make_source("fused", model, loss, compile=False)
+    for call in range(6):
+        x, y = data(seed=call)
+        scale = {"scale": 3 * torch.ones(len(x), 1, dtype=x.dtype)} if call % 3 == 2 else {}
+        given = {"x": x, **({} if where == "targets" else scale)}
+        inputs = given if where == "keyword arguments" else (given,) if where == "argument" else ({"inner": given},)
+        targets = {"y": y, **scale} if where == "targets" else y
+        require_right(source.moments(inputs, targets), plain.moments(inputs, targets))
+        ran.append(source.ran)
+    assert (ran == ["replayed"] * 6) == (where == "keyword arguments"), source.ran_because
 
 
 def test_a_change_in_the_loss_is_seen() -> None:

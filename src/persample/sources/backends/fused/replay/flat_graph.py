@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -16,14 +16,21 @@ from persample.sources.model.batch_norm_nodes import read_right
 Compute = Callable[[Callable[[], Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
-def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence[int], compute: Compute) -> GraphModule:
-    """Return the operations of a whole step, without autograd.
+def flat_graph(
+    graph: GraphModule,
+    examples: Sequence[Tensor],
+    trained: Sequence[int],
+    compute: Compute,
+    constants: Mapping[int, Tensor],
+) -> tuple[GraphModule, dict[int, Tensor]]:
+    """Return the operations of a whole step, without autograd, and the constants whose values they go by.
 
     Args:
         graph: forward pass and loss, a function of the first operands.
         examples: all operands.
         trained: the numbers of those that are parameters of which gradients are wanted.
         compute: computes what is wanted.
+        constants: those operands of the graph whose values may be looked at, by their number.
 
     Raises:
         NotReplayableError: the step depends on values, or on what is not in the graph.
@@ -31,6 +38,7 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
     from torch.fx.experimental.proxy_tensor import make_fx
 
     taken = sum(node.op == "placeholder" for node in graph.graph.nodes)
+    interpreter = WithKnownValues(graph, constants)
 
     def step(*inputs: Tensor) -> list[Tensor]:
         operands = list(inputs)
@@ -38,7 +46,7 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
             operands[i] = inputs[i].detach().requires_grad_()
 
         def losses() -> Tensor:
-            (found,) = WithKnownValues(graph).run(*operands[:taken])
+            (found,) = interpreter.run(*operands[:taken])
             read_right([found])
             return found  # type: ignore[no-any-return]
 
@@ -48,4 +56,4 @@ def flat_graph(graph: GraphModule, examples: Sequence[Tensor], trained: Sequence
     for node in recorded.graph.nodes:
         refuse_operation(node)
     tidy(recorded)
-    return recorded
+    return recorded, {number: constants[number].clone() for number in interpreter.looked_at}

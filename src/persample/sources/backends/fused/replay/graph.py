@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from persample.sources.backends.fused.known_values import same_in_each_call
 from persample.sources.backends.fused.replay.errors import NotReplayableError
 from persample.sources.backends.fused.replay.flat_graph import flat_graph
 from persample.sources.backends.fused.replay.ordinary import Ordinary
@@ -113,9 +114,12 @@ class Graph:
             results, form = taken_apart(result)
             return [found[0].detach(), *results]
 
-        recorded = flat_graph(self._captured, operands, list(names), compute)
+        constants = same_in_each_call(operands[:others], [*self._tensors, *names])
+        recorded, looked_at = flat_graph(self._captured, operands, list(names), compute, constants)
         staying = [i for i in range(others) if i not in self._tensors]
-        self.recordings[call.what.key] = Recording(recorded, form, ordinary_state, sharing(operands), staying)
+        self.recordings[call.what.key] = Recording(
+            recorded, form, ordinary_state, sharing(operands), staying, looked_at
+        )
         return self.recordings[call.what.key]
 
     def _in_place_of(self, number: int, operands: Sequence[Tensor], tensor: Tensor) -> Tensor:
@@ -130,6 +134,7 @@ class Recording:
         form: of the result, with places for the tensors.
         ordinary_state: whether the state that is left on the model is that of an ordinary forward pass.
         sharing: which operands share memory.
+        looked_at: the values of operands that it goes by, by their number.
         is_repeatable: whether it changes nothing: no state of the model, no random number generator.
         run: runs the operations; None before.
         way: how they are run.
@@ -143,8 +148,9 @@ class Recording:
         ordinary_state: bool,
         sharing: tuple[int, ...],
         staying: Sequence[int],
+        looked_at: Mapping[int, Tensor],
     ) -> None:
-        self.form, self.ordinary_state, self.sharing = form, ordinary_state, sharing
+        self.form, self.ordinary_state, self.sharing, self.looked_at = form, ordinary_state, sharing, looked_at
         self.run: Run | None = None
         self.way: Way = "operations"
         self.because = ""

@@ -22,6 +22,8 @@ _FOLDER_OF_PYTORCH = str(Path(torch.__file__).parent)
 # difference to numbers, as the signatures of functions.
 _MAY_CATCH = ("torch", "os", "inspect")
 
+_KEY_IS_MISSED = "_persample_key_is_missed"  # marks Dynamo's context of a capture
+
 
 def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Container[int], seen: Namespaces) -> None:
     """See to what Dynamo, which is capturing, leaves without a guard.
@@ -42,6 +44,7 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
     from torch._guards import TracingContext
 
     context = TracingContext.get()
+    key_is_missed = hasattr(context, _KEY_IS_MISSED)
     codes = [code for code in context.traced_code if not code.co_filename.startswith(_FOLDER_OF_PYTORCH)]
     if any(step.opname == "MATCH_KEYS" for code in codes for step in dis.get_instructions(code)):
         raise NotReplayableError("the model matches the keys of a mapping (`match`)")
@@ -51,13 +54,20 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
     for guard in context.guards_context.dynamo_guards:
         if guard.inner_create_fn() not in (GuardBuilder.TYPE_MATCH, GuardBuilder.MODULE_MATCH):
             continue
-        if guard.name.startswith((*own, "G['__import_torch")):
+        if guard.name.startswith("G['__import_torch"):
             continue
         value = eval(guard.name, dict(scope))  # Dynamo's name of a value is an expression
+        if guard.name.startswith(own):
+            # Keyword arguments have guards on their names.
+            if key_is_missed and isinstance(value, Mapping) and guard.name != "L['kwargs']":
+                raise _catching()
+            continue
         if id(value) in known or isinstance(value, Tensor):
             continue
         if isinstance(value, OrderedDict):
-            raise NotReplayableError("the model looks into an OrderedDict, whose order may change")
+            seen.add_order(value)
+        if key_is_missed:
+            seen.add_keys(value)
         seen.add_object(value, names)
         seen.add_class(type(value))
 
@@ -85,25 +95,37 @@ def guard_identities(given: Sequence[str]) -> None:
 def catching_refused() -> Iterator[None]:
     """Refuse models that catch an error while Dynamo captures them: no guard sees that it does not come any more.
 
-    Why Python code comes to a `raise` is guarded. A key or an attribute that is missing is not.
+    Why Python code comes to a `raise` is guarded. A key or an attribute that is missing is not; of a key that is looked
+    up in brackets, `see_unguarded` sees to it.
 
     Raises:
         NotReplayableError: one does, out of the capture.
     """
     from torch._dynamo import symbolic_convert
+    from torch._dynamo.exc import ObservedKeyError
 
     frames: Any = symbolic_convert.InstructionTranslatorBase
     handle = frames.exception_handler
 
     def refuse(frame: Any, error: Any) -> None:
         if "is_raised" not in vars(error):
-            error.is_raised = frame.current_instruction.opname == "RAISE_VARARGS"
+            where = frame.current_instruction
+            error.is_raised = where.opname == "RAISE_VARARGS"
+            looked_up = where.opname == "BINARY_SUBSCR" or (where.opname == "BINARY_OP" and where.argrepr == "[]")
+            error.is_missing_key = looked_up and isinstance(error, ObservedKeyError)
         handle(frame, error)  # raises the error where this frame does not catch it
-        if not error.is_raised and frame.f_globals["__name__"].partition(".")[0] not in _MAY_CATCH:
-            raise NotReplayableError("the model catches an error")
+        if error.is_raised or frame.f_globals["__name__"].partition(".")[0] in _MAY_CATCH:
+            return
+        if not error.is_missing_key:
+            raise _catching()
+        setattr(frame.output.tracing_context, _KEY_IS_MISSED, True)
 
     frames.exception_handler = refuse
     try:
         yield
     finally:
         frames.exception_handler = handle
+
+
+def _catching() -> NotReplayableError:
+    return NotReplayableError("the model catches an error")

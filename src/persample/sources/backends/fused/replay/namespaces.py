@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ class Namespaces:
         self._versions: list[int] = []
         self._seen: list[tuple[Look, Any]] = []
         self._without_version: list[tuple[dict[Any, Any], Look, Any]] = []
-        self._known: set[tuple[int, frozenset[Any]]] = set()
+        self._known: set[tuple[int, Look | frozenset[Any]]] = set()
 
     def add_class(self, kind: type) -> None:
         """Add a class and its bases: the names that it defines, and its methods, but not other values."""
@@ -45,6 +46,18 @@ class Namespaces:
         asked = frozenset(names)
         self._add(entries, asked, lambda entries: asked & entries.keys(), by_version)
 
+    def add_keys(self, value: Any) -> None:
+        """Add an object, and a dict: which attributes it has, and which keys."""
+        if isinstance(value, dict):
+            self._add(value, frozenset(), _keys, by_version=True)
+        if isinstance(attributes := getattr(value, "__dict__", None), dict):
+            tell = _VERSIONS_TELL_ATTRIBUTES or isinstance(value, ModuleType)
+            self._add(attributes, frozenset(), _keys, by_version=tell)
+
+    def add_order(self, entries: OrderedDict[Any, Any]) -> None:
+        """Add an `OrderedDict`: its keys and values, in their order, of which the version of a dict says nothing."""
+        self._add(entries, frozenset(), _in_order, by_version=False)
+
     def changed(self) -> bool:
         """Whether anything else is seen now."""
         if any(look(entries) != before for entries, look, before in self._without_version):
@@ -59,9 +72,10 @@ class Namespaces:
         return False
 
     def _add(self, entries: dict[Any, Any], asked: frozenset[Any], look: Look, by_version: bool) -> None:
-        if (id(entries), asked) in self._known:
+        known = id(entries), asked or look
+        if known in self._known:
             return
-        self._known.add((id(entries), asked))
+        self._known.add(known)
         if by_version:
             self._dicts.append(entries)
             self._versions.append(_version(entries))
@@ -73,3 +87,27 @@ class Namespaces:
 def _methods(entries: dict[Any, Any]) -> dict[Any, Any]:
     """Return the names of a class, with its functions, properties and the like."""
     return {name: value if hasattr(value, "__get__") else None for name, value in entries.items()}
+
+
+def _keys(entries: dict[Any, Any]) -> frozenset[Any]:
+    return frozenset(dict.keys(entries))
+
+
+def _in_order(entries: Any) -> list[_Same]:
+    """Return keys and values of an `OrderedDict`; a subclass may show others."""
+    items: list[Any] = [*OrderedDict.keys(entries), *OrderedDict.values(entries)]
+    return [*map(_Same, items)]
+
+
+class _Same:
+    """Something that equals itself alone."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    __hash__ = None  # type: ignore[assignment]

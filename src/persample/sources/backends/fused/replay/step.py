@@ -131,6 +131,8 @@ class Step:
             raise NotReplayableError(
                 "tensors share memory that did not when the step was recorded, or the other way round"
             )
+        elif not all(torch.equal(operands[i], value) for i, value in recording.looked_at.items()):
+            raise NotReplayableError("entries of a buffer of positions have changed since the step was recorded")
         with torch.no_grad(), torch._C._DisableAutocast(), deterministic_choice(self._deterministic):
             if recording.run is None:
                 recording.make_ready(self._way, operands)
