@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 
 import persample
-from persample.errors import DataError, DisagreementError, OptionError, UnknownBackendError
+from persample.errors import DisagreementError, UnknownBackendError
 from persample.experiments import processes
-from persample.experiments.australian_credit.scores import Run, Score, read_csv, write_csv
-from persample.experiments.australian_credit.settings import METHODS, PUBLISHED
-from persample.experiments.australian_credit.train import train_all
+from persample.experiments.australian_credit.command import compare
+from persample.experiments.australian_credit.settings import METHODS
 from persample.experiments.config import TrainConfig
 from persample.experiments.contest.command import HELP as CONTEST_HELP
 from persample.experiments.contest.command import contest as run_contest
 from persample.experiments.contest.settings import BUDGETS
 from persample.experiments.contest.tasks import SEEDS
 from persample.experiments.data import DATASET_NAMES
-from persample.experiments.data.australian import load_australian
 from persample.experiments.model_argument import DTYPES, Asked, ask, require_runs
 from persample.experiments.models import MODELS
 from persample.experiments.progress import LiveProgress
@@ -32,7 +28,6 @@ from persample.experiments.quantity_argument import QUANTITIES, quantities_of
 from persample.experiments.recipes import configure
 from persample.experiments.reproduction import assist
 from persample.experiments.reproduction import reproduce as run_experiment
-from persample.experiments.run_folder import held, remove_begun
 from persample.experiments.summary import last_records
 from persample.experiments.tables import (
     agreement_table,
@@ -219,22 +214,18 @@ def australian(
 
     The data are Australian credit data, the model has one hidden layer of 64 ReLUs.
     """
-    if unknown := [name for name in method or () if name not in METHODS]:
-        raise OptionError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
-    runs = [
-        Run(setting, seed, epochs or setting.epochs)
-        for setting in PUBLISHED
-        if not method or setting.method in method
-        for seed in range(seeds)
-    ]
-    path = at_home(out or Path("runs") / "australian") / "scores.csv"
-    with held(path.parent):
-        if path.exists() and not (resume or overwrite):
-            raise DataError(
-                f"{path} exists: continue it (--resume), replace it (--overwrite), or choose another folder (--out)"
-            )
-        console = Console()
-        scores = _scores(runs, path, data_dir, jobs or os.cpu_count() or 1, resume, console)
+    console = Console()
+    scores, path = compare(
+        methods=method or METHODS,
+        data_dir=data_dir,
+        seeds=seeds,
+        jobs=jobs,
+        epochs=epochs,
+        out=out or Path("runs") / "australian",
+        resume=resume,
+        overwrite=overwrite,
+        console=console,
+    )
     console.print(australian_table(scores))
     typer.echo(f"Scores: {path}")
 
@@ -345,23 +336,6 @@ def explain(
 def backends() -> None:
     """List the backends and whether they can be used here."""
     Console().print(backends_table(persample.backends().values()))
-
-
-def _scores(
-    runs: list[Run], path: Path, data_dir: Path | None, jobs: int, resume: bool, console: Console
-) -> list[Score]:
-    """Return the scores of `runs`, reusing those in `path` if resuming, and write them there."""
-    data = load_australian(data_dir)
-    remove_begun([path])
-    done = {score.run: score for score in read_csv(path)} if resume else {}
-    left = [run for run in runs if run not in done]
-    training = train_all(left, data, jobs=jobs)
-    for score in track(training, "Training", total=len(left), console=console, disable=not console.is_terminal):
-        done[score.run] = score
-        write_csv(list(done.values()), path)
-    scores = [done[run] for run in runs]
-    write_csv(scores, path)
-    return scores
 
 
 def _run(

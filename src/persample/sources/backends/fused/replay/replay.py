@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from persample.sources.backends.fused.replay.ordinary import Ordinary
 from persample.sources.backends.fused.replay.patience import Patience
@@ -52,8 +54,9 @@ class Replay:
 
     def run(self, source: Ordinary, batch: Batch, what: Request) -> Any:
         """Return what is wanted of `batch`, by a recorded step or the ordinary way."""
-        if self._patience is None or self._patience.is_due(kind := _kind(batch, what)):
-            result = self._result(source, batch, what)
+        tensors = tensors_of(batch)
+        if self._patience is None or self._patience.is_due(kind := _kind(batch, tensors, what)):
+            result = self._result(source, batch, tensors, what)
             return what.compute(source, batch, what.tensors) if result is None else result
         self.reason, self.ran = "", None
         start = time.perf_counter()
@@ -61,9 +64,9 @@ class Replay:
         self._patience.came(kind, time.perf_counter() - start)
         return result
 
-    def _result(self, source: Ordinary, batch: Batch, what: Request) -> Any:
+    def _result(self, source: Ordinary, batch: Batch, tensors: Sequence[Tensor], what: Request) -> Any:
         """Return what is wanted by a recorded step, or while one is recorded; None if it must go the ordinary way."""
-        self.reason, self.ran, result = why_untried(source.model, batch), None, None
+        self.reason, self.ran, result = why_untried(source.model, batch, tensors), None, None
         if not self.reason:
             step = next((step for step in self._steps if step.fits(source)), None)
             lost = self._patience is not None and self._patience.is_lost
@@ -98,6 +101,6 @@ class Replay:
             _log.log(level, "Backend 'fused' does not replay the step of this model%s: %s.", left, self.reason)
 
 
-def _kind(batch: Batch, what: Request) -> Hashable:
+def _kind(batch: Batch, tensors: Sequence[Tensor], what: Request) -> Hashable:
     """Return what batches of one kind have in common."""
-    return what.key, batch.kind(), *[t.shape for t in tensors_of(batch)]
+    return what.key, batch.kind(), *[t.shape for t in tensors]

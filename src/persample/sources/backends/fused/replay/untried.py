@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,17 @@ from persample.sources.model.eager import compiling_is_off
 from persample.sources.model.modules import modules_of
 
 
-def why_untried(model: nn.Module, batch: Batch) -> str:
-    """Return why a call goes the ordinary way whatever was recorded; empty if it need not."""
+def why_untried(model: nn.Module, batch: Batch, tensors: Sequence[Tensor]) -> str:
+    """Return why a call goes the ordinary way whatever was recorded; empty if it need not.
+
+    Args:
+        model: the network.
+        batch: what it is called with.
+        tensors: those of the batch.
+    """
     if batch.split_tree is not None:
         return "the samples are not in dim 0 of all tensors of the batch"
-    if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in tensors_of(batch)):
+    if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in tensors):
         return "a tensor of the batch requires a gradient, or is of a special kind"
     if (
         any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
