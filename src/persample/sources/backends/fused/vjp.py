@@ -54,10 +54,35 @@ class Mapped:
                 gradients: Tensor = torch.func.vmap(one)(self.delta, *self.samples)
                 return gradients
         except RuntimeError as error:
-            raise no_rule(self.name, str(error)) from error
+            return self._one_by_one(error)
+
+    def _one_by_one(self, unmapped: RuntimeError) -> Tensor:
+        """Return the same by one call for each sample, for operations that `torch.func` cannot map.
+
+        Raises:
+            UnsupportedModelError: autograd cannot differentiate them either, or they draw random numbers.
+        """
+        drawn = _random_states(self.theta)
+        rows = []
+        for number, delta in enumerate(self.delta):
+            theta = self.theta.detach().requires_grad_()
+            try:
+                with torch.enable_grad():
+                    result = self.operation(theta, *[x[number] for x in self.samples])
+                rows.append(torch.autograd.grad(result, theta, delta.to(result.dtype), materialize_grads=True)[0])
+            except RuntimeError as error:
+                raise no_rule(self.name, str(error)) from unmapped
+        if not all(map(torch.equal, _random_states(self.theta), drawn)):
+            raise no_rule(self.name, str(unmapped)) from unmapped
+        return torch.stack(rows)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return _sums(self, len(self.delta), self.theta)
+
+
+def _random_states(theta: Tensor) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(theta.device)] if theta.is_cuda else states
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import persample
 from persample.errors import PersampleError
@@ -867,6 +868,13 @@ def test_where_a_missing_attribute_is_caught_the_reason_says_so() -> None:
     source = source_of(model.double(), check="never")
     source.moments(*data())
     assert source.ran_because.startswith("the model catches an error (test_replay.py:")
+
+
+def test_where_activations_are_computed_again_the_reason_says_so() -> None:
+    model = Net(lambda m, x: m.last(checkpoint(lambda h: m.first(h).tanh(), x, use_reentrant=False)), **layers())
+    source = source_of(model.double(), check="never")
+    source.moments(*data())
+    assert "higher-order operation (tag_activation_checkpoint)" in source.ran_because
 
 
 def test_errors_that_are_raised_and_caught_are_no_hindrance() -> None:

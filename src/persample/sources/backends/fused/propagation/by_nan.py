@@ -3,6 +3,9 @@
 Sample i has a code of m bits, half of them set, and in trial j all samples whose bit j is set are NaN. An entry that
 depends on one sample alone is NaN in just the trials of its code; one that depends on several is NaN in more trials,
 because the union of two different codes is larger than each; and one that depends on none never is.
+
+A kernel that is not PyTorch's own may take a NaN for an address, and end the process. There samples are replaced by
+numbers near their own, and whatever is another number than before depends on them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +57,7 @@ def _touched(call: Call, labels: Mapping[int, Tensor]) -> list[Tensor | None]:
     holders = [key for key in labels if _holds_nan(tensors[key])] or list(labels)
     codes = _codes(call.batch)
     half = codes.shape[1] // 2
+    foreign = _is_foreign(call.func)
 
     def results(hit: Tensor | None) -> list[Tensor]:
         replaced = {}
@@ -61,7 +66,8 @@ def _touched(call: Call, labels: Mapping[int, Tensor]) -> list[Tensor | None]:
             owner = labels[key]
             if hit is not None:
                 where = (owner >= 0) & hit.to(owner.device)[owner.clamp(min=0)]
-                t = t.clone().masked_fill_(where, math.nan)  # it lies in memory as before, which `as_strided` goes by
+                other = _near(t) if foreign else torch.full_like(t, math.nan)
+                t = torch.where(where, other, t, out=t.clone())  # in memory as before, which `as_strided` goes by
             replaced[key] = t
         return call.run_on_copies(replaced)
 
@@ -71,7 +77,8 @@ def _touched(call: Call, labels: Mapping[int, Tensor]) -> list[Tensor | None]:
     for j in range(codes.shape[1] if any(map(_holds_nan, plain)) else 0):
         for n, (result, before) in enumerate(zip(results(codes[:, j]), plain, strict=True)):
             if _holds_nan(result):
-                hits = (result.isnan() & ~before.isnan()).long()
+                is_hit = result != before if foreign else result.isnan()
+                hits = (is_hit & ~before.isnan()).long()
                 counts[n] += hits
                 bits[n] += hits << j
     found: list[Tensor | None] = []
@@ -80,6 +87,19 @@ def _touched(call: Call, labels: Mapping[int, Tensor]) -> list[Tensor | None]:
         owner = torch.where(count == codes.shape[1], ALL, owner)
         found.append(torch.where(count == 0, NOBODY, owner) if _holds_nan(result) else None)
     return found
+
+
+def _is_foreign(func: Any) -> bool:
+    """Whether an operation comes from a library of operators other than PyTorch's, as those of torchvision do."""
+    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(func).partition(".")[0] not in ("aten", "prims")
+    return False
+
+
+def _near(t: Tensor) -> Tensor:
+    """Return numbers that each are a little larger than those of `t`, by other shares, or a little above zero."""
+    shares = torch.arange(t.numel(), device=t.device).remainder(61).add(61).view(t.shape) / (61 * 128)
+    return t + torch.where(t == 0, 1, t) * shares.to(t.dtype)
 
 
 def _holds_nan(t: Tensor) -> bool:

@@ -38,6 +38,8 @@ def refuse_graph(graph: GraphModule, examples: Sequence[Any]) -> None:
         elif node.op == "call_function":
             _refuse_function(node.target)
         elif node.op in ("get_attr", "call_module"):
+            for user in node.users:  # a part of the model that an operation takes, as activation checkpointing does
+                _refuse_function(user.target)
             raise NotReplayableError(f"Dynamo has turned {node.target} into a constant")
         if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
             raise NotReplayableError("the model draws from a generator of its own")
