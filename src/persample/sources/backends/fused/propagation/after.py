@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
 import torch
@@ -16,8 +16,8 @@ from persample.sources.backends.fused.indexing import is_mask
 from persample.sources.backends.fused.propagation.by_index import read_by_index, written_by_index
 from persample.sources.backends.fused.propagation.by_labels import by_labels
 from persample.sources.backends.fused.propagation.by_name import by_name, unobserved
-from persample.sources.backends.fused.propagation.by_nan import by_nan
 from persample.sources.backends.fused.propagation.by_sums import by_sums
+from persample.sources.backends.fused.propagation.by_trial import by_trial
 from persample.sources.backends.fused.propagation.call import Call, Unknown
 from persample.sources.backends.fused.propagation.lost import NO_TRACE, Where
 from persample.sources.backends.fused.propagation.remembered import fingerprint_of, key_of, may_decide
@@ -87,7 +87,7 @@ def _with_values(call: Call) -> Call | None:
 
 def _tried(call: Call) -> tuple[list[Where], Dependence]:
     """Return the same by one of the ways that look at values."""
-    for way in (unobserved, read_by_index, written_by_index, by_labels, by_sums, by_nan):
+    for way in _WAYS:
         try:
             return way(call), _dependence(call, way)
         except Unknown:
@@ -96,10 +96,10 @@ def _tried(call: Call) -> tuple[list[Where], Dependence]:
 
 
 def _dependence(call: Call, way: Callable[[Call], list[Where]]) -> Dependence:
-    """Return what the answer of this method depends on."""
-    deciding = _deciding(call, way)
+    """Return what the answer of this way depends on."""
+    deciding = _WAYS[way](call)
     constants = [t for t in deciding if id(t) not in call.samples]
-    if way is by_nan:
+    if way is by_trial:
         by_samples = call.func in op_table.VALUES_MATTER
     else:
         by_samples = len(constants) < len(deciding)
@@ -109,9 +109,24 @@ def _dependence(call: Call, way: Callable[[Call], list[Where]]) -> Dependence:
     return "constants" if constants else "shapes"
 
 
-def _deciding(call: Call, way: Callable[[Call], list[Where]]) -> list[Tensor]:
-    """Return the operands whose values may decide where entries go."""
-    operands = tensors_in(call.arguments)
-    if way in (by_labels, written_by_index):
-        return tensors_in(op_table.index_arguments(call.func, call.args, call.kwargs))
-    return [t for t in operands if (is_mask(t) if way is read_by_index else may_decide(call, t))]
+def _indices(call: Call) -> list[Tensor]:
+    return tensors_in(op_table.index_arguments(call.func, call.args, call.kwargs))
+
+
+def _masks(call: Call) -> list[Tensor]:
+    return [t for t in tensors_in(call.arguments) if is_mask(t)]
+
+
+def _numbers(call: Call) -> list[Tensor]:
+    return [t for t in tensors_in(call.arguments) if may_decide(call, t)]
+
+
+#: The ways that look at values, the quickest first, and the operands whose values may decide where entries go.
+_WAYS: Mapping[Callable[[Call], list[Where]], Callable[[Call], list[Tensor]]] = {
+    unobserved: _numbers,
+    read_by_index: _masks,
+    written_by_index: _indices,
+    by_labels: _indices,
+    by_sums: _numbers,
+    by_trial: _numbers,
+}

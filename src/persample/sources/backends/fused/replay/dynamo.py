@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persample.sources.backends.fused.propagation import by_nan
+from persample.sources.backends.fused.propagation import by_trial
 from persample.sources.backends.fused.replay.guards import catching_refused
 
 MOST_GRAPHS = 8  # for one step
@@ -101,5 +101,5 @@ def _caches_kept_clean() -> Iterator[None]:
     try:
         yield
     finally:
-        by_nan._codes.cache_clear()
-        by_nan._owners_of_codes.cache_clear()
+        by_trial._codes.cache_clear()
+        by_trial._owners_of_codes.cache_clear()

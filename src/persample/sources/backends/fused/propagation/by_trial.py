@@ -30,7 +30,7 @@ _BY_MEMORY = op_table.functions("as_strided")
 _BETWEEN_ENTRIES = Lost("as_strided may read memory outside the tensor: call .contiguous() first", mixed=True)
 
 
-def by_nan(call: Call) -> list[Where]:
+def by_trial(call: Call) -> list[Where]:
     """Return the same by trial."""
     if call.func in _BY_MEMORY and any(torch.empty_like(t).stride() != t.stride() for t in call.operands()):
         return [_BETWEEN_ENTRIES for _ in call.shapes()]
