@@ -276,7 +276,7 @@ def _moves(func: Any, source: Expression, args: tuple[Any, ...], kwargs: Mapping
         # Looking up each row at most once, as position embeddings do, is a slice in another order. To see that on a
         # GPU would be to wait for it; there the gradients of all samples are formed.
         known = args[0].device.type == "cpu" and len(args) == 2 and kwargs.get("padding_idx") is None
-        return known and all_different(args[0])
+        return known and args[0].numel() <= len(source.value) and all_different(args[0])
     return False
 
 

@@ -109,6 +109,31 @@ def masked() -> Net:
     return Net(forward, **layers, last=nn.Linear(WIDTH, 3))
 
 
+def relative() -> Net:
+    """As T5: distances in buckets, of which a table has fewer rows than are looked up."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        positions = torch.arange(LENGTH, device=x.device)
+        distances = (positions.unsqueeze(0) - positions.unsqueeze(1)).abs().clamp(max=3)
+        z = m.embedding(x)
+        weights = torch.softmax(z @ z.mT + m.bias(distances).squeeze(-1), -1)
+        return m.last((weights @ z).mean(1))  # type: ignore[no-any-return]
+
+    layers = {"embedding": nn.Embedding(WORDS, WIDTH), "bias": nn.Embedding(4, 1)}
+    return Net(forward, **layers, last=nn.Linear(WIDTH, 3))
+
+
+def without_a_rule() -> Net:
+    """As XLNet: an einsum of samples and a parameter, which is mapped over the samples."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        z = torch.einsum("ibh,hnd->ibnd", m.embedding(x).transpose(0, 1), m.heads)
+        return m.last(torch.tanh(torch.einsum("ibnd,nd->bi", z, m.query)))  # type: ignore[no-any-return]
+
+    heads, query = nn.Parameter(torch.randn(WIDTH, 2, 3)), nn.Parameter(torch.randn(2, 3))
+    return Net(forward, embedding=nn.Embedding(WORDS, WIDTH), heads=heads, query=query, last=nn.Linear(LENGTH, 3))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "GRU cells": lambda: of_cells(nn.GRUCell, zeros, lambda h: h),
     "GRU cells without a first state": lambda: of_cells(nn.GRUCell, lambda x: None, lambda h: h),
@@ -121,6 +146,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "positions of a buffer": lambda: buffered(of_a_buffer),
     "kinds of a buffer": lambda: buffered(gathered),
     "positions beside a mask": masked,
+    "relative positions": relative,
+    "an operation without a rule": without_a_rule,
     "a tied head": lambda: attention(lambda t: t, arange, tied=True),
 }
 
