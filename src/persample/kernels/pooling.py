@@ -22,7 +22,7 @@ _ENOUGH_CHANNELS = 64
 
 def _fake(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     values, indices = _as_it_lies(x, settings)
-    return values.contiguous(), indices.contiguous()
+    return _row_major(values), _row_major(indices)
 
 
 @operator(
@@ -34,7 +34,16 @@ def max_pool2d(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     """Return the values and indices of `torch.ops.aten.max_pool2d_with_indices`, for a contiguous x on a CPU."""
     forms = partial(_forms, x)
     key = Key(("max pool", x.shape[1], str(settings), x.dtype), (len(x), *x.shape[2:]))
-    return choose(key, forms, x, settings)
+    values, indices = choose(key, forms, x, settings)
+    return _row_major(values), _row_major(indices)
+
+
+def _row_major(t: Tensor) -> Tensor:
+    """Return `t` in row-major order, with the strides of that also along dimensions of one entry.
+
+    PyTorch's kernels go by those, too: images of one pixel may count as ones whose channels lie side by side.
+    """
+    return t.contiguous().view(-1).view(t.shape)
 
 
 def _forms(x: Tensor) -> dict[str, Callable[[Tensor, tuple[Any, ...]], tuple[Tensor, Tensor]]]:

@@ -46,6 +46,15 @@ def test_as_pytorch(settings: tuple[Any, ...], channels: int, form: str, monkeyp
     assert torch.equal(torch.autograd.grad(found, x, delta)[0], wanted)
 
 
+@pytest.mark.parametrize("form", ["as it lies", "channels last", "images side by side"])
+def test_strides_are_known_beforehand(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "choose", lambda key, forms, *operands: forms()[form](*operands))
+    for shape in (6, 16, 4, 4), (6, 1, 8, 8), (6, 1, 4, 4):
+        settings = ([4, 4], [], [0, 0], [1, 1], False)
+        for t in kernels.max_pool2d(torch.randn(shape), *settings):
+            assert t.stride() == torch.empty(t.shape).stride()
+
+
 @pytest.mark.parametrize(
     ("batch", "channels", "images"), [(128, 6, 16), (128, 10, 8), (7, 10, 7), (4, 1, 4), (128, 64, 1), (3, 100, 1)]
 )
