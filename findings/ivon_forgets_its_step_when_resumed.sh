@@ -7,7 +7,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 ivon-opt==0.1.3 numpy
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 ivon-opt==0.1.3 numpy==2.4.6
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import copy
 

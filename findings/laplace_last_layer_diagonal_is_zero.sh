@@ -7,8 +7,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 pip() { "$folder/venv/bin/pip" install --quiet --disable-pip-version-check "$@"; }
-pip torch==2.13.0 torchmetrics==1.9.0 opt-einsum==3.4.0 tqdm einops==0.8.2 unfoldNd==0.2.3
-pip einconv==0.1.0 linear_operator==0.6.1 scipy
+pip torch==2.13.0 torchmetrics==1.9.0 opt-einsum==3.4.0 tqdm==4.70.1 einops==0.8.2 unfoldNd==0.2.3
+pip einconv==0.1.0 linear_operator==0.6.1 scipy==1.17.1 numpy==2.4.6
 pip --no-deps laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 asdfghjkl==0.1a4
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import torch
