@@ -17,7 +17,7 @@ import weakref
 from abc import ABC
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +474,32 @@ def attribute_that_was_missing(patch: pytest.MonkeyPatch) -> Any:
 
 
 @changing
+def attribute_whose_lack_a_context_manager_hides(patch: pytest.MonkeyPatch) -> Any:
+    settings = types.SimpleNamespace()
+
+    @contextmanager
+    def hiding() -> Iterator[None]:
+        try:
+            yield
+        except AttributeError as error:
+            del error
+
+    def read(m: Any) -> float:
+        scale = other = 1.0
+        with hiding():
+            scale = settings.scale
+        with suppress(AttributeError):
+            other = settings.other
+        return scale * other
+
+    def change(call: int) -> None:
+        if call in (2, 4):
+            setattr(settings, "scale" if call == 2 else "other", 2.0)
+
+    return scaled(read), change
+
+
+@changing
 def key_that_is_matched(patch: pytest.MonkeyPatch) -> Any:
     table: dict[str, float] = {}
 
@@ -921,6 +947,28 @@ def test_a_model_that_looks_into_an_ordered_dict_is_recorded_anew_for_each_order
     table = OrderedDict(a=1.0, b=2.0)
     model = scaled(lambda m: sum(n * v for n, v in enumerate(table.values())))
     assert follow(model, lambda call: table.move_to_end("a" if call % 2 else "b")) == ["replayed"] * 6
+
+
+def test_a_model_that_enters_a_context_manager_is_recorded() -> None:
+    """As adapters of peft do, which hook into modules for one forward pass."""
+    settings = types.SimpleNamespace(scale=1.0)
+
+    @contextmanager
+    def scaling(m: Any) -> Iterator[None]:
+        before, m.scale = m.scale, settings.scale
+        try:
+            yield
+        finally:
+            m.scale = before
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with scaling(m):
+            return m.last(torch.tanh(m.first(x)) * m.scale)  # type: ignore[no-any-return]
+
+    model = Net(forward, **layers())
+    model.scale = 3.0
+    assert follow(model, lambda call: setattr(settings, "scale", 1.0 + call // 2)) == ["replayed"] * 6
+    assert model.scale == 3.0
 
 
 def test_a_model_that_looks_up_a_missing_key_is_recorded() -> None:

@@ -102,19 +102,22 @@ def catching_refused() -> Iterator[None]:
         NotReplayableError: one does, out of the capture.
     """
     from torch._dynamo import symbolic_convert
-    from torch._dynamo.exc import ObservedKeyError
+    from torch._dynamo.exc import ObservedKeyError, ObservedUserStopIteration
 
     frames: Any = symbolic_convert.InstructionTranslatorBase
     handle = frames.exception_handler
 
     def refuse(frame: Any, error: Any) -> None:
         if "is_raised" not in vars(error):
-            where = frame.current_instruction
-            error.is_raised = where.opname == "RAISE_VARARGS"
-            looked_up = where.opname == "BINARY_SUBSCR" or (where.opname == "BINARY_OP" and where.argrepr == "[]")
+            step = frame.current_instruction
+            error.is_raised = step.opname == "RAISE_VARARGS"
+            looked_up = step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr == "[]")
             error.is_missing_key = looked_up and isinstance(error, ObservedKeyError)
         handle(frame, error)  # raises the error where this frame does not catch it
-        if error.is_raised or frame.f_globals["__name__"].partition(".")[0] in _MAY_CATCH:
+        where = frame.f_globals["__name__"].partition(".")[0]
+        # The generator of a context manager ends where its code, which is captured, does.
+        is_end = where == "contextlib" and isinstance(error, ObservedUserStopIteration)
+        if error.is_raised or where in _MAY_CATCH or is_end:
             return
         if not error.is_missing_key:
             raise _catching()
