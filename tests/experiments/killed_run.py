@@ -21,7 +21,7 @@ from persample.experiments.data import ImageDataset
 from persample.experiments.recipes import configure
 from persample.experiments.run import start
 from persample.experiments.train import train
-from persample.sources.backends.fused.replay import replay
+from persample.sources.backends.fused.replay import replay, untried
 from persample.testing.devices import generator_of
 from persample.vogn import VOGN
 
@@ -45,7 +45,8 @@ def train_in_a_child(checkpoint: Path) -> int:
         restore(run, checkpoint)
     train(run, dataset(), checkpoint)
     assert isinstance(run.optimizer, VOGN)
-    assert checkpoint.name == "killed.pt" or run.optimizer.source.ran == "replayed"
+    if checkpoint.name == "straight.pt" and untried.DYNAMO_SEES_CHANGES:
+        assert run.optimizer.source.ran == "replayed"
     os._exit(0)
 
 

@@ -18,7 +18,7 @@ import persample
 from persample.kernels.compiled import without_kernels
 from persample.quantities import Norms
 from persample.sources.backends.fused import FusedSource
-from persample.sources.backends.fused.replay import replay
+from persample.sources.backends.fused.replay import replay, untried
 from persample.sources.backends.fused.replay.patience import Patience
 from persample.testing.devices import generator_of, generator_state, set_generator_state
 from persample.testing.zoo.case import Net
@@ -180,6 +180,15 @@ def test_where_python_is_to_be_run_it_is(name: str) -> None:
     assert ran(source, 1) == ["replayed"]
     with OFF[name]():
         assert "replayed" not in ran(source_of(mlp()), 4)
+
+
+def test_an_older_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of(mlp(), compile=True)
+    assert ran(source, 3)[-1] == "replayed"
+    monkeypatch.setattr(untried, "DYNAMO_SEES_CHANGES", False)
+    assert ran(source, 3) == ["eager"] * 3
+    assert ran(source_of(mlp(), compile=True), 3) == ["eager"] * 3
+    assert f"PyTorch {torch.__version__} does not see all" in source.ran_because
 
 
 def test_without_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import persample
 
+pytestmark = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+
 
 class SortedExperts(nn.Module):
     """Tokens of all samples sorted by expert, and multiplied with the matrix of each, as transformers 5 does."""

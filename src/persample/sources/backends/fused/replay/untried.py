@@ -15,6 +15,10 @@ from persample.sources.batch import Batch
 from persample.sources.model.eager import compiling_is_off
 from persample.sources.model.modules import modules_of
 
+# Older ones miss a variable of a closure that has changed, say, and the old step would go on to serve.
+OLDEST_PYTORCH = "2.13"
+DYNAMO_SEES_CHANGES = torch.__version__ >= OLDEST_PYTORCH
+
 
 def why_untried(model: nn.Module, batch: Batch, tensors: Sequence[Tensor]) -> str:
     """Return why a call goes the ordinary way whatever was recorded; empty if it need not.
@@ -24,6 +28,8 @@ def why_untried(model: nn.Module, batch: Batch, tensors: Sequence[Tensor]) -> st
         batch: what it is called with.
         tensors: those of the batch.
     """
+    if not DYNAMO_SEES_CHANGES:
+        return f"PyTorch {torch.__version__} does not see all that may change between calls: {OLDEST_PYTORCH} does"
     if batch.split_tree is not None:
         return "the samples are not in dim 0 of all tensors of the batch"
     if any(type(t) is not Tensor or t.requires_grad or t.layout is not torch.strided for t in tensors):
