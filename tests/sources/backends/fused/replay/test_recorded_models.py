@@ -123,6 +123,18 @@ def relative() -> Net:
     return Net(forward, **layers, last=nn.Linear(WIDTH, 3))
 
 
+def heads_beside_the_samples() -> Net:
+    """Queries and a table of places, with samples and heads in one dimension, as for `torch.bmm`."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = m.embedding(x).view(len(x), LENGTH, 2, 3).transpose(1, 2).reshape(2 * len(x), LENGTH, 3)
+        weights = torch.bmm(rows, m.places.repeat(len(x), 1, 1).mT).softmax(-1)
+        return m.last(torch.bmm(weights, rows).view(len(x), -1, 3).sum(1))  # type: ignore[no-any-return]
+
+    places = nn.Parameter(torch.randn(2, LENGTH, 3))
+    return Net(forward, embedding=nn.Embedding(WORDS, 6), last=nn.Linear(3, 3), places=places)
+
+
 def without_a_rule() -> Net:
     """As XLNet: an einsum of samples and a parameter, which is mapped over the samples."""
 
@@ -148,6 +160,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "positions beside a mask": masked,
     "relative positions": relative,
     "an operation without a rule": without_a_rule,
+    "heads beside the samples": heads_beside_the_samples,
     "a tied head": lambda: attention(lambda t: t, arange, tied=True),
 }
 
@@ -174,7 +187,7 @@ def require_exact(model: Any, source: Any, call: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_is_recorded_and_exact(name: str) -> None:
+def test_it_is_recorded_and_exact(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().double()
     source: Any = persample.make_source("fused", model, persample.losses.cross_entropy, compile=True)
@@ -184,6 +197,7 @@ def test_it_is_recorded_and_exact(name: str) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
+    assert not capfd.readouterr().err
 
 
 def test_positions_that_are_written_into_are_no_constants() -> None:

@@ -9,7 +9,9 @@ import logging
 import os
 import pickle
 import random
+import subprocess
 import sys
+import textwrap
 import threading
 import types
 import warnings
@@ -1401,6 +1403,20 @@ def test_no_trace_is_left_on_the_tensors_of_the_model() -> None:
     assert source.ran == "replayed"
     assert vars(marked) == {"note": "the user's own"}
     assert dict(os.environ) == environment
+
+
+def test_no_variable_is_left_in_the_environment() -> None:
+    """Dynamo sets one when it is imported, here by a process that has not."""
+    record = """
+        import os, torch, persample
+        before = dict(os.environ)
+        source = persample.make_source("fused", torch.nn.Linear(4, 3), torch.nn.MSELoss(), compile=True)
+        for _ in range(3):
+            source.moments(torch.randn(5, 4), torch.randn(5, 3))
+        assert source.ran == "replayed", source.ran_because
+        assert dict(os.environ) == before
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(record)], check=True, timeout=180)
 
 
 TRACED = ["LSTM", "BatchNorm1d in eval mode", "Embedding tied to a linear layer", "Orthogonal weight",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import types
 import warnings
@@ -27,6 +28,14 @@ def renewed(function: types.FunctionType) -> types.FunctionType:
     known = function.__globals__
     own = {name: known[name] for name in ("__builtins__", "__name__", *function.__code__.co_names) if name in known}
     return types.FunctionType(function.__code__.replace(), own, function.__name__, closure=function.__closure__)
+
+
+def prepare() -> None:
+    """Import Dynamo, and let it wrap methods of `nn.Module` now, which it would at its first use."""
+    with _environment_kept():
+        from torch._dynamo.mutation_guard import install_generation_tagging_init
+
+    install_generation_tagging_init()
 
 
 @contextmanager
@@ -58,7 +67,7 @@ def capturing() -> Iterator[list[str]]:
 @contextmanager
 def _nothing_left() -> Iterator[None]:
     """Let nothing of the capture stay behind."""
-    with _marks_taken_off(), _environment_kept(), _caches_kept_clean():
+    with _marks_taken_off(), _environment_kept(), _caches_kept_clean(), _failed_trials_not_logged():
         yield
 
 
@@ -93,6 +102,21 @@ def _marks_taken_off() -> Iterator[None]:
         decorators.mark_static_address = mark
         for t, name in marks:
             vars(t).pop(name, None)
+
+
+@contextmanager
+def _failed_trials_not_logged() -> Iterator[None]:
+    """Keep PyTorch from logging an error where an operation does not take the sizes that it is tried with."""
+    from torch._subclasses.fake_tensor import log
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    log.addFilter(drop)
+    try:
+        yield
+    finally:
+        log.removeFilter(drop)
 
 
 @contextmanager

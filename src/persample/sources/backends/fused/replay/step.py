@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 
 from persample.kernels.autotune import deterministic_choice
 from persample.losses import require_losses
-from persample.sources.backends.fused.replay.dynamo import MOST_GRAPHS, capturing, renewed
+from persample.sources.backends.fused.replay.dynamo import MOST_GRAPHS, capturing, prepare, renewed
 from persample.sources.backends.fused.replay.errors import (
     FailedError,
     NotRecordedError,
@@ -68,9 +68,7 @@ class Step:
         self._way, self._deterministic = way, source.deterministic
         self._served: set[Hashable] = set()  # what has been recorded, for a kind of batch at least
         self._closed: dict[Hashable, str] = {}  # why it is not recorded for further kinds
-        from torch._dynamo.mutation_guard import install_generation_tagging_init
-
-        install_generation_tagging_init()  # it wraps methods of nn.Module, at Dynamo's first use otherwise
+        prepare()
         self._key = _key(source)
         self.held, self.names = Held(source.model), Namespaces()
         for kind in dict.fromkeys(map(type, self.held.modules)):
