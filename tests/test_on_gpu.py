@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from persample.sources.backends.fused.replay import untried
+
 COMMAND = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "on_gpu.py")]
 
 
@@ -16,7 +18,8 @@ def test_it_measures_tests_and_goes_on(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     parts = report["parts"]
     assert parts["MNIST ConvNet: own"]["moments"]["fused"]["ratio"] > 0
-    assert parts["MNIST ConvNet: own"]["steps"]["VOGN, replayed"]["ratio"] > 0
+    if untried.DYNAMO_SEES_CHANGES:
+        assert parts["MNIST ConvNet: own"]["steps"]["VOGN, replayed"]["ratio"] > 0
     assert parts["MNIST ConvNet: others"]["moments"]["vmap"]["ratio"] > 0
     for name in ("newest tests", "tests"):
         assert "passed" in parts[name]["summary"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from persample.testing import BackendSuite, Case, Verdict, support
 from persample.testing.devices import on_cuda
@@ -25,6 +26,8 @@ class DocumentedSuite(BackendSuite):
     def accept(self, case: Case, verdict: Verdict) -> None:
         super().accept(case, verdict)
         documented = DOCUMENTED.get((case.name, self.backend))
+        if torch.__version__ < "2.13" and verdict.kind == "refused":
+            return  # what torch.func of an older PyTorch cannot run
         assert verdict.kind == documented, f"run `make support`: {verdict}"
 
 

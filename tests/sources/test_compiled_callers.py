@@ -105,6 +105,7 @@ def in_block(block: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older Dynamo fails at the block before it is begun")
 @pytest.mark.parametrize(
     "begin", [block_of_an_optimizer, lambda x, y: block_of_an_optimizer(x, y, train=False), block_of_a_source]
 )

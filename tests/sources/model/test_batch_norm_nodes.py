@@ -148,6 +148,7 @@ def test_in_a_pass_of_the_user(backend: str, size: int) -> None:
     torch.testing.assert_close(gradients, [p.grad for p in by_hand.parameters()], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older PyTorch does not tell how the input lies")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_what_lies_as_its_kernel_reads_it_is_not_copied(layout: torch.memory_format) -> None:
     x = torch.randn(1, 4, 3, 5).contiguous(memory_format=layout).requires_grad_()

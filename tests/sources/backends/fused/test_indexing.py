@@ -204,6 +204,7 @@ def _samples(model: Any, x: Tensor, place: int) -> Tensor:
     return model.layer(x).unflatten(1, model.shape).movedim(0, place)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="2.8 takes entries of another dimension behind a mask of two")
 @given(of_samples())
 def test_samples_indexed(drawn: tuple[tuple[int, ...], int, Drawn]) -> None:
     shape, place, index = drawn
