@@ -198,7 +198,7 @@ def test_it_goes_on_after_a_refusal() -> None:
         first = m.first(h)
         h.mul_(2)  # what the first layer saw is lost
         weight = m.second.weight * 1
-        weight[0].mul_(2)  # a part is changed in place
+        weight.detach()[0].mul_(2)  # a part is changed under another name
         return m.third(first + h @ weight)
 
     model = Net(forward, first=nn.Linear(3, 3), second=nn.Linear(3, 3, bias=False), third=nn.Linear(3, 2))
