@@ -198,8 +198,9 @@ def test_it_goes_on_after_a_refusal() -> None:
         first = m.first(h)
         h.mul_(2)  # what the first layer saw is lost
         weight = m.second.weight * 1
-        weight.detach()[0].mul_(2)  # a part is changed under another name
-        return m.third(first + h @ weight)
+        alias = weight.detach()
+        weight.mul_(2)  # changes a constant, too
+        return m.third(first + h @ (weight + alias))
 
     model = Net(forward, first=nn.Linear(3, 3), second=nn.Linear(3, 3, bias=False), third=nn.Linear(3, 2))
     told = persample.explain(model, torch.randn(4, 3), backend="fused")
