@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -26,6 +26,11 @@ RandomState = list[tuple[Callable[[Any], object], Any]]
 def random_state(model: nn.Module) -> RandomState:
     """Return the states of the random number generators that a forward pass of `model` may draw from."""
     return [(write, read()) for read, write in (*_generators_of_torch(model), *_other_generators(model))]
+
+
+def random_state_on(device: torch.device) -> RandomState:
+    """Return the states of PyTorch's default generators of CPUs, and of this device."""
+    return [(write, read()) for read, write in _default_generators({device})]
 
 
 def other_random_state(model: nn.Module) -> RandomState:
@@ -61,11 +66,15 @@ _Generator = tuple[Callable[[], Any], Callable[[Any], object]]
 
 
 def _generators_of_torch(model: nn.Module) -> Iterator[_Generator]:
+    yield from _default_generators({p.device for p in model.parameters()})
+
+
+def _default_generators(devices: Iterable[torch.device]) -> Iterator[_Generator]:
     yield torch.get_rng_state, torch.set_rng_state
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    if devices and torch.cuda.is_current_stream_capturing():
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus and torch.cuda.is_current_stream_capturing():
         return  # whoever captures a CUDA graph has its generators' states in hand
-    for device in sorted(devices, key=str):
+    for device in sorted(gpus, key=str):
         yield partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
 
 

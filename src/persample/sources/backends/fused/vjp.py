@@ -10,6 +10,7 @@ from torch import Tensor
 
 from persample.errors import UnsupportedModelError
 from persample.kernels.pieces import samples_at_once
+from persample.sources.model.random_state import random_state_on, same_random_state
 from persample.sources.model.refusals import VMAP_OR_VJP
 
 
@@ -62,7 +63,7 @@ class Mapped:
         Raises:
             UnsupportedModelError: autograd cannot differentiate them either, or they draw random numbers.
         """
-        drawn = _random_states(self.theta)
+        before = random_state_on(self.theta.device)
         rows = []
         for number, delta in enumerate(self.delta):
             theta = self.theta.detach().requires_grad_()
@@ -72,17 +73,12 @@ class Mapped:
                 rows.append(torch.autograd.grad(result, theta, delta.to(result.dtype), materialize_grads=True)[0])
             except RuntimeError as error:
                 raise no_rule(self.name, str(error)) from unmapped
-        if not all(map(torch.equal, _random_states(self.theta), drawn)):
+        if not same_random_state(before, random_state_on(self.theta.device)):
             raise no_rule(self.name, str(unmapped)) from unmapped
         return torch.stack(rows)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         return _sums(self, len(self.delta), self.theta)
-
-
-def _random_states(theta: Tensor) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(theta.device)] if theta.is_cuda else states
 
 
 @dataclass(frozen=True)

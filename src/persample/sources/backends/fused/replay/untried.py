@@ -11,6 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
+from persample.sources.backends.fused.tracked import saved_tensors_are_intercepted
 from persample.sources.batch import Batch
 from persample.sources.model.eager import compiling_is_off
 from persample.sources.model.modules import modules_of
@@ -38,7 +39,7 @@ def why_untried(model: nn.Module, batch: Batch, tensors: Sequence[Tensor]) -> st
         any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or saved_tensors_are_intercepted()
     ):
         return "a mode of PyTorch is active (one of your own, a transform, hooks on saved tensors)"
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
