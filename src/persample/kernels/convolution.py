@@ -57,11 +57,7 @@ def convolution_squared_norms(*arguments: Any) -> Tensor:
 def convolution_moments_and_norms(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return Σ_i g_i, Σ_i g_i² and ‖g_i‖² of the same, of gradients that are formed once for all three."""
     c = checked(*arguments)
-    return choose(
-        key_of("moments and norms of a convolution", c),
-        lambda: _moments_and_norms(c),
-        c,
-    )
+    return choose(key_of("moments and norms of a convolution", c), lambda: _moments_and_norms(c), c)
 
 
 @operator(f"convolution_per_sample{_ARGUMENTS} -> Tensor", _fake_per_sample)

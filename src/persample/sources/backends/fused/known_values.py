@@ -99,8 +99,7 @@ class WithKnownValues(Interpreter):
     def _computed(self, n: Node) -> _Known:
         """Return the value of an operation on constants."""
         with _disable_current_modes():
-            values = {node: known.value for node, known in self._values.items()}
-            args, kwargs = torch.fx.node.map_arg((n.args, dict(n.kwargs)), values.__getitem__)
+            args, kwargs = torch.fx.node.map_arg((n.args, dict(n.kwargs)), lambda node: self._values[node].value)
             function: Any = getattr(Tensor, str(n.target)) if n.op == "call_method" else n.target
             behind = [self._values[node].behind for node in n.all_input_nodes]
             return _Known(function(*args, **kwargs), frozenset().union(*behind), self.looked_at)

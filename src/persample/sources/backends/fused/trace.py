@@ -66,9 +66,8 @@ class Trace(TorchFunctionMode):
         # Expressions are few and must outlive their last use, so they are held; parameters are expressions, too.
         self.expressions: dict[int, tuple[Tensor, Expression]] = {}
         self.bypassed: set[Expression] = set()  # whose graphs do not see the gradients of all of their uses
-        self.remade: dict[
-            tuple[int, Layout], tuple[Tensor, int] | None
-        ] = {}  # expressions as samples, by id and layout
+        # Expressions as samples, by id and layout.
+        self.remade: dict[tuple[int, Layout], tuple[Tensor, int] | None] = {}
         self.aliases: list[Tensor] = []  # tensors that share memory with expressions, without being seen as ones
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device, requires_grad=True)

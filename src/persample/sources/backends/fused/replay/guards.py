@@ -50,7 +50,7 @@ def see_unguarded(scope: Mapping[str, Any], given: Sequence[str], known: Contain
         raise NotReplayableError("the model matches the keys of a mapping (`match`)")
     names = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
     seen.add_names(os.environ._data, map(os.environ.encodekey, names))  # type: ignore[attr-defined]
-    own = tuple(f"L['{name}']" for name in given)
+    own = _names_of(given)
     for guard in context.guards_context.dynamo_guards:
         if guard.inner_create_fn() not in (GuardBuilder.TYPE_MATCH, GuardBuilder.MODULE_MATCH):
             continue
@@ -83,12 +83,15 @@ def guard_identities(given: Sequence[str]) -> None:
     from torch._dynamo.guards import GuardBuilder
     from torch._guards import TracingContext
 
-    guards = TracingContext.get().guards_context.dynamo_guards
+    guards, own = TracingContext.get().guards_context.dynamo_guards, _names_of(given)
     for guard in [*guards]:
-        if guard.inner_create_fn() is GuardBuilder.TYPE_MATCH and not guard.name.startswith(
-            tuple(f"L['{name}']" for name in given)
-        ):
+        if guard.inner_create_fn() is GuardBuilder.TYPE_MATCH and not guard.name.startswith(own):
             guards.add(guard.originating_source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _names_of(given: Sequence[str]) -> tuple[str, ...]:
+    """Return how the names of guards on these local variables begin."""
+    return tuple([f"L['{name}']" for name in given])
 
 
 @contextmanager
